@@ -1,0 +1,3643 @@
+"""A small team's API gateway for language and image models, in one Flask module.
+It hands out keys with credits and limits, and relays OpenAI-style requests.
+
+    pip install -r requirements.txt && python proxy.py     # http://127.0.0.1:8000
+    pip install -r requirements.txt && pytest              # the tests
+    python proxy.py keys add alice --credits 5             # prints a new key once
+    python proxy.py --help                                 # all commands
+
+One request:
+
+    client -- POST -> authenticate - 401      bearer -> SHA-256 -> key, account
+                      rate         - 429      Flask-Limiter, one storage for all workers
+                      read body    - 400 413  bounded, strict
+                      model        - 404      keys.json
+                      admit        - 402 429  one transaction: lease and hold are one row
+                      send         - 503 4xx  dialect -> upstream, or the next upstream
+                      relay                   bytes as they come; usage read on the way
+    client <- last byte -- settle             the charge is on disk before it leaves
+
+Sections, each needing only what stands above it: Constants, Errors, Configuration,
+Ledger, Limits, Usage and price, Wire, Upstreams, Relay, Application, Command line.
+Operators edit keys.json; the program alone writes proxy.db. See README.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import hashlib
+import hmac
+import http.client
+import itertools
+import json
+import os
+import random
+import re
+import secrets
+import select
+import selectors
+import signal
+import socket
+import sqlite3
+import ssl
+import struct
+import sys
+import threading
+import time
+import traceback
+from array import array
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import certifi
+import click
+import gunicorn.util
+from flask import Flask, Response, g, request
+from flask_limiter import Limiter, RateLimitExceeded
+from gunicorn.app.base import BaseApplication
+from gunicorn.http.errors import ParseException
+from gunicorn.workers.gthread import ThreadWorker
+from limits import RateLimitItem, parse_many
+from limits.storage import MovingWindowSupport, Storage
+from werkzeug.exceptions import HTTPException
+
+# Constants ---------------------------------------------------------------------------
+
+MICRO = 10**6  # micro-credits in a credit: all money is an integer of these
+PICO = 10**6  # pico-credits in a micro-credit: the unit of a price per token
+
+MAX_BODY = 10 << 20  # bytes of a request: a few inlined photographs
+MAX_ANSWER = 16 << 20  # bytes of a JSON answer: it is held whole to read its usage
+MAX_EVENT = 1 << 20  # bytes of one event of a stream
+MAX_TOKENS = 10**7  # no context window is larger: a report above it is not believed
+MAX_CHOICES = 128  # OpenAI's own bound on `n`
+MAX_RATE = 10_000  # requests of one window: it is read and written whole
+DEFAULT_MAX_OUTPUT = 4096  # tokens, for a priced model that names no `max_output`
+BYTES_PER_TOKEN = 4  # of an estimate: English needs 3-4 bytes, Chinese 4-5
+
+CONNECT_TIMEOUT = 5.0  # seconds for DNS, TCP and TLS, each
+ANSWER_TIMEOUT = 600.0  # seconds to a whole JSON answer; the OpenAI SDKs wait as long
+STREAM_TIMEOUT = 1800.0  # seconds that a stream may live
+STALL_TIMEOUT = 120.0  # seconds without a `data:` line
+UPSTREAM_IDLE = 4.0  # seconds; uvicorn closes idle connections after 5
+LEDGER_TIMEOUT = 5.0  # seconds that a write waits for other writers
+SETTLE_PATIENCE = 10.0  # seconds that a stream's end waits for a ledger in trouble
+UPKEEP_INTERVAL = 0.25  # seconds between two looks at logs, keys.json and slots
+WATCH_INTERVAL = 0.25  # seconds between two looks at the deadlines
+COMMENT_INTERVAL = 10.0  # seconds between the comments of a stream that waits
+JIMENG_FIRST_POLL, JIMENG_POLL = 2.0, 2.5  # seconds before the first poll, the others
+JIMENG_TIMEOUT = 120.0  # seconds from submit to image
+CHECKPOINT_BYTES = 4 << 20  # of the write-ahead log; SQLite's own default
+MAX_WORKERS = 512  # worker slots: bytes 1 to 512 of the lock file
+GRACE = 30  # seconds from SIGTERM to the end of the last stream
+GRACE_MARGIN = 3.0  # seconds before that in which streams are ended and settled
+CLIENT_TIMEOUT = 30  # seconds that one read from or write to a client may take
+SPARE_THREADS = 16  # per worker, kept for answers that relay nothing
+
+STREAM_HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
+ACCOUNT_RATE = "300/minute"  # of the account's own routes, beside the key's rate
+BUSY_STATUS = {429, 503, 529}  # an upstream that has generated nothing, and may later
+REFUSED_STATUS = {401, 402, 403}  # it refuses the operator, who alone can mend it
+CLIENT_STATUS = {400, 404, 413, 422}  # the client's own mistakes: passed on
+BEARER = re.compile(r"[\x21-\x2b\x2d-\x7e]{4,200}")  # no comma: two headers are joined
+DIALECTS: dict[str, type] = {}  # scheme before the "+" -> class; each enters itself
+
+# Errors ------------------------------------------------------------------------------
+
+
+class ProxyError(Exception):
+    """A refusal or failure that knows its status, type, code and headers."""
+
+    status, type, code = 500, "api_error", "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.message, self.param, self.headers = message, param, headers or {}
+        self.code = code or self.code
+
+    def envelope(self) -> bytes:
+        """The body that OpenAI's SDKs read, as UTF-8 JSON."""
+        error = {"message": self.message, "type": self.type}
+        error |= {"param": self.param, "code": self.code}
+        return json.dumps({"error": error}, ensure_ascii=False).encode()
+
+
+class BadRequest(ProxyError):
+    status, type, code = 400, "invalid_request_error", "invalid_request"
+
+
+class Unauthorized(ProxyError):
+    status, type, code = 401, "authentication_error", "unauthorized"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Missing or invalid API key. Send it as 'Authorization: Bearer sk-...'.",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+class InsufficientCredits(ProxyError):
+    status, type, code = 402, "insufficient_quota", "insufficient_credits"
+
+
+class NotFound(ProxyError):
+    status, type, code = 404, "invalid_request_error", "not_found"
+
+
+class TooLarge(ProxyError):
+    status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class UnsupportedMediaType(ProxyError):
+    status, type, code = 415, "invalid_request_error", "unsupported_media_type"
+
+
+class RateLimited(ProxyError):
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+    def __init__(self, message: str, wait: float):
+        seconds = max(1, min(60, int(wait) + (wait % 1 > 0)))
+        super().__init__(message, headers={"Retry-After": str(seconds)})
+
+
+class Unavailable(ProxyError):
+    """503; `wait` is when a repeat may help (seconds), None if it cannot."""
+
+    status, code = 503, "provider_unavailable"
+
+    def __init__(self, message: str, wait: int | None = None):
+        retry = {"x-should-retry": "false"} if wait is None else {"Retry-After": str(wait)}
+        super().__init__(message, headers=retry)
+
+
+class Overloaded(Unavailable):
+    code = "overloaded"
+
+
+class LedgerUnavailable(Unavailable):
+    code = "ledger_unavailable"
+
+    def __init__(self, reason: str):
+        super().__init__("The ledger cannot be written at the moment.", wait=5)
+        self.reason = reason
+
+
+class UpstreamFailed(Unavailable):
+    """An upstream in trouble; `clean` if it cannot have generated anything,
+    `transient` if the same question may be asked again at once."""
+
+    def __init__(
+        self,
+        reason: str,
+        wait: int | None = None,
+        clean: bool = False,
+        transient: bool = False,
+    ):
+        super().__init__("The upstream AI provider is temporarily unavailable.", wait)
+        self.reason, self.clean, self.transient = reason, clean, transient
+
+
+class Refused(ProxyError):
+    """An upstream's 400, 404, 413 or 422: the client's own mistake, passed on."""
+
+    type = "invalid_request_error"
+
+    def __init__(self, status: int, message: str, code: str | None, param: str | None):
+        super().__init__(message, code=code or "invalid_request", param=param)
+        self.status = status
+
+
+class Ended(Exception):
+    """The relay was ended from outside: client, stall, timeout or drain."""
+
+
+class ConfigError(Exception):
+    """keys.json is refused; the message names the path or the line."""
+
+
+HTTP_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    414: "request_too_large",
+    415: "unsupported_media_type",
+    431: "request_too_large",
+}
+
+
+def from_http(error: HTTPException) -> ProxyError:
+    """Werkzeug's own refusals (404, 405, ...) as one of ours."""
+    status = error.code or 500
+    ours = ProxyError(f"{error.name}.", code=HTTP_CODES.get(status))
+    ours.status = status
+    if status < 500:
+        ours.type = "invalid_request_error"
+        ours.code = HTTP_CODES.get(status, "invalid_request")
+    if allowed := getattr(error, "valid_methods", None):
+        ours.headers["Allow"] = ", ".join(sorted(allowed))
+    return ours
+
+
+# Configuration -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one key may do: `rate` as Flask-Limiter writes it, and requests at once."""
+
+    rate: str
+    items: tuple[RateLimitItem, ...]
+    concurrent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Pico-credits per token of each class, per image and per request."""
+
+    input: int = 0
+    cached: int = 0
+    output: int = 0
+    image: int = 0
+    request: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Who pays; `credits` are the micro-credits granted by keys.json."""
+
+    id: str
+    limits: Limits
+    credits: int = 0
+    models: frozenset[str] | None = None
+    admin: bool = False
+
+    def may_use(self, model: str) -> bool:
+        return self.models is None or model in self.models
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One bearer, known by its SHA-256; `source` is the file that declares it."""
+
+    id: str
+    name: str
+    account: str
+    hash: str
+    hint: str
+    admin: bool = False
+    source: str = "keys.json"
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamConfig:
+    """Where a provider is reached; `missing` names its unset variables."""
+
+    name: str
+    dialect: str
+    secure: bool
+    host: str
+    port: int
+    path: str
+    key: str = field(default="", repr=False)
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A name that clients ask for, and where it is answered, in order."""
+
+    id: str
+    routes: tuple[tuple[UpstreamConfig, str], ...]
+    price: Price
+    about: str = ""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    max_output: int = DEFAULT_MAX_OUTPUT
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """keys.json, checked. `demo` is the text of a key that reaches only `echo`."""
+
+    limits: Limits
+    accounts: dict[str, Account]
+    keys: dict[str, Key]
+    models: dict[str, Model]
+    loaded: int
+    demo: tuple[str, str] | None = None
+
+    def account(self, id: str) -> Account:
+        """The declared account, or one made at run time with the common limits."""
+        return self.accounts.get(id) or Account(id, self.limits)
+
+    def missing(self) -> dict[str, list[str]]:
+        """Unset environment variable -> the models that answer 503 without it."""
+        out: dict[str, list[str]] = {}
+        for model in self.models.values():
+            for upstream, _ in model.routes:
+                for name in upstream.missing:
+                    out.setdefault(name, []).append(model.id)
+        return out
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def key_id(hash: str) -> str:
+    """The public name of a key: a part of its hash tells nothing of a random key."""
+    return f"key_{hash[:16]}"
+
+
+def key_hint(text: str) -> str:
+    return f"{text[:4]}…{text[-4:]}" if len(text) >= 16 else f"{text[:3]}…"
+
+
+def printable_name(value: Any, path: str, longest: int = 100) -> str:
+    """A name that people and terminals can be shown, or ConfigError."""
+    if not isinstance(value, str) or not 1 <= len(value) <= longest:
+        raise ConfigError(f"{path}: must be a text of 1 to {longest} characters")
+    if not value.isprintable() or value != value.strip():
+        raise ConfigError(f"{path}: must hold printable characters only")
+    return value
+
+
+def fields(value: Any, path: str, known: str, needed: str = "") -> dict[str, Any]:
+    """An object whose members are all known and whose needed ones are there."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path or 'keys.json'}: must be an object")
+    for name in value:
+        if name not in known.split() + needed.split():
+            raise ConfigError(f"{join(path, name)}: unknown field")
+    for name in needed.split():
+        if name not in value:
+            raise ConfigError(f"{join(path, name)}: is required")
+    return value
+
+
+def join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def whole(value: Any, path: str, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise ConfigError(f"{path}: must be a whole number from {low} to {high}")
+    return value
+
+
+def to_micro(value: Any, path: str, scale: int = MICRO) -> int:
+    """An amount with at most six decimals as an integer of `scale` parts."""
+    if type(value) is bool or not isinstance(value, (int, float, Decimal, str)):
+        raise ConfigError(f"{path}: must be a number")
+    try:
+        amount = Decimal(str(value))
+    except InvalidOperation:
+        raise ConfigError(f"{path}: must be a number") from None
+    if not amount.is_finite() or not 0 <= amount <= 10**9:
+        raise ConfigError(f"{path}: must be a number from 0 to 1000000000")
+    micro = amount * MICRO
+    if micro != micro.to_integral_value():
+        raise ConfigError(f"{path}: has more than six decimals")
+    return int(micro) * (scale // MICRO)
+
+
+def to_credits(micro: int) -> int | float:
+    """Micro-credits as the number of credits that JSON and people are shown."""
+    return micro // MICRO if micro % MICRO == 0 else micro / MICRO
+
+
+def parse_limits(value: Any, path: str, common: Limits | None = None) -> Limits:
+    """Limits of this object; what it leaves out is `common` (60/minute, 10)."""
+    value = fields(value, path, "rate concurrent")
+    rate = value.get("rate", common.rate if common else "60/minute")
+    concurrent = value.get("concurrent", common.concurrent if common else 10)
+    try:
+        items = tuple(parse_many(rate))
+    except (ValueError, TypeError):
+        raise ConfigError(f"{path}.rate: must read like '60/minute'") from None
+    for item in items:
+        whole(item.amount, f"{path}.rate", 1, MAX_RATE)
+        whole(item.get_expiry(), f"{path}.rate (seconds)", 1, 366 * 86400)
+    return Limits(rate, items, whole(concurrent, f"{path}.concurrent", 1, 100_000))
+
+
+def parse_price(value: Any, path: str) -> Price:
+    """A price: credits per million tokens, i.e. micro-credits per token, or each."""
+    value = fields(value, path, "input cached output image request")
+    if not value:
+        raise ConfigError(f"{path}: names no price (0 is one)")
+    parts = {}
+    for name, amount in value.items():
+        scale = MICRO * (1 if name in ("input", "cached", "output") else MICRO)
+        parts[name] = to_micro(amount, f"{path}.{name}", scale)
+    parts.setdefault("cached", parts.get("input", 0))
+    return Price(**parts)
+
+
+def from_environment(text: str) -> tuple[str, tuple[str, ...]]:
+    """`text` with every $NAME replaced, and the names that are not set."""
+    missing = []
+
+    def value(match: re.Match) -> str:
+        found = os.environ.get(match[1], "")
+        if not found:
+            missing.append(match[1])
+        return found
+
+    return re.sub(r"\$([A-Za-z_][A-Za-z0-9_]*)", value, text), tuple(missing)
+
+
+def parse_upstream(name: str, value: Any, path: str) -> UpstreamConfig:
+    value = fields(value, path, "key", needed="url")
+    try:
+        url = urlsplit(value["url"])
+        host, port = url.hostname or "", url.port
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigError(f"{path}.url: must be a URL") from None
+    dialect, _, scheme = str(url.scheme).rpartition("+")
+    if url.scheme == "echo":
+        dialect, scheme = "echo", "http"
+    if dialect not in DIALECTS or scheme not in ("http", "https"):
+        raise ConfigError(f"{path}.url: unknown scheme '{url.scheme}:'")
+    if dialect != "echo" and not host:
+        raise ConfigError(f"{path}.url: names no host")
+    if url.username or url.query or url.fragment:
+        raise ConfigError(f"{path}.url: takes no user, query or fragment")
+    key, missing = from_environment(text_of(value.get("key", ""), f"{path}.key"))
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{path}.key: must be printable ASCII")
+    secure = scheme == "https"
+    port = port or (443 if secure else 80)
+    base = url.path.rstrip("/")
+    return UpstreamConfig(name, dialect, secure, host, port, base, key, missing)
+
+
+def text_of(value: Any, path: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{path}: must be a text")
+    return value
+
+
+def parse_model(
+    id: str, value: Any, path: str, upstreams: dict[str, UpstreamConfig]
+) -> Model:
+    known = "about defaults max_output"
+    value = fields(value, path, known, needed="upstream price")
+    names = value["upstream"]
+    names = names if isinstance(names, list) and names else [names]
+    routes = []
+    for text in names:
+        upstream, slash, upstream_id = text_of(text, f"{path}.upstream").partition("/")
+        if not slash or not upstream_id:
+            raise ConfigError(f"{path}.upstream: must read like 'name/id'")
+        if upstream not in upstreams:
+            raise ConfigError(f"{path}.upstream: no upstream is named '{upstream}'")
+        routes.append((upstreams[upstream], upstream_id))
+    defaults = value.get("defaults", {})
+    if not isinstance(defaults, dict) or "model" in defaults:
+        raise ConfigError(f"{path}.defaults: must be an object without 'model'")
+    return Model(
+        printable_name(id, path, 200),
+        tuple(routes),
+        parse_price(value["price"], f"{path}.price"),
+        text_of(value.get("about", ""), f"{path}.about"),
+        json.loads(json.dumps(defaults, default=float)),
+        whole(
+            value.get("max_output", DEFAULT_MAX_OUTPUT),
+            f"{path}.max_output",
+            1,
+            MAX_TOKENS,
+        ),
+    )
+
+
+def parse_account(
+    id: str, value: Any, path: str, limits: Limits, models: dict[str, Model]
+) -> tuple[Account, dict[str, str]]:
+    """The account, and its keys: name -> the key or sha256:<hex>."""
+    value = fields(value, path, "credits keys models limits admin")
+    allowed = value.get("models")
+    if allowed is not None:
+        if not isinstance(allowed, list):
+            raise ConfigError(f"{path}.models: must be a list")
+        for name in allowed:
+            if name not in models:
+                raise ConfigError(f"{path}.models: no model is named {name!r}")
+        allowed = frozenset(allowed)
+    if type(value.get("admin", False)) is not bool:
+        raise ConfigError(f"{path}.admin: must be true or false")
+    account = Account(
+        printable_name(id, path),
+        parse_limits(value.get("limits", {}), f"{path}.limits", limits),
+        to_micro(value.get("credits", 0), f"{path}.credits"),
+        allowed,
+        value.get("admin", False),
+    )
+    keys = value.get("keys", {})
+    if not isinstance(keys, dict):
+        raise ConfigError(f"{path}.keys: must be an object")
+    return account, keys
+
+
+def parse_key(account: Account, name: str, value: Any, path: str) -> Key:
+    """A declared key; only its hash and a hint are kept."""
+    printable_name(name, path)
+    if not isinstance(value, str):
+        raise ConfigError(f"{path}: must be a text")
+    if value.startswith("sha256:"):
+        hash, hint = value[7:].lower(), "sha256"
+        if not re.fullmatch("[0-9a-f]{64}", hash):
+            raise ConfigError(f"{path}: sha256: takes 64 hexadecimal digits")
+    elif BEARER.fullmatch(value):
+        hash, hint = sha256(value), key_hint(value)
+    else:
+        raise ConfigError(f"{path}: must be 4 to 200 characters without blanks")
+    return Key(key_id(hash), name, account.id, hash, hint, account.admin)
+
+
+def parse_config(document: Any) -> Config:
+    """The whole of keys.json; raises ConfigError with the path of what is wrong."""
+    known = "limits accounts upstreams models"
+    document = fields(document, "", known)
+    for section in known.split():
+        if not isinstance(document.get(section, {}), dict):
+            raise ConfigError(f"{section}: must be an object")
+    limits = parse_limits(document.get("limits", {}), "limits")
+    upstreams = {
+        name: parse_upstream(name, value, f"upstreams.{name}")
+        for name, value in document.get("upstreams", {}).items()
+    }
+    models = {
+        name: parse_model(name, value, f"models.{name}", upstreams)
+        for name, value in document.get("models", {}).items()
+    }
+    accounts: dict[str, Account] = {}
+    keys: dict[str, Key] = {}
+    demo = None
+    for id, value in document.get("accounts", {}).items():
+        path = f"accounts.{id}"
+        account, texts = parse_account(id, value, path, limits, models)
+        accounts[id] = account
+        for name, text in texts.items():
+            key = parse_key(account, name, text, f"{path}.keys.{name}")
+            if key.id in keys:
+                raise ConfigError(f"{path}.keys.{name}: is declared twice")
+            keys[key.id] = key
+            demo = demo or demo_key(account, text, models)
+    return Config(limits, accounts, keys, models, int(time.time()), demo)
+
+
+def demo_key(
+    account: Account, text: str, models: dict[str, Model]
+) -> tuple[str, str] | None:
+    """(key, model) if this key is public by design: it reaches nothing but echo."""
+    for name in account.models or ():
+        if any(upstream.dialect != "echo" for upstream, _ in models[name].routes):
+            return None
+    if not account.models or account.admin or text.startswith("sha256:"):
+        return None
+    return text, sorted(account.models)[0]
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a member that stands twice is refused, not dropped."""
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a member stands twice in one object")
+    return out
+
+
+class ConfigFile:
+    """keys.json on disk: the last good version, read again when it changes."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self._seen = self._stat()
+        self.current = self._read()
+
+    def refresh(self) -> str | None:
+        """Reads a changed file; returns what was wrong with it, once."""
+        seen = self._stat()
+        if seen == self._seen:
+            return None
+        self._seen = seen
+        try:
+            self.current = self._read()
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    def _stat(self) -> tuple[int, int, int] | None:
+        try:
+            stat = self.path.stat()
+        except OSError:
+            return None
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+    def _read(self) -> Config:
+        try:
+            text = self.path.read_bytes().decode()
+            document = json.loads(text, parse_float=Decimal, object_pairs_hook=unique)
+        except OSError as error:
+            reason = error.strerror or "cannot be read"
+            raise ConfigError(f"{self.path.name}: {reason}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{self.path.name}: is not UTF-8") from None
+        except json.JSONDecodeError as error:
+            reason = f"line {error.lineno}: {error.msg}"
+            raise ConfigError(f"{self.path.name}: {reason}") from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{self.path.name}: {error}") from None
+        return parse_config(document)
+
+# Ledger ------------------------------------------------------------------------------
+
+OPEN, SETTLED, RELEASED = 0, 1, 2  # a request's row: a hold resolves at most once
+
+SCHEMA = """
+CREATE TABLE meta(name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE accounts(
+    id TEXT PRIMARY KEY, made INTEGER NOT NULL, created INTEGER NOT NULL,
+    granted INTEGER NOT NULL DEFAULT 0, spent INTEGER NOT NULL DEFAULT 0,
+    held INTEGER NOT NULL DEFAULT 0, lost INTEGER NOT NULL DEFAULT 0,
+    CHECK (granted >= 0 AND spent >= 0 AND held >= 0 AND lost >= 0)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE grants(
+    id INTEGER PRIMARY KEY, account TEXT NOT NULL, amount INTEGER NOT NULL,
+    note TEXT NOT NULL, created INTEGER NOT NULL
+) STRICT;
+CREATE TABLE keys(
+    id TEXT PRIMARY KEY, account TEXT NOT NULL, name TEXT NOT NULL, hint TEXT NOT NULL,
+    hash TEXT, admin INTEGER NOT NULL, created INTEGER, used INTEGER, revoked INTEGER
+) STRICT, WITHOUT ROWID;
+CREATE INDEX keys_account ON keys(account);
+CREATE TABLE requests(
+    id TEXT PRIMARY KEY, account TEXT NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL,
+    path TEXT NOT NULL, stream INTEGER NOT NULL, slot INTEGER NOT NULL,
+    state INTEGER NOT NULL, hold INTEGER NOT NULL, cost INTEGER NOT NULL DEFAULT 0,
+    lost INTEGER NOT NULL DEFAULT 0, input INTEGER NOT NULL DEFAULT 0,
+    cached INTEGER NOT NULL DEFAULT 0, output INTEGER NOT NULL DEFAULT 0,
+    images INTEGER NOT NULL DEFAULT 0, estimated INTEGER NOT NULL DEFAULT 0,
+    status INTEGER NOT NULL DEFAULT 0, created INTEGER NOT NULL,
+    ttfb INTEGER, duration INTEGER
+) STRICT, WITHOUT ROWID;
+CREATE INDEX requests_account ON requests(account, id);
+CREATE INDEX requests_open ON requests(key) WHERE state = 0;
+CREATE TABLE usage(
+    account TEXT NOT NULL, day INTEGER NOT NULL, model TEXT NOT NULL,
+    requests INTEGER NOT NULL, input INTEGER NOT NULL, cached INTEGER NOT NULL,
+    output INTEGER NOT NULL, images INTEGER NOT NULL, cost INTEGER NOT NULL,
+    PRIMARY KEY (account, day, model)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE windows(key TEXT PRIMARY KEY, hits BLOB NOT NULL) STRICT, WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """The most a request can cost: `fixed` pico-credits and `token` of them for each
+    of at most `tokens` output tokens of each of its `choices`."""
+
+    fixed: int
+    token: int
+    tokens: int
+    choices: int = 1
+
+    def hold(self, tokens: int) -> int:
+        """Micro-credits that cover `tokens` output tokens a choice."""
+        return ceil_micro(self.fixed + self.token * tokens * self.choices)
+
+    def affordable(self, available: int) -> int:
+        """Output tokens a choice that `available` micro-credits pay for; -1: none."""
+        left = available * PICO - self.fixed
+        if left < 0:
+            return -1
+        if not self.token * self.tokens:
+            return self.tokens
+        return min(self.tokens, left // (self.token * self.choices)) or -1
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A committed hold: the open row of a request, and what it may use."""
+
+    id: str
+    account: str
+    key: str
+    declared: int
+    hold: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """How a request ended: its cost in micro-credits and what the row records."""
+
+    status: int
+    cost: int = 0
+    input: int = 0
+    cached: int = 0
+    output: int = 0
+    images: int = 0
+    estimated: bool = False
+    ttfb: int | None = None
+    duration: int | None = None
+
+
+def ceil_micro(pico: int) -> int:
+    return -(-pico // PICO)
+
+
+def new_request_id() -> str:
+    """Unique, and sorted by time so that the ledger grows at its end."""
+    return f"req_{time.time_ns() // 10**6:011x}{random.getrandbits(52):013x}"
+
+
+class FileLock:
+    """Byte locks of one file, between processes; the kernel drops a dead one's.
+
+    Byte 0 is the writer's, 1 to MAX_WORKERS are the workers' slots.
+    """
+
+    def __init__(self, path: str):
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def take(self, byte: int) -> bool:
+        return self._set(fcntl.F_WRLCK, byte)
+
+    def drop(self, byte: int) -> None:
+        self._set(fcntl.F_UNLCK, byte)
+
+    def mark(self) -> bytes:
+        """What was written into the file: the id of the ledger made beside it."""
+        return os.pread(self._fd, 64, 0)
+
+    def write_mark(self, mark: bytes) -> None:
+        os.pwrite(self._fd, mark, 0)
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _set(self, kind: int, byte: int) -> bool:
+        # Linux's locks of an open file: POSIX ones vanish as soon as the process
+        # closes any other descriptor of the file (fcntl(2)), as `check` would.
+        try:
+            if hasattr(fcntl, "F_OFD_SETLK"):
+                lock = struct.pack("hhqqi", kind, os.SEEK_SET, byte, 1, 0)
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, lock)
+            else:
+                mode = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX
+                fcntl.lockf(self._fd, mode | fcntl.LOCK_NB, 1, byte)
+        except OSError:
+            return False
+        return True
+
+
+class Job:
+    """One operation that waits for the writer, and its outcome."""
+
+    __slots__ = ("operation", "result", "error", "number")
+
+    def __init__(self, operation: Callable[[sqlite3.Connection], Any]):
+        self.operation, self.result, self.error = operation, None, None
+        self.number = 0  # of the commit that holds it; 0 while it waits
+
+    def run(self, db: sqlite3.Connection) -> None:
+        """Runs it; a refusal (raised before anything is written) is its outcome."""
+        try:
+            self.result = self.operation(db)
+        except ProxyError as error:
+            self.error = error
+
+
+class Ledger:
+    """Credits, leases, keys and windows in one SQLite file, for all workers.
+
+    Threads hand their operation to whichever of them holds the writer; it commits
+    all that wait in one transaction. A lock between processes around each makes
+    waiting short and excludes SQLite's WAL-reset race (before 3.51.3). Commits need
+    no fsync under that lock: the ones that must be durable share one after it.
+    Raises LedgerUnavailable for every trouble with the file.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        self.slot = 0
+        self._lock = FileLock(self.path + "-lock")
+        self._queue: deque[Job] = deque()
+        self._writer, self._reader = threading.Lock(), threading.Lock()
+        self._syncer = threading.Lock()
+        self._db: sqlite3.Connection | None = None
+        self._read_db: sqlite3.Connection | None = None
+        self._inode: tuple[int, int] | None = None
+        self._read_inode: tuple[int, int] | None = None
+        self._wal = -1
+        self._commits = self._synced = 0
+        self._unsettled: deque[tuple[Lease, Charge]] = deque()
+        self._create()
+
+    # The file
+
+    def _create(self) -> None:
+        """Makes the file where there was none, never again where there was one."""
+        with self._exclusive():
+            mark = self._lock.mark()
+            if os.path.exists(self.path):
+                if not mark:
+                    db = self._connect()
+                    self._lock.write_mark(self._identity(db).encode())
+                    db.close()
+                return
+            if mark:
+                raise LedgerUnavailable(
+                    f"{self.path} is gone; restore it, or delete {self.path}-lock"
+                    " as well to start a new ledger"
+                )
+            identity = secrets.token_hex(16)
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            try:
+                db = self._connect()
+                db.execute("PRAGMA journal_mode = WAL")
+                made = f"INSERT INTO meta VALUES ('ledger', '{identity}'), ('boot', '');"
+                db.executescript(f"BEGIN; {SCHEMA} {made} COMMIT;")
+                db.close()
+            except sqlite3.Error:
+                os.unlink(self.path)
+                raise LedgerUnavailable(f"{self.path} cannot be made") from None
+            self._lock.write_mark(identity.encode())
+
+    def _connect(self) -> sqlite3.Connection:
+        """A connection to the file that is there; it is never made by opening."""
+        quoted = self.path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+        db = sqlite3.connect(
+            f"file:{quoted}?mode=rw",
+            uri=True,
+            timeout=LEDGER_TIMEOUT - 1,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=64,
+        )
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.execute("PRAGMA wal_autocheckpoint = 0")
+        return db
+
+    def _identity(self, db: sqlite3.Connection) -> str:
+        return db.execute("SELECT value FROM meta WHERE name = 'ledger'").fetchone()[0]
+
+    def _stat(self) -> tuple[int, int]:
+        stat = os.stat(self.path)
+        return stat.st_dev, stat.st_ino
+
+    def _open(self) -> sqlite3.Connection:
+        """The writer's connection; opened anew when the file was replaced."""
+        inode = self._stat()
+        if self._db is None or inode != self._inode:
+            self._close_writer()
+            db = self._connect()
+            if self._identity(db).encode() != self._lock.mark():
+                db.close()
+                raise LedgerUnavailable(f"{self.path} is another ledger")
+            self._wal = os.open(self.path + "-wal", os.O_RDONLY | os.O_CLOEXEC)
+            self._db, self._inode = db, inode
+        return self._db
+
+    def _close_writer(self) -> None:
+        if self._db is not None:
+            self._db.close()
+            with self._syncer:
+                os.close(self._wal)
+                self._db, self._wal = None, -1
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """The lock between processes; short, so that polling it is fair enough."""
+        deadline = time.monotonic() + LEDGER_TIMEOUT
+        pause = 0.0001
+        while not self._lock.take(0):
+            if time.monotonic() > deadline:
+                raise LedgerUnavailable("the lock is held by another process")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.002)
+        try:
+            yield
+        finally:
+            self._lock.drop(0)
+
+    # Reading and writing
+
+    def write(
+        self, operation: Callable[[sqlite3.Connection], Any], durable: bool = False
+    ) -> Any:
+        """Runs `operation` in a committed transaction and returns its result.
+
+        `durable` returns only when the commit would survive a loss of power.
+        """
+        job = Job(operation)
+        self._queue.append(job)
+        with self._writer:
+            if not job.number:
+                jobs = [self._queue.popleft() for _ in range(len(self._queue))]
+                self._commit(jobs)
+        if job.error:
+            raise job.error
+        if durable:
+            self._sync(job.number)
+        return job.result
+
+    def _commit(self, jobs: list[Job]) -> None:
+        """Commits the jobs together; if one breaks the rules, each alone."""
+        try:
+            with self._exclusive():
+                self._transact(self._open(), jobs)
+        except sqlite3.IntegrityError:
+            if len(jobs) > 1:
+                for job in jobs:
+                    self._commit([job])
+                return
+            jobs[0].error = LedgerUnavailable("a rule of the ledger was broken")
+        except LedgerUnavailable as error:
+            self._fail(jobs, error)
+        except (sqlite3.Error, OSError) as error:
+            self._fail(jobs, LedgerUnavailable(type(error).__name__ + f": {error}"))
+        self._commits += 1
+        for job in jobs:
+            job.number = self._commits
+
+    def _fail(self, jobs: list[Job], error: LedgerUnavailable) -> None:
+        """The trouble of the file is every job's; the connection starts anew."""
+        self._close_writer()
+        for job in jobs:
+            job.error = error
+
+    @staticmethod
+    def _transact(db: sqlite3.Connection, jobs: list[Job]) -> None:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            for job in jobs:
+                job.run(db)
+            db.execute("COMMIT")
+        except BaseException:
+            # After FULL or IOERR SQLite has rolled back by itself.
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+    def _sync(self, number: int) -> None:
+        """Flushes the log once for all commits that are waiting for it."""
+        with self._syncer:
+            if self._synced >= number:
+                return
+            reached = self._commits
+            try:
+                os.fdatasync(self._wal)
+            except OSError as error:
+                raise LedgerUnavailable(f"fsync: {error.strerror}") from None
+            self._synced = reached
+
+    def read(self, sql: str, *values: Any) -> list[tuple]:
+        """All rows of one short query."""
+        try:
+            with self._reader:
+                inode = self._stat()
+                if self._read_db is None or inode != self._read_inode:
+                    self._read_db, self._read_inode = self._connect(), inode
+                return self._read_db.execute(sql, values).fetchall()
+        except (sqlite3.Error, OSError) as error:
+            self._read_db = None
+            raise LedgerUnavailable(f"{type(error).__name__}: {error}") from None
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """A connection of its own on one state of the ledger, for long queries."""
+        try:
+            with contextlib.closing(self._connect()) as db:
+                db.execute("BEGIN")
+                yield db
+        except sqlite3.Error as error:
+            raise LedgerUnavailable(f"{type(error).__name__}: {error}") from None
+
+    # Workers
+
+    def claim(self) -> None:
+        """Takes a free worker slot and clears what its former owner left."""
+        for slot in range(1, MAX_WORKERS + 1):
+            if self._lock.take(slot):
+                self.slot = slot
+                break
+        else:
+            raise LedgerUnavailable("no free worker slot")
+        self._clear(slot)
+        self.write(self._same_boot)
+
+    @staticmethod
+    def _same_boot(db: sqlite3.Connection) -> None:
+        """Windows are in monotonic time, which means nothing after a reboot."""
+        try:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        except OSError:
+            return
+        sql = "UPDATE meta SET value = ? WHERE name = 'boot' AND value != ?"
+        if db.execute(sql, (boot, boot)).rowcount:
+            db.execute("DELETE FROM windows")
+
+    def sweep(self) -> None:
+        """Releases the holds of workers that have died."""
+        for (slot,) in self.read("SELECT DISTINCT slot FROM requests WHERE state = 0"):
+            if slot != self.slot and self._lock.take(slot):
+                try:
+                    self._clear(slot)
+                finally:
+                    self._lock.drop(slot)
+
+    def _clear(self, slot: int) -> None:
+        def operation(db: sqlite3.Connection) -> None:
+            rows = db.execute(
+                "SELECT account, sum(hold) FROM requests"
+                " WHERE state = 0 AND slot = ? GROUP BY account",
+                (slot,),
+            ).fetchall()
+            db.executemany(
+                "UPDATE accounts SET held = held - ? WHERE id = ?",
+                [(hold, account) for account, hold in rows],
+            )
+            db.execute(
+                "UPDATE requests SET state = 2 WHERE state = 0 AND slot = ?", (slot,)
+            )
+
+        self.write(operation)
+
+    # Holds
+
+    def admit(
+        self,
+        request_id: str,
+        key: Key,
+        account: Account,
+        quote: Quote,
+        model: str,
+        path: str,
+        stream: bool,
+    ) -> Lease:
+        """Commits a hold, or raises RateLimited or InsufficientCredits."""
+        now = time.time()
+
+        def operation(db: sqlite3.Connection) -> Lease:
+            row = db.execute(
+                "SELECT granted - spent - held,"
+                " (SELECT count(*) FROM requests WHERE key = ? AND state = 0)"
+                " FROM accounts WHERE id = ?",
+                (key.id, account.id),
+            ).fetchone()
+            left, running = row or (0, 0)
+            if running >= account.limits.concurrent:
+                raise RateLimited(
+                    f"Too many requests at once: {account.limits.concurrent} per key.", 1
+                )
+            tokens = quote.affordable(left + account.credits)
+            if tokens < 0:
+                raise InsufficientCredits("The account has no credits left for this.")
+            hold = quote.hold(tokens)
+            db.execute(
+                "INSERT INTO accounts(id, made, created, held) VALUES (?, 0, ?, ?)"
+                " ON CONFLICT DO UPDATE SET held = held + excluded.held",
+                (account.id, int(now), hold),
+            )
+            db.execute(
+                "INSERT INTO requests(id, account, key, model, path, stream, slot,"
+                " state, hold, created) VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, ?)",
+                (request_id, account.id, key.id, model, path, stream)
+                + (self.slot, hold, int(now * 1000)),
+            )
+            db.execute(
+                "INSERT INTO keys(id, account, name, hint, admin, used)"
+                " VALUES (?, ?, ?, ?, 0, ?)"
+                " ON CONFLICT DO UPDATE SET used = excluded.used",
+                (key.id, account.id, key.name, key.hint, int(now)),
+            )
+            return Lease(
+                request_id, account.id, key.name, account.credits, hold, tokens
+            )
+
+        return self.write(operation)
+
+    def settle(self, lease: Lease, charge: Charge) -> None:
+        """Turns a hold into its charge, once; durable when it returns.
+
+        A cost above the hold is charged as far as the account can pay.
+        """
+
+        def operation(db: sqlite3.Connection) -> None:
+            cost = charge.cost
+            if cost > lease.hold:
+                (left,) = db.execute(
+                    "SELECT granted - spent - held FROM accounts WHERE id = ?",
+                    (lease.account,),
+                ).fetchone()
+                cost = min(cost, lease.hold + max(0, left + lease.declared))
+            self._resolve(db, lease, SETTLED, cost, charge)
+
+        self.write(operation, durable=True)
+
+    def release(self, lease: Lease, charge: Charge) -> None:
+        """Gives a hold back: nothing is charged. Needs no fsync, a lost release is
+        made again by whoever clears this worker's slot."""
+        self.write(lambda db: self._resolve(db, lease, RELEASED, 0, charge))
+
+    @staticmethod
+    def _resolve(
+        db: sqlite3.Connection, lease: Lease, state: int, cost: int, charge: Charge
+    ) -> None:
+        """The one place where a hold ends; one that has ended is left alone."""
+        lost = max(0, charge.cost - cost)
+        counts = (charge.input, charge.cached, charge.output, charge.images)
+        row = db.execute(
+            "UPDATE requests SET state = ?, cost = ?, lost = ?, input = ?, cached = ?,"
+            " output = ?, images = ?, estimated = ?, status = ?, ttfb = ?, duration = ?"
+            " WHERE id = ? AND state = 0 RETURNING model, created",
+            (state, cost, lost, *counts, charge.estimated, charge.status)
+            + (charge.ttfb, charge.duration, lease.id),
+        ).fetchone()
+        if row is None:
+            return
+        db.execute(
+            "UPDATE accounts SET held = held - ?, spent = spent + ?, lost = lost + ?"
+            " WHERE id = ?",
+            (lease.hold, cost, lost, lease.account),
+        )
+        if state == SETTLED:
+            model, created = row
+            db.execute(
+                "INSERT INTO usage VALUES (?, ?, ?, 1, ?, ?, ?, ?, ?)"
+                " ON CONFLICT DO UPDATE SET requests = requests + 1,"
+                " input = input + excluded.input, cached = cached + excluded.cached,"
+                " output = output + excluded.output, images = images + excluded.images,"
+                " cost = cost + excluded.cost",
+                (lease.account, created // 86_400_000, model, *counts, cost),
+            )
+
+    def resolve_later(self, lease: Lease, charge: Charge) -> None:
+        """Keeps a hold's end that could not be written, for `retry`."""
+        self._unsettled.append((lease, charge))
+
+    def retry(self) -> None:
+        """Writes the ends that failed before; raises at the first that fails again."""
+        while self._unsettled:
+            lease, charge = self._unsettled[0]
+            self.resolve(lease, charge)
+            self._unsettled.popleft()
+
+    def resolve(self, lease: Lease, charge: Charge) -> None:
+        """Settles a charge, or releases where there is none."""
+        free = not (charge.cost or charge.input or charge.output or charge.images)
+        (self.release if free and charge.status != 200 else self.settle)(lease, charge)
+
+    # Accounts and keys
+
+    def find_key(self, hash: str) -> tuple | None:
+        """(account, name, hint, admin, revoked, hash, made) of the key with this hash."""
+        rows = self.read(
+            "SELECT k.account, k.name, k.hint, k.admin, k.revoked, k.hash, a.made"
+            " FROM keys k LEFT JOIN accounts a ON a.id = k.account WHERE k.id = ?",
+            key_id(hash),
+        )
+        return rows[0] if rows else None
+
+    def make_account(self, id: str, declared: bool = False) -> bool:
+        """Makes the account at run time; False if there is one already."""
+
+        def operation(db: sqlite3.Connection) -> bool:
+            row = db.execute("SELECT made FROM accounts WHERE id = ?", (id,)).fetchone()
+            if declared or (row and row[0]):
+                return False
+            db.execute(
+                "INSERT INTO accounts(id, made, created) VALUES (?, 1, ?)"
+                " ON CONFLICT DO UPDATE SET made = 1",
+                (id, int(time.time())),
+            )
+            return True
+
+        return self.write(operation, durable=True)
+
+    def make_key(self, account: str, name: str, admin: bool = False) -> tuple[str, Key]:
+        """(the new key's text, the key); the text is kept nowhere."""
+        text = "sk-" + secrets.token_urlsafe(32)
+        hash = sha256(text)
+        hint = key_hint(text)
+        key = Key(key_id(hash), name, account, hash, hint, admin, "proxy.db")
+        row = (key.id, account, name, hint, hash, admin, int(time.time()))
+        self.write(
+            lambda db: db.execute(
+                "INSERT INTO keys(id, account, name, hint, hash, admin, created)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                row,
+            ),
+            durable=True,
+        )
+        return text, key
+
+    def revoke(self, key: Key) -> None:
+        """Revokes a key of either file, for ever."""
+        now = int(time.time())
+        self.write(
+            lambda db: db.execute(
+                "INSERT INTO keys(id, account, name, hint, admin, revoked)"
+                " VALUES (?, ?, ?, ?, 0, ?) ON CONFLICT DO UPDATE"
+                " SET revoked = coalesce(revoked, excluded.revoked)",
+                (key.id, key.account, key.name, key.hint, now),
+            ),
+            durable=True,
+        )
+
+    def grant(self, account: str, amount: int, note: str) -> None:
+        """Adds micro-credits to an account's own."""
+
+        def operation(db: sqlite3.Connection) -> None:
+            now = int(time.time())
+            db.execute(
+                "INSERT INTO grants(account, amount, note, created) VALUES (?, ?, ?, ?)",
+                (account, amount, note, now),
+            )
+            db.execute(
+                "INSERT INTO accounts(id, made, created, granted) VALUES (?, 0, ?, ?)"
+                " ON CONFLICT DO UPDATE SET granted = granted + excluded.granted",
+                (account, now, amount),
+            )
+
+        self.write(operation, durable=True)
+
+    def has_account(self, id: str) -> bool:
+        """Whether the account was made at run time."""
+        return bool(self.read("SELECT 1 FROM accounts WHERE id = ? AND made", id))
+
+    # Proof and upkeep
+
+    def check(self, declared: Callable[[str], int]) -> list[str]:
+        """Re-sums everything in one read transaction; what does not add up."""
+        with self.snapshot() as db:
+            wrong = [row[0] for row in db.execute("PRAGMA quick_check")]
+            wrong = [] if wrong == ["ok"] else wrong
+            rows = db.execute(
+                "SELECT a.id, granted, spent, held, lost, coalesce(g.s, 0),"
+                " coalesce(r.cost, 0), coalesce(r.hold, 0), coalesce(r.lost, 0),"
+                " coalesce(u.cost, 0)"
+                " FROM accounts a LEFT JOIN (SELECT account, sum(amount) s FROM grants"
+                " GROUP BY account) g ON g.account = a.id"
+                " LEFT JOIN (SELECT account, sum(cost) cost, sum(lost) lost,"
+                " sum(CASE WHEN state = 0 THEN hold ELSE 0 END) hold"
+                " FROM requests GROUP BY account) r ON r.account = a.id"
+                " LEFT JOIN (SELECT account, sum(cost) cost FROM usage"
+                " GROUP BY account) u ON u.account = a.id"
+            ).fetchall()
+            orphans = db.execute(
+                "SELECT count(*) FROM requests WHERE account NOT IN"
+                " (SELECT id FROM accounts)"
+            ).fetchone()[0]
+        if orphans:
+            wrong.append(f"{orphans} requests belong to no account")
+        for id, granted, spent, held, lost, grants, cost, hold, losses, usage in rows:
+            sums = {"granted": (granted, grants), "spent": (spent, cost)}
+            sums |= {"held": (held, hold), "lost": (lost, losses), "usage": (spent, usage)}
+            for name, (kept, summed) in sums.items():
+                if kept != summed:
+                    wrong.append(f"{id}: {name} is {kept}, its rows sum to {summed}")
+            if granted + declared(id) - spent - held < 0:
+                wrong.append(f"{id}: spent and held exceed what was granted")
+        return wrong
+
+    def checkpoint(self) -> None:
+        """Moves a long write-ahead log into the file, while nobody writes."""
+        try:
+            if os.stat(self.path + "-wal").st_size < CHECKPOINT_BYTES:
+                return
+        except OSError:
+            return
+        # What is on disk already need not be flushed while the others wait.
+        self._sync(self._commits + 1)
+        with self._writer, self._exclusive(), contextlib.suppress(sqlite3.Error):
+            self._open().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+    def close(self) -> None:
+        """Gives the slot back; what is left open there is the next owner's to clear."""
+        with self._writer, self._reader:
+            self._close_writer()
+            if self._read_db is not None:
+                self._read_db.close()
+                self._read_db = None
+            self._lock.close()
+
+
+# Limits ------------------------------------------------------------------------------
+
+
+class LedgerStorage(Storage, MovingWindowSupport):
+    """Flask-Limiter's moving windows in the ledger: exact over all workers.
+
+    A window is one row: the monotonic seconds of its hits, oldest first.
+    """
+
+    STORAGE_SCHEME = ["sqlite"]
+
+    def __init__(self, uri: str | None = None, *, ledger: Ledger, **options: Any):
+        super().__init__(uri, **options)
+        self._ledger = ledger
+        self._last = threading.local()
+
+    @property
+    def base_exceptions(self) -> tuple[type[Exception], ...]:
+        return (LedgerUnavailable,)
+
+    def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
+        """Adds `amount` hits unless `limit` of them are younger than `expiry` s."""
+
+        def operation(db: sqlite3.Connection) -> tuple[bool, float, int]:
+            now = time.monotonic()
+            hits = self._hits(db, key, now, expiry)
+            fits = len(hits) + amount <= limit
+            if fits:
+                hits.extend([now] * amount)
+                db.execute(
+                    "INSERT INTO windows VALUES (?, ?)"
+                    " ON CONFLICT DO UPDATE SET hits = excluded.hits",
+                    (key, hits.tobytes()),
+                )
+            return fits, hits[0] if hits else now, len(hits)
+
+        fits, start, count = self._ledger.write(operation)
+        self._last.window = key, start, count
+        return fits
+
+    def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
+        """(monotonic start, hits) of the window; this thread's last one as it was."""
+        last, start, count = getattr(self._last, "window", (None, 0.0, 0))
+        if last == key:
+            self._last.window = None, 0.0, 0
+            return start, count
+        now = time.monotonic()
+        rows = self._ledger.read("SELECT hits FROM windows WHERE key = ?", key)
+        hits = self._fresh(rows[0] if rows else None, now, expiry)
+        return (hits[0] if hits else now), len(hits)
+
+    def _hits(self, db: sqlite3.Connection, key: str, now: float, age: int) -> array:
+        row = db.execute("SELECT hits FROM windows WHERE key = ?", (key,)).fetchone()
+        return self._fresh(row, now, age)
+
+    @staticmethod
+    def _fresh(row: tuple | None, now: float, age: int) -> array:
+        hits = array("d", row[0] if row else b"")
+        del hits[: bisect_right(hits, now - age)]
+        return hits
+
+    def incr(self, key: str, expiry: int, amount: int = 1) -> int:
+        raise NotImplementedError("only moving windows are exact")
+
+    get = get_expiry = incr
+
+    def check(self) -> bool:
+        return True
+
+    def reset(self) -> int | None:
+        return self._ledger.write(lambda db: db.execute("DELETE FROM windows").rowcount)
+
+    def clear(self, key: str) -> None:
+        sql = "DELETE FROM windows WHERE key = ?"
+        self._ledger.write(lambda db: db.execute(sql, (key,)))
+
+
+# Usage and price ---------------------------------------------------------------------
+
+CAPS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+CAP_OF_PATH = {
+    "chat/completions": "max_tokens",
+    "completions": "max_tokens",
+    "responses": "max_output_tokens",
+}
+NO_OUTPUT = {"embeddings", "moderations", "rerank", "images/generations"}
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an answer used: tokens by class (`cached` is a part of `input`), images."""
+
+    input: int = 0
+    cached: int = 0
+    output: int = 0
+    images: int = 0
+    estimated: bool = False
+
+
+@dataclass(slots=True)
+class Call:
+    """One request as the client made it; `size` is its body's UTF-8 bytes."""
+
+    path: str
+    body: dict[str, Any]
+    model: str
+    stream: bool
+    wants_usage: bool
+    size: int
+
+    @property
+    def choices(self) -> int:
+        """How many answers this asks for at the most."""
+        choices = max(self.body.get("n") or 1, self.body.get("best_of") or 1)
+        prompt = self.body.get("prompt")
+        if self.path == "completions" and isinstance(prompt, list):
+            # A list of token numbers is one prompt, any other list is a batch.
+            batch = prompt and not isinstance(prompt[0], int)
+            choices *= len(prompt) if batch else 1
+        return choices
+
+    def tokens(self, default: int) -> int:
+        """The most output tokens of one choice."""
+        if self.path in NO_OUTPUT:
+            return 0
+        return max((self.body.get(name) or 0 for name in CAPS), default=0) or default
+
+
+def quote(call: Call, model: Model) -> Quote:
+    """The worst case: a token has at least one byte, and no answer is cached."""
+    price = model.price
+    fixed = call.size * max(price.input, price.cached) + price.request
+    fixed += price.image * (call.body.get("n") or 1)
+    return Quote(fixed, price.output, call.tokens(model.max_output), call.choices)
+
+
+def cost(usage: Usage, price: Price) -> int:
+    """Micro-credits, rounded up once."""
+    pico = (usage.input - usage.cached) * price.input + usage.cached * price.cached
+    pico += usage.output * price.output + usage.images * price.image
+    return ceil_micro(pico + price.request)
+
+
+def estimate(call: Call, relayed: int) -> Usage:
+    """The usage of an answer that was not reported; `relayed` bytes of its text."""
+    if not relayed:
+        return Usage(estimated=True)
+    input = -(-call.size // BYTES_PER_TOKEN)
+    return Usage(input, 0, -(-relayed // BYTES_PER_TOKEN), estimated=True)
+
+
+def read_usage(document: Any) -> Usage | None:
+    """The usage that an answer or event reports; None if none is to be believed.
+
+    Both of OpenAI's namings, and DeepSeek's cache hits (top level of `usage`).
+    """
+    report = document.get("usage")
+    if report is None and isinstance(document.get("response"), dict):
+        report = document["response"].get("usage")
+    if not isinstance(report, dict):
+        return None
+    input = first(report, "prompt_tokens", "input_tokens")
+    output = first(report, "completion_tokens", "output_tokens")
+    if input is None and output is None:
+        return None
+    details = report.get("prompt_tokens_details") or report.get("input_tokens_details")
+    cached = report.get("prompt_cache_hit_tokens")
+    if isinstance(details, dict) and cached is None:
+        cached = details.get("cached_tokens")
+    counts = [input or 0, cached or 0, output or 0]
+    if not all(type(count) is int and 0 <= count <= MAX_TOKENS for count in counts):
+        return None
+    return Usage(counts[0], min(counts[0], counts[1]), counts[2])
+
+
+def first(report: dict[str, Any], *names: str) -> Any:
+    return next((report[name] for name in names if report.get(name) is not None), None)
+
+
+def count_images(document: dict[str, Any]) -> int:
+    """Images that an /images/generations answer delivers."""
+    data = document.get("data")
+    entries = data if isinstance(data, list) else []
+    return sum(
+        isinstance(entry, dict) and bool(entry.get("url") or entry.get("b64_json"))
+        for entry in entries
+    )
+
+
+# Wire --------------------------------------------------------------------------------
+
+PATH = re.compile(r"[a-z0-9_]+(?:[-/][a-z0-9_]+)*")
+EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")
+LINE_END = re.compile(rb"\r\n|\n|\r")
+MODEL_NAME = re.compile(rb'(?<!\\)"model"\s*:\s*"((?:[^"\\]|\\.)*)"')
+TEXT = re.compile(
+    rb'"(?:content|reasoning_content|reasoning|text|arguments|delta|refusal)"'
+    rb'\s*:\s*"((?:[^"\\]|\\.)*)"'
+)
+# What must be looked at one by one; other events pass by the block.
+NOTABLE = re.compile(
+    rb'"usage"\s*:\s*\{|"error"\s*:\s*[^n\s]|\[DONE\]|"finish_reason"\s*:\s*"'
+    rb'|"type"\s*:\s*"[a-z_]+\.(?:completed|incomplete|failed)"'
+)
+LAST_EVENTS = {"response.completed", "response.incomplete", "response.failed"}
+LAST_EVENTS |= {"image_generation.completed", "image_edit.completed"}
+KEEP, DROP, LAST, FAIL = "keep", "drop", "last", "fail"  # what becomes of an event
+DONE = b"data: [DONE]\n\n"
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def finite(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError("a number is too large")
+    return number
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """A strict JSON object, or BadRequest: UTF-8 only, no NaN, nothing twice."""
+    try:
+        document = json.loads(
+            data.decode(),
+            parse_constant=refuse_constant,
+            parse_float=finite,
+            object_pairs_hook=unique,
+        )
+    except UnicodeDecodeError:
+        raise BadRequest("The body is not UTF-8.") from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise BadRequest(f"The body is no valid JSON: {error.msg} at {place}.") from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise BadRequest(f"The body is no valid JSON: {reason}.") from None
+    if not isinstance(document, dict):
+        raise BadRequest("The body must be a JSON object.")
+    return document
+
+
+def to_json(document: Any) -> bytes:
+    """Compact UTF-8; BadRequest for half of a surrogate pair, which has no UTF-8."""
+    try:
+        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        raise BadRequest("The body holds half of a surrogate pair.") from None
+
+
+def read_body(environ: dict[str, Any], limit: int = MAX_BODY) -> bytes:
+    """The whole body of a request, bounded and as long as was announced."""
+    kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise UnsupportedMediaType("Send 'Content-Type: application/json'.")
+    announced = environ.get("CONTENT_LENGTH") or None
+    if announced and (not announced.isdigit() or int(announced) > limit):
+        raise TooLarge(f"The body may have at most {limit} bytes.")
+    try:
+        data = environ["wsgi.input"].read(limit + 1)
+    except Exception:
+        # The server's parser names its errors itself (PEP 3333 names none).
+        raise BadRequest("The body could not be read.") from None
+    if len(data) > limit:
+        raise TooLarge(f"The body may have at most {limit} bytes.")
+    if announced and len(data) != int(announced):
+        raise BadRequest("The body is shorter than its Content-Length.")
+    return data
+
+
+def natural(body: dict[str, Any], name: str, highest: int) -> None:
+    """`name` may be missing, null or a whole number from 1 to `highest`."""
+    value = body.get(name)
+    if value is not None and (type(value) is not int or not 1 <= value <= highest):
+        raise BadRequest(
+            f"'{name}' must be a whole number from 1 to {highest}.", param=name
+        )
+
+
+def parse_call(path: str, data: bytes) -> Call:
+    """A request's body, checked as far as money and routing depend on it."""
+    if not PATH.fullmatch(path):
+        raise NotFound("There is no such path.")
+    body = parse_json(data)
+    model, stream = body.get("model"), body.get("stream")
+    if not isinstance(model, str) or not 1 <= len(model) <= 200:
+        raise BadRequest("'model' must be the name of a model.", param="model")
+    if stream is not None and type(stream) is not bool:
+        raise BadRequest("'stream' must be true or false.", param="stream")
+    for name in CAPS:
+        natural(body, name, 2**31 - 1)
+    for name in ("n", "best_of"):
+        natural(body, name, MAX_CHOICES)
+    if body.get("background"):
+        raise BadRequest("'background' is not supported here.", param="background")
+    if path == "chat/completions":
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise BadRequest("'messages' must be a list of messages.", param="messages")
+        if not all(isinstance(message, dict) for message in messages):
+            raise BadRequest("Each of 'messages' must be an object.", param="messages")
+    options = body.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise BadRequest("'stream_options' must be an object.", param="stream_options")
+    wants_usage = bool((options or {}).get("include_usage"))
+    # Escapes may be shorter or longer than what they stand for.
+    size = max(len(data), len(to_json(body)))
+    return Call(path, body, model, bool(stream), wants_usage, size)
+
+
+def last_user_text(body: dict[str, Any]) -> str:
+    """The text of the last user message, its text parts joined."""
+    for message in reversed(body.get("messages", [])):
+        if message.get("role") == "user":
+            return message_text(message)
+    return ""
+
+
+def message_text(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return "\n".join(text for text in texts if isinstance(text, str))
+
+
+def sse(document: Any) -> bytes:
+    return b"data: " + to_json(document) + b"\n\n"
+
+
+def event_data(event: bytes) -> bytes:
+    """The joined `data` of one event (WHATWG HTML §9.2.6); empty for comments."""
+    lines = [line for line in LINE_END.split(event) if line.startswith(b"data:")]
+    return b"\n".join(line[5:].removeprefix(b" ") for line in lines)
+
+
+def event_document(event: bytes) -> dict[str, Any]:
+    """The JSON object that an event carries, or an empty one."""
+    try:
+        document = json.loads(event_data(event))
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+class EventBuffer:
+    """Cuts a stream of bytes into blocks of whole events, whatever its pieces."""
+
+    def __init__(self) -> None:
+        self.rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """All events, and lone comment lines, that are complete now.
+
+        Raises UpstreamFailed when one grows over MAX_EVENT bytes.
+        """
+        data = self.rest + data if self.rest else data
+        end = data.rfind(b"\n\n") + 2
+        end = 0 if end == 1 else end
+        if end != len(data):
+            for match in EVENT_END.finditer(data, end):
+                end = match.end()
+            end = self._comments(data, end)
+        self.rest = data[end:]
+        if len(self.rest) > MAX_EVENT:
+            raise UpstreamFailed("an event over 1 MB")
+        return data[:end]
+
+    @staticmethod
+    def _comments(data: bytes, end: int) -> int:
+        """The end of the comment lines at `end`: they wait for nothing."""
+        while data[end : end + 1] == b":":
+            line_end = LINE_END.search(data, end)
+            if not line_end:
+                break
+            end = line_end.end()
+        return end
+
+    def flush(self) -> bytes:
+        """The last event where only its blank line is missing, else nothing."""
+        rest, self.rest = self.rest.rstrip(b"\r\n"), b""
+        if event_data(rest) == b"[DONE]" or event_document(rest):
+            return rest + b"\n\n"
+        return b""
+
+
+def split_events(block: bytes) -> Iterator[bytes]:
+    """The events of a block, each with its blank line."""
+    start = 0
+    for match in EVENT_END.finditer(block):
+        yield block[start : match.end()]
+        start = match.end()
+    if start < len(block):
+        yield block[start:]
+
+
+# Upstreams ---------------------------------------------------------------------------
+
+
+class Watch:
+    """What may end a relay from outside; ending it wakes whoever waits upstream."""
+
+    def __init__(self, client: socket.socket | None = None):
+        self.client = client
+        self.reason: str | None = None
+        now = time.monotonic()
+        self.deadline, self.heard, self.stall = now + ANSWER_TIMEOUT, now, None
+        self._upstream: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+
+    def attach(self, upstream: socket.socket) -> None:
+        """From now on `upstream` is shut down when the relay is ended."""
+        with self._lock:
+            self._upstream = upstream
+        self.check()
+
+    def detach(self) -> None:
+        with self._lock:
+            self._upstream = None
+
+    def streams(self) -> None:
+        """The answer is a stream: it may live longer, but must not fall silent."""
+        now = time.monotonic()
+        self.deadline, self.heard, self.stall = now + STREAM_TIMEOUT, now, STALL_TIMEOUT
+
+    def end(self, reason: str) -> None:
+        """Ends the relay, once; the first reason stands."""
+        with self._lock:
+            if self.reason:
+                return
+            self.reason = reason
+            self._ended.set()
+            if self._upstream is not None:
+                # Not SSLSocket's own: it would drop the TLS state under the reader.
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(self._upstream, socket.SHUT_RDWR)
+
+    def check(self) -> None:
+        if self.reason:
+            raise Ended(self.reason)
+
+    def sleep(self, seconds: float) -> None:
+        """Waits, or raises Ended."""
+        self._ended.wait(seconds)
+        self.check()
+
+    def overdue(self, now: float) -> bool:
+        stalled = self.stall is not None and now - self.heard > self.stall
+        return now > self.deadline or stalled
+
+
+class Watcher:
+    """The thread of a worker that ends relays: clients that left, deadlines, drain.
+
+    A client's end shows as end of file on its socket; a half-close looks the same,
+    and counts as leaving (as nginx has it).
+    """
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._watches: set[Watch] = set()
+        self._drain: float | None = None
+        self._closed = False
+        threading.Thread(target=self._run, name="watcher", daemon=True).start()
+
+    @property
+    def draining(self) -> bool:
+        return self._drain is not None
+
+    @property
+    def running(self) -> int:
+        return len(self._watches)
+
+    def add(self, watch: Watch) -> None:
+        self._watches.add(watch)
+        if watch.client is not None:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                self._selector.register(watch.client, selectors.EVENT_READ, watch)
+
+    def remove(self, watch: Watch) -> None:
+        self._watches.discard(watch)
+        if watch.client is not None:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                self._selector.unregister(watch.client)
+
+    def drain(self, seconds: float) -> None:
+        """Ends what still runs after `seconds`."""
+        self._drain = time.monotonic() + seconds
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _run(self) -> None:
+        while not self._closed:
+            try:
+                for key, _ in self._selector.select(WATCH_INTERVAL):
+                    self._look(key.data)
+                self._deadlines(time.monotonic())
+            except (OSError, RuntimeError):
+                # A socket or the set changed under our hands: look again.
+                continue
+
+    def _look(self, watch: Watch) -> None:
+        """A readable client has left, or sends its next request too early."""
+        try:
+            gone = not watch.client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except (OSError, ValueError):
+            gone = True
+        if gone and watch in self._watches:
+            watch.end("client")
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            self._selector.unregister(watch.client)
+
+    def _deadlines(self, now: float) -> None:
+        drained = self._drain is not None and now > self._drain
+        for watch in list(self._watches):
+            if drained:
+                watch.end("drain")
+            elif watch.overdue(now):
+                watch.end("timeout")
+
+
+class Answer:
+    """An upstream's answer: its status, its kind, and its body in pieces.
+
+    `images` counts what a dialect has delivered; None if the body tells.
+    """
+
+    def __init__(self, pieces: Iterable[bytes], stream: bool, images: int | None = None):
+        self.stream, self.images = stream, images
+        self.pieces = iter(pieces)
+
+    def read(self) -> bytes:
+        """The next bytes as they come; empty at the end.
+
+        Raises UpstreamFailed when the body is cut, Ended when the relay is.
+        """
+        return next(self.pieces, b"")
+
+    def read_all(self, limit: int = MAX_ANSWER) -> bytes:
+        """The whole body, or UpstreamFailed if it is longer than `limit` bytes."""
+        pieces, size = [], 0
+        while data := self.read():
+            pieces.append(data)
+            size += len(data)
+            if size > limit:
+                raise UpstreamFailed(f"an answer over {limit} bytes")
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        """Gives up what is not read; called once, by whoever got the answer."""
+
+
+class HttpAnswer(Answer):
+    """An answer on a connection, which goes back to its pool when read to the end."""
+
+    def __init__(self, reply: http.client.HTTPResponse, connection: Connection):
+        kind = content_type(reply)
+        super().__init__((), kind == "text/event-stream")
+        self.status, self.kind = reply.status, kind
+        self.retry_after = reply.getheader("Retry-After")
+        self._reply, self._connection = reply, connection
+
+    def read(self) -> bytes:
+        with self._connection.errors():
+            data = self._reply.read1(65536)
+        if not data:
+            self._connection.watch.check()
+            if self._reply.length:
+                raise UpstreamFailed("the answer was cut")
+            self._reply.close()
+        return data
+
+    def close(self) -> None:
+        reuse = not self._reply.will_close and self._at_end()
+        self._reply.close()
+        self._connection.release(reuse)
+
+    def _at_end(self) -> bool:
+        """Whether nothing but the last chunk, which is empty, was left to read."""
+        if not self._reply.isclosed() and not self._connection.watch.reason:
+            with contextlib.suppress(ProxyError, Ended):
+                self._connection.hurry()
+                self.read()
+        return self._reply.isclosed()
+
+
+def content_type(reply: http.client.HTTPResponse) -> str:
+    return (reply.getheader("Content-Type") or "").partition(";")[0].strip().lower()
+
+
+class Connection:
+    """One request's use of a connection to an upstream."""
+
+    def __init__(self, pool: Pool, watch: Watch):
+        self.pool, self.watch = pool, watch
+        self._sent = False
+        self._http: http.client.HTTPConnection | None = None
+
+    def post(self, path: str, body: bytes, headers: dict[str, str]) -> HttpAnswer:
+        """Sends a POST and waits for the answer's head; the answer owns this then."""
+        self.send("POST", path, body, headers)
+        return self.answer()
+
+    def send(
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str]
+    ) -> None:
+        try:
+            with self.errors():
+                self._http = self.pool.take()
+                self.watch.attach(self._http.sock)
+                self._http.request(method, path, body, headers)
+                self._sent = True
+        except BaseException:
+            self.release(reuse=False)
+            raise
+
+    def ready(self, seconds: float) -> bool:
+        """Whether something of the answer is here within `seconds`."""
+        self.watch.check()
+        return not is_quiet(self._http.sock, seconds)
+
+    def answer(self) -> HttpAnswer:
+        try:
+            with self.errors():
+                return HttpAnswer(self._http.getresponse(), self)
+        except BaseException:
+            self.release(reuse=False)
+            raise
+
+    def release(self, reuse: bool) -> None:
+        """Gives the connection back, or closes it."""
+        self.watch.detach()
+        connection, self._http = self._http, None
+        if connection is None:
+            return
+        if reuse and not self.watch.reason:
+            self.pool.give(connection)
+        else:
+            connection.close()
+
+    def hurry(self) -> None:
+        """Whatever is not here by now is not waited for any more."""
+        if self._http is not None and self._http.sock is not None:
+            self._http.sock.settimeout(0.02)
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """The one place where the network's exceptions become ours."""
+        try:
+            yield
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            self.watch.check()
+            # Its text may hold what the upstream sent: only the kind is kept.
+            reason = type(error).__name__
+            if self._sent:
+                raise UpstreamFailed(reason) from None
+            raise UpstreamFailed(reason, wait=2, clean=True) from None
+
+
+class Pool:
+    """Idle connections to one upstream, the youngest first.
+
+    http.client, not requests: a client that leaves must be able to end the wait for
+    the answer's head, for which the socket is needed before there is an answer; and
+    it costs 93 µs of CPU a request, where Session.post costs 570.
+    """
+
+    _tls: ssl.SSLContext | None = None
+
+    def __init__(self, upstream: UpstreamConfig):
+        self._upstream = upstream
+        self._idle: deque[tuple[http.client.HTTPConnection, float]] = deque()
+
+    def take(self) -> http.client.HTTPConnection:
+        """A connected connection; raises OSError."""
+        while True:
+            try:
+                connection, since = self._idle.pop()
+            except IndexError:
+                return self._connect()
+            if time.monotonic() - since < UPSTREAM_IDLE and is_quiet(connection.sock):
+                return connection
+            connection.close()
+
+    def give(self, connection: http.client.HTTPConnection) -> None:
+        if connection.sock is not None:
+            connection.sock.settimeout(None)
+            self._idle.append((connection, time.monotonic()))
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop()[0].close()
+
+    def _connect(self) -> http.client.HTTPConnection:
+        place = self._upstream.host, self._upstream.port
+        if self._upstream.secure:
+            connection = http.client.HTTPSConnection(
+                *place, timeout=CONNECT_TIMEOUT, context=self._context()
+            )
+        else:
+            connection = http.client.HTTPConnection(*place, timeout=CONNECT_TIMEOUT)
+        connection.connect()
+        # From here on the watch bounds every wait: it shuts the socket down.
+        connection.sock.settimeout(None)
+        return connection
+
+    @classmethod
+    def _context(cls) -> ssl.SSLContext:
+        if cls._tls is None:
+            cls._tls = ssl.create_default_context()
+            cls._tls.load_verify_locations(certifi.where())
+        return cls._tls
+
+
+def is_quiet(sock: socket.socket, seconds: float = 0) -> bool:
+    """Whether a connection says nothing, not even its end, for `seconds`."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return not poll.poll(seconds * 1000)
+
+
+class Dialect:
+    """How one kind of upstream is asked. A subclass levels what differs.
+
+    `scheme` is what stands before the "+" of the upstream's URL.
+    """
+
+    scheme = ""
+
+    def __init_subclass__(cls) -> None:
+        DIALECTS[cls.scheme] = cls
+
+    def __init__(self, upstream: UpstreamConfig):
+        self.upstream, self.pool = upstream, Pool(upstream)
+
+    def check(self, call: Call) -> None:
+        """Raises BadRequest or NotFound for what this dialect cannot do."""
+
+    def send(self, call: Call, body: dict[str, Any], watch: Watch) -> Answer:
+        """Sends `body` (the upstream's model id, defaults and cap written into it)
+        and returns a successful answer; raises Refused, UpstreamFailed or Ended."""
+        raise NotImplementedError
+
+    def probe(self, watch: Watch) -> str:
+        """Empty if the credentials are accepted, else why not; spends nothing."""
+        return ""
+
+    def cap_name(self, call: Call) -> str | None:
+        """The member that bounds the output where the client sent none."""
+        return CAP_OF_PATH.get(call.path)
+
+
+class OpenAI(Dialect):
+    """`https://`: the OpenAI API as it is."""
+
+    scheme = ""
+
+    def __init__(self, upstream: UpstreamConfig):
+        super().__init__(upstream)
+        self._headers = {
+            "Accept": "application/json, text/event-stream",
+            "Content-Type": "application/json",
+            "User-Agent": "proxy.py",
+        }
+        if upstream.key:
+            self._headers["Authorization"] = f"Bearer {upstream.key}"
+
+    def send(self, call: Call, body: dict[str, Any], watch: Watch) -> Answer:
+        if call.stream and call.path in ("chat/completions", "completions"):
+            options = body.get("stream_options") or {}
+            body["stream_options"] = options | {"include_usage": True}
+        return self.post(call.path, body, watch)
+
+    def cap_name(self, call: Call) -> str | None:
+        # OpenAI's reasoning models refuse `max_tokens`; most other servers know no
+        # other name.
+        chat = call.path == "chat/completions"
+        if chat and self.upstream.host.endswith("openai.com"):
+            return "max_completion_tokens"
+        return super().cap_name(call)
+
+    def post(self, path: str, body: dict[str, Any], watch: Watch) -> HttpAnswer:
+        """Posts JSON; an answer that is no success is raised as what it means."""
+        return self.finish(self.start(path, body, watch))
+
+    def start(self, path: str, body: dict[str, Any], watch: Watch) -> Connection:
+        connection = Connection(self.pool, watch)
+        connection.send("POST", self.url_path(path), to_json(body), self._headers)
+        return connection
+
+    def url_path(self, path: str) -> str:
+        return f"{self.upstream.path}/{path}"
+
+    def finish(self, connection: Connection) -> HttpAnswer:
+        answer = connection.answer()
+        if answer.status == 200 and answer.kind in ("application/json", STREAM_TYPE):
+            return answer
+        try:
+            raise self.failure(answer)
+        finally:
+            answer.close()
+
+    def get(self, path: str, watch: Watch) -> str:
+        """Empty if a GET of `path` is answered with 200, else what came instead."""
+        connection = Connection(self.pool, watch)
+        try:
+            connection.send("GET", path, None, self._headers)
+            answer = connection.answer()
+        except UpstreamFailed as error:
+            return error.reason
+        answer.close()
+        return "" if answer.status == 200 else f"status {answer.status}"
+
+    def probe(self, watch: Watch) -> str:
+        return self.get(self.url_path("models"), watch)
+
+    def failure(self, answer: HttpAnswer) -> ProxyError:
+        """What an answer that is no success means, by its status."""
+        status = answer.status
+        reason = f"status {status}"
+        if status in CLIENT_STATUS:
+            return refusal(status, answer.read_all(1 << 20), self.upstream.key)
+        if status in BUSY_STATUS:
+            return UpstreamFailed(reason, seconds(answer.retry_after), clean=True)
+        if status in REFUSED_STATUS:
+            return UpstreamFailed(reason, clean=True)
+        if status >= 500:
+            return UpstreamFailed(reason, wait=2)
+        return UpstreamFailed(f"{reason}, {answer.kind or 'no content type'}")
+
+
+STREAM_TYPE = "text/event-stream"
+
+
+def seconds(retry_after: str | None) -> int:
+    """Whole seconds, 1 to 60, out of an upstream's Retry-After."""
+    text = (retry_after or "").strip()
+    return max(1, min(60, int(text))) if text.isdecimal() and len(text) < 6 else 2
+
+
+def refusal(status: int, data: bytes, key: str) -> Refused:
+    """The client's own mistake as the upstream tells it: OpenAI's form, an error
+    that is a text (vLLM), FastAPI's `detail`. The operator's key is cut out."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        document = {}
+    document = document if isinstance(document, dict) else {}
+    error = document.get("error") or document.get("detail") or document
+    message = error.get("message") if isinstance(error, dict) else error
+    if not isinstance(message, str):
+        message = to_json(message).decode() if message else "The provider refused this."
+    code = error.get("code") if isinstance(error, dict) else None
+    param = error.get("param") if isinstance(error, dict) else None
+    for secret in key.split(":"):
+        if len(secret) >= 4:
+            message = message.replace(secret, "***").replace(secret[-4:], "***")
+    return Refused(
+        status,
+        message[:2000].encode("utf-8", "replace").decode(),
+        code if isinstance(code, str) else None,
+        param if isinstance(param, str) else None,
+    )
+
+
+class DeepSeek(OpenAI):
+    """`deepseek+https://`: OpenAI's API with DeepSeek's differences levelled."""
+
+    scheme = "deepseek"
+
+    def send(self, call: Call, body: dict[str, Any], watch: Watch) -> Answer:
+        # max_completion_tokens is silently ignored there, and would bound nothing.
+        if longest := body.pop("max_completion_tokens", None):
+            body["max_tokens"] = min(longest, body.get("max_tokens") or longest)
+        if call.path == "chat/completions":
+            body["messages"] = [as_system(message) for message in body["messages"]]
+        return super().send(call, body, watch)
+
+    def url_path(self, path: str) -> str:
+        """Fill-in-the-middle is reached under /beta only."""
+        if path == "completions":
+            return self.upstream.path.removesuffix("/v1") + "/beta/completions"
+        return super().url_path(path)
+
+    def probe(self, watch: Watch) -> str:
+        return self.get(self.upstream.path.removesuffix("/v1") + "/user/balance", watch)
+
+
+def as_system(message: dict[str, Any]) -> dict[str, Any]:
+    """DeepSeek refuses the role `developer`."""
+    if message.get("role") == "developer":
+        return message | {"role": "system"}
+    return message
+
+
+class ImageDialect(Dialect):
+    """Image models, asked through chat completions or /images/generations."""
+
+    def check(self, call: Call) -> None:
+        if call.path not in ("chat/completions", "images/generations"):
+            raise NotFound("Image models answer chat completions and generations only.")
+        if call.path == "images/generations" and call.stream:
+            raise BadRequest("Images are not streamed here.", param="stream")
+        if call.path == "chat/completions" and call.choices > 1:
+            raise BadRequest("Only one image a request: 'n' must be 1.", param="n")
+        if not self.prompt(call.body).strip():
+            raise BadRequest("There is no text to make an image of.", param="messages")
+
+    @staticmethod
+    def prompt(body: dict[str, Any]) -> str:
+        """The prompt, or the text of the last user message."""
+        prompt = body.get("prompt")
+        return prompt if isinstance(prompt, str) else last_user_text(body)
+
+    def make(
+        self, call: Call, body: dict[str, Any], watch: Watch
+    ) -> Iterator[list[str] | None]:
+        """Asks for images, once; None whenever there is still to wait, then URLs.
+
+        What fails before the first item can be told with a status.
+        """
+        raise NotImplementedError
+
+    def send(self, call: Call, body: dict[str, Any], watch: Watch) -> Answer:
+        steps = self.make(call, body, watch)
+        urls = next(steps)
+        if call.stream:
+            answer = Answer((), True, images=0)
+            answer.pieces = self._events(answer, call.model, itertools.chain([urls], steps))
+            return answer
+        while urls is None:
+            urls = next(steps)
+        document = {"created": int(time.time()), "data": [{"url": url} for url in urls]}
+        if call.path == "chat/completions":
+            document = self._completion(call.model, urls[0])
+        return Answer([to_json(document)], False, images=len(urls))
+
+    @staticmethod
+    def _head(model: str, kind: str) -> dict[str, Any]:
+        id, now = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+        return {"id": id, "object": kind, "created": now, "model": model}
+
+    def _completion(self, model: str, url: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": url}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        head = self._head(model, "chat.completion")
+        return head | {"choices": [choice], "usage": NO_TOKENS}
+
+    def _events(
+        self, answer: Answer, model: str, steps: Iterator[list[str] | None]
+    ) -> Iterator[bytes]:
+        """Comments while waiting, then the image's URL as one chunk."""
+        head = self._head(model, "chat.completion.chunk")
+        spoken = time.monotonic()
+        for urls in steps:
+            if urls:
+                break
+            if time.monotonic() - spoken >= COMMENT_INTERVAL:
+                spoken = time.monotonic()
+                yield b": the image is being made\n"
+        answer.images = 1
+        delta = {"role": "assistant", "content": urls[0]}
+        for delta, finish in ((delta, None), ({}, "stop")):
+            choice = {"index": 0, "delta": delta, "finish_reason": finish}
+            yield sse(head | {"choices": [choice]})
+        yield sse(head | {"choices": [], "usage": NO_TOKENS})
+        yield DONE
+
+
+NO_TOKENS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+
+
+class Images(ImageDialect):
+    """`images+https://`: any server with an OpenAI-style /images/generations."""
+
+    scheme = "images"
+    members = ("n", "size", "seed", "watermark", "quality", "style", "background", "user")
+    members += ("guidance_scale", "image", "response_format", "output_format")
+
+    def __init__(self, upstream: UpstreamConfig):
+        super().__init__(upstream)
+        self._api = OpenAI(upstream)
+        self.pool = self._api.pool
+
+    def make(
+        self, call: Call, body: dict[str, Any], watch: Watch
+    ) -> Iterator[list[str] | None]:
+        asked = {name: body[name] for name in self.members if body.get(name) is not None}
+        if call.path == "chat/completions":
+            asked.pop("response_format", None)
+        asked |= {"model": body["model"], "prompt": self.prompt(body)}
+        if "seedream" in body["model"]:
+            self._level(asked)
+        connection = self._api.start("images/generations", asked, watch)
+        while not connection.ready(COMMENT_INTERVAL):
+            yield None
+        document = self._delivered(connection)
+        urls = [image_url(entry) for entry in document["data"] if image_url(entry)]
+        yield urls
+
+    @staticmethod
+    def _level(asked: dict[str, Any]) -> None:
+        """Seedream makes one image a call, 4.5 and 5.0 none below 3,686,400 pixels."""
+        if asked.pop("n", 1) > 1:
+            raise BadRequest("This model makes one image a request.", param="n")
+        asked.setdefault("watermark", False)
+        size = re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(asked.get("size", "")))
+        late = re.search(r"seedream-(4-5|[5-9])", asked["model"])
+        if size and late and int(size[1]) * int(size[2]) < 3_686_400:
+            del asked["size"]
+
+    def _delivered(self, connection: Connection) -> dict[str, Any]:
+        """The answer, with at least one image in it."""
+        try:
+            answer = self._api.finish(connection)
+        except Refused as refused:
+            raise policy_refusal(refused.code) or refused from None
+        try:
+            document = json.loads(answer.read_all())
+        except (ValueError, RecursionError):
+            document = None
+        finally:
+            answer.close()
+        if isinstance(document, dict) and count_images(document):
+            return document
+        raise image_failure(document)
+
+    def probe(self, watch: Watch) -> str:
+        return self._api.probe(watch)
+
+
+def image_url(entry: Any) -> str | None:
+    """The URL of one image; `data:` for one that came as base64."""
+    entry = entry if isinstance(entry, dict) else {}
+    if isinstance(entry.get("url"), str):
+        return entry["url"]
+    if isinstance(entry.get("b64_json"), str):
+        return f"data:image/png;base64,{entry['b64_json']}"
+    return None
+
+
+def policy_refusal(code: Any) -> Refused | None:
+    """The 400 of content that the vendor's moderation refuses."""
+    if isinstance(code, str) and code.endswith("SensitiveContentDetected"):
+        return moderated()
+    return None
+
+
+def moderated() -> Refused:
+    message = "The provider's moderation refused this content."
+    return Refused(400, message, "content_policy_violation", None)
+
+
+def image_failure(document: Any) -> ProxyError:
+    """Why a 200 without an image has none: its own error, or its first entry's."""
+    document = document if isinstance(document, dict) else {}
+    data = document.get("data")
+    for holder in [document, *(data if isinstance(data, list) else [])]:
+        error = holder.get("error") if isinstance(holder, dict) else None
+        if isinstance(error, dict):
+            return policy_refusal(error.get("code")) or UpstreamFailed("an image error")
+    return UpstreamFailed("no image in the answer")
+
+
+class JiMeng(ImageDialect):
+    """`jimeng+https://`: Volcengine's signed submit-and-poll; key "access:secret"."""
+
+    scheme = "jimeng"
+    moderation = {50411, 50412, 50413, 50511, 50512, 50518, 50519}
+    busy = {50429, 50430}
+
+    def check(self, call: Call) -> None:
+        super().check(call)
+        if (call.body.get("n") or 1) > 1:
+            raise BadRequest("This model makes one image a request.", param="n")
+        if len(self.prompt(call.body)) > 800:
+            raise BadRequest("The prompt may have at most 800 characters.")
+        if call.body.get("response_format") == "b64_json":
+            raise BadRequest("Only URLs are answered.", param="response_format")
+
+    def make(
+        self, call: Call, body: dict[str, Any], watch: Watch
+    ) -> Iterator[list[str] | None]:
+        # Without force_single one call can make, and bill, fifteen images.
+        task = {"req_key": body["model"], "prompt": self.prompt(body)}
+        task |= {"force_single": True} | self._options(body)
+        data = self._call("CVSync2AsyncSubmitTask", task, watch)
+        id = data.get("task_id")
+        if not isinstance(id, str) or not re.fullmatch(r"[\w-]{1,64}", id):
+            raise UpstreamFailed("no task id")
+        deadline = time.monotonic() + JIMENG_TIMEOUT
+        pause = JIMENG_FIRST_POLL
+        while time.monotonic() < deadline:
+            yield None
+            watch.sleep(pause)
+            pause = JIMENG_POLL
+            if urls := self._poll(body["model"], id, watch):
+                yield urls
+                return
+            watch.heard = time.monotonic()
+        raise UpstreamFailed(f"task {id} was not done in time")
+
+    @staticmethod
+    def _options(body: dict[str, Any]) -> dict[str, Any]:
+        """What the vendor takes besides the prompt; OpenAI's size as width, height."""
+        names = ("width", "height", "scale", "seed", "image_urls")
+        options = {name: body[name] for name in names if body.get(name) is not None}
+        size = body.get("size")
+        if size not in (None, "auto"):
+            match = re.fullmatch(r"(\d{2,4})x(\d{2,4})", str(size))
+            if not match:
+                raise BadRequest("'size' must read like 1024x1024.", param="size")
+            options |= {"width": int(match[1]), "height": int(match[2])}
+        return options
+
+    def _poll(self, model: str, id: str, watch: Watch) -> list[str] | None:
+        """The task's image, None while it is being made.
+
+        The submitted task may still be billed: whatever fails now must not be
+        repeated by the client.
+        """
+        query = {"req_key": model, "task_id": id, "req_json": '{"return_url":true}'}
+        try:
+            data = self._call("CVSync2AsyncGetResult", query, watch)
+        except UpstreamFailed as error:
+            if error.transient:
+                return None
+            raise UpstreamFailed(f"task {id}: {error.reason}") from None
+        if data.get("status") in ("in_queue", "generating"):
+            return None
+        urls = data.get("image_urls")
+        if data.get("status") != "done" or not isinstance(urls, list):
+            status = data.get("status")
+            known = status if status in ("not_found", "expired", "done") else "unknown"
+            raise UpstreamFailed(f"task {id}: {known}")
+        urls = [url for url in urls if isinstance(url, str) and url]
+        if not urls:
+            raise UpstreamFailed(f"task {id}: no image")
+        return urls[:1]
+
+    def _call(self, action: str, document: dict[str, Any], watch: Watch) -> dict:
+        """`data` of a successful call; raises Refused or UpstreamFailed."""
+        body = to_json(document)
+        access, _, secret = self.upstream.key.partition(":")
+        query = f"Action={action}&Version=2022-08-31"
+        headers = volcengine_signature(
+            access, secret, self.host(), query, body, time.gmtime()
+        )
+        connection = Connection(self.pool, watch)
+        answer = connection.post(f"{self.upstream.path}/?{query}", body, headers)
+        try:
+            reply = json.loads(answer.read_all(1 << 20))
+        except (ValueError, RecursionError):
+            reply = None
+        finally:
+            answer.close()
+        reply = reply if isinstance(reply, dict) else {}
+        data = reply.get("data")
+        if reply.get("code") == 10000 and isinstance(data, dict):
+            return data
+        raise self._failure(answer.status, reply)
+
+    def _failure(self, status: int, reply: dict[str, Any]) -> ProxyError:
+        """What an error of either layer means: the business code, or the gateway's."""
+        code = reply.get("code")
+        if code in self.moderation:
+            return moderated()
+        if code in self.busy or (status == 429 and code is None):
+            return UpstreamFailed(f"code {code}", wait=2, clean=True, transient=True)
+        if code is None or code == 50400:
+            failed = status >= 500
+            return UpstreamFailed(f"status {status}", 2 if failed else None, not failed)
+        known = code if type(code) is int else "unknown"
+        return UpstreamFailed(f"code {known}", wait=2)
+
+    def host(self) -> str:
+        """The Host header as http.client writes it: it is signed."""
+        default = 443 if self.upstream.secure else 80
+        host, port = self.upstream.host, self.upstream.port
+        return host if port == default else f"{host}:{port}"
+
+    def probe(self, watch: Watch) -> str:
+        """Polls a made-up task: what comes back tells whether the keys are known."""
+        query = {"req_key": "jimeng_t2i_v40", "task_id": "0"}
+        try:
+            self._call("CVSync2AsyncGetResult", query, watch)
+        except Refused:
+            pass
+        except UpstreamFailed as error:
+            # A business error was answered by the service, behind the signature.
+            if not error.reason.startswith("code "):
+                return error.reason
+        return ""
+
+
+def volcengine_signature(
+    access: str, secret: str, host: str, query: str, body: bytes, now: time.struct_time
+) -> dict[str, str]:
+    """The headers of a signed POST to / (Volcengine's HMAC-SHA256, cv, cn-north-1).
+
+    `query` is sorted and percent-encoded; `secret` is used as it is, not decoded.
+    """
+    date, digest = time.strftime("%Y%m%dT%H%M%SZ", now), hashlib.sha256(body).hexdigest()
+    signed = {"content-type": "application/json", "host": host}
+    signed |= {"x-content-sha256": digest, "x-date": date}
+    names = ";".join(signed)
+    lines = "".join(f"{name}:{value}\n" for name, value in signed.items())
+    canonical = f"POST\n/\n{query}\n{lines}\n{names}\n{digest}"
+    scope = f"{date[:8]}/cn-north-1/cv/request"
+    text = f"HMAC-SHA256\n{date}\n{scope}\n{sha256(canonical)}"
+    key = secret.encode()
+    for part in [*scope.split("/"), text]:
+        key = hmac.digest(key, part.encode(), "sha256")
+    return {
+        "Content-Type": "application/json",
+        "X-Date": date,
+        "X-Content-Sha256": digest,
+        "Authorization": f"HMAC-SHA256 Credential={access}/{scope}, "
+        f"SignedHeaders={names}, Signature={key.hex()}",
+    }
+
+
+class Echo(Dialect):
+    """`echo:`: answers with the last user message; words count as tokens."""
+
+    scheme = "echo"
+
+    def check(self, call: Call) -> None:
+        if call.path != "chat/completions":
+            raise NotFound("The echo model answers /v1/chat/completions only.")
+
+    def send(self, call: Call, body: dict[str, Any], watch: Watch) -> Answer:
+        limit = min((body[name] for name in CAPS if body.get(name)), default=None)
+        words = re.findall(r"\s*\S+", last_user_text(body))
+        finish = "length" if limit is not None and len(words) > limit else "stop"
+        words, choices = words[:limit], body.get("n") or 1
+        asked = sum(len(message_text(each).split()) for each in body["messages"])
+        usage = {"prompt_tokens": asked, "completion_tokens": len(words) * choices}
+        usage["total_tokens"] = sum(usage.values())
+        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time())}
+        head["model"] = body["model"]
+        if call.stream:
+            return Answer(self._events(head, words, choices, finish, usage), True)
+        message = {"role": "assistant", "content": "".join(words)}
+        picks = [
+            {"index": index, "message": message, "finish_reason": finish}
+            for index in range(choices)
+        ]
+        head |= {"object": "chat.completion", "choices": picks, "usage": usage}
+        return Answer([to_json(head)], False)
+
+    @staticmethod
+    def _events(
+        head: dict[str, Any],
+        words: list[str],
+        choices: int,
+        finish: str,
+        usage: dict[str, int],
+    ) -> Iterator[bytes]:
+        head = head | {"object": "chat.completion.chunk"}
+
+        def chunk(index: int, delta: dict[str, str], end: str | None) -> bytes:
+            choice = {"index": index, "delta": delta, "finish_reason": end}
+            return sse(head | {"choices": [choice]})
+
+        for index in range(choices):
+            yield chunk(index, {"role": "assistant", "content": ""}, None)
+            for word in words:
+                yield chunk(index, {"content": word}, None)
+            yield chunk(index, {}, finish)
+        yield sse(head | {"choices": [], "usage": usage})
+        yield DONE
+
+
+class Upstreams:
+    """The dialects in use, each with its connections; kept while keys.json changes."""
+
+    def __init__(self) -> None:
+        self._dialects: dict[UpstreamConfig, Dialect] = {}
+
+    def dialect(self, upstream: UpstreamConfig) -> Dialect:
+        found = self._dialects.get(upstream)
+        if found is None:
+            found = DIALECTS[upstream.dialect](upstream)
+            found = self._dialects.setdefault(upstream, found)
+        return found
+
+    def close(self) -> None:
+        for dialect in self._dialects.values():
+            dialect.pool.close()
+
+
+# Relay -------------------------------------------------------------------------------
+
+
+class Relay:
+    """One admitted request: forwards, meters and settles. Outlives the view.
+
+    An iterable with an idempotent `close()`: a generator's `finally` never runs on a
+    response that is closed before its first item.
+    """
+
+    def __init__(
+        self, services: Services, call: Call, model: Model, lease: Lease, watch: Watch
+    ):
+        self.call, self.model, self.lease, self.watch = call, model, lease, watch
+        self._services = services
+        self._answer: Answer | None = None
+        self._started = time.monotonic()
+        self._ttfb: int | None = None
+        self._usage: Usage | None = None
+        self._relayed = 0  # bytes of the answer's text
+        self._finished = self._ended = self._resolved = self._closed = False
+        self._names: tuple[bytes, bytes] | None = None
+
+    def respond(self) -> Response:
+        """The response; whatever fails before its first byte is raised."""
+        try:
+            self._answer = self._send()
+            if self._answer.stream:
+                self.watch.streams()
+                kind = f"{STREAM_TYPE}; charset=utf-8"
+                return Response(self, 200, STREAM_HEADERS, None, kind, True)
+            body = self._whole()
+        except Ended as ended:
+            self._abandon(499 if ended.args[0] == "client" else 503)
+            raise UpstreamFailed(ended.args[0]) from None
+        except ProxyError as error:
+            self._abandon(error.status)
+            raise
+        except BaseException:
+            self._abandon(500)
+            raise
+        self.close()
+        return Response(body, 200, None, None, "application/json")
+
+    def _send(self) -> Answer:
+        """Asks the upstreams in turn while nothing can have been generated."""
+        failure: ProxyError | None = None
+        for upstream, upstream_id in self.model.routes:
+            if upstream.missing:
+                failure = failure or UpstreamFailed("not configured", clean=True)
+                failure.message = "The provider of this model is not configured."
+                continue
+            dialect = self._services.upstreams.dialect(upstream)
+            try:
+                dialect.check(self.call)
+                body = self._body(dialect, upstream_id)
+                return dialect.send(self.call, body, self.watch)
+            except UpstreamFailed as error:
+                self._services.log.note(
+                    "upstream", upstream=upstream.name, reason=error.reason
+                )
+                failure = error
+                if not error.clean:
+                    break
+        raise failure
+
+    def _body(self, dialect: Dialect, upstream_id: str) -> dict[str, Any]:
+        """The body for one upstream: its model id, the defaults, the cap."""
+        body = {**self.model.defaults, **self.call.body, "model": upstream_id}
+        if not self.model.price.output or self.call.path in NO_OUTPUT:
+            return body
+        named = [name for name in CAPS if body.get(name)]
+        for name in named or filter(None, [dialect.cap_name(self.call)]):
+            body[name] = min(body.get(name) or MAX_TOKENS, self.lease.tokens)
+        return body
+
+    # JSON
+
+    def _whole(self) -> bytes:
+        """The whole JSON answer, settled."""
+        data = self._answer.read_all()
+        try:
+            document = json.loads(data)
+        except (ValueError, RecursionError):
+            document = None
+        if not isinstance(document, dict) or document.get("error"):
+            raise UpstreamFailed("no JSON object, or an error inside a 200")
+        self._heard()
+        usage = read_usage(document)
+        images = self._answer.images
+        images = count_images(document) if images is None else images
+        if usage is None:
+            text = sum(map(len, TEXT.findall(data)))
+            priced = self.model.price.image or not self.model.price.output
+            usage = Usage() if priced and images else estimate(self.call, text)
+        self._usage = replace(usage, images=images)
+        self._resolve(200)
+        return self._rename(data)
+
+    # Streams
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b""  # the headers leave before the first event
+        try:
+            yield from self._blocks()
+        except Ended as ended:
+            if ended.args[0] != "client":
+                yield self._break(ended.args[0])
+        except ProxyError as error:
+            yield self._break(getattr(error, "reason", error.code), error)
+
+    def _blocks(self) -> Iterator[bytes]:
+        """Blocks of whole events as they come; the charge is written before the end."""
+        buffer = EventBuffer()
+        while data := self._answer.read():
+            if block := buffer.feed(data):
+                yield from self._pass(block)
+                if self._ended:
+                    return
+        self.watch.check()
+        yield from self._pass(buffer.flush())
+        if not self._ended:
+            if not self._finished:
+                raise UpstreamFailed("the stream ended without a finish")
+            self._settle_patiently()
+            yield DONE
+
+    def _pass(self, block: bytes) -> Iterator[bytes]:
+        """What of a block the client gets; most blocks hold nothing of note."""
+        if not NOTABLE.search(block):
+            self._meter(block)
+            if block:
+                yield self._rename(block)
+            return
+        kept, fate = [], KEEP
+        for event in split_events(block):
+            fate = self._fate(event)
+            if fate in (KEEP, LAST):
+                kept.append(event)
+            if fate in (LAST, FAIL):
+                break
+        if fate == LAST:
+            self._settle_patiently()
+            self._ended = True
+        if kept:
+            yield self._rename(b"".join(kept))
+        if fate == FAIL:
+            raise UpstreamFailed("an error inside the stream")
+
+    def _fate(self, event: bytes) -> str:
+        """Meters one event and says what becomes of it."""
+        self._meter(event)
+        if not NOTABLE.search(event):
+            return KEEP
+        if event_data(event).strip() == b"[DONE]":
+            return LAST
+        document = event_document(event)
+        if document.get("error"):
+            return FAIL
+        self._usage = read_usage(document) or self._usage
+        if document.get("type") in LAST_EVENTS:
+            return LAST
+        choices = document.get("choices")
+        if isinstance(choices, list):
+            self._finished |= any(map(finish_of, choices))
+            if not choices and "usage" in document and not self.call.wants_usage:
+                return DROP
+        return KEEP
+
+    def _meter(self, block: bytes) -> None:
+        """Counts the text that is relayed, and notes that the upstream is alive."""
+        if b"data:" in block:
+            self._heard()
+            self._relayed += sum(map(len, TEXT.findall(block)))
+
+    def _heard(self) -> None:
+        self.watch.heard = now = time.monotonic()
+        if self._ttfb is None:
+            self._ttfb = int((now - self._started) * 1000)
+
+    def _break(self, reason: str, error: ProxyError | None = None) -> bytes:
+        """The error event that ends a stream which could not end well."""
+        self._services.log.note("stream", request=self.lease.id, reason=reason)
+        self._resolve_now_or_later(503)
+        return b"data: " + (error or UpstreamFailed(reason)).envelope() + b"\n\n"
+
+    def _rename(self, block: bytes) -> bytes:
+        """The block with the client's name of the model where the upstream's stood."""
+        if self._names is None:
+            found = MODEL_NAME.search(block)
+            if not found:
+                return block
+            name = to_json(self.model.id)
+            old = found[0]
+            value_at = found.start(1) - found.start() - 1
+            self._names = old, old[:value_at] + name
+        old, new = self._names
+        return block if old == new else block.replace(old, new)
+
+    # The end
+
+    def _charge(self, status: int) -> Charge:
+        made = self._answer.images if self._answer is not None else None
+        usage = self._usage or estimate(self.call, self._relayed)
+        if made is not None:
+            usage = Usage(usage.input, 0, usage.output, made) if self._usage else Usage(images=made)
+        price = self.model.price
+        free = status != 200 and not self._relayed and self._usage is None
+        amount = 0 if free else cost(usage, price)
+        if usage.estimated:
+            amount = min(amount, self.lease.hold)
+        return Charge(
+            status,
+            amount,
+            usage.input,
+            usage.cached,
+            usage.output,
+            usage.images,
+            usage.estimated and not free,
+            self._ttfb,
+            int((time.monotonic() - self._started) * 1000),
+        )
+
+    def _resolve(self, status: int, free: bool = False) -> None:
+        """Writes how the request ended into the ledger, and one line into the log."""
+        charge = self._charge(status)
+        if free:
+            charge = Charge(status, ttfb=charge.ttfb, duration=charge.duration)
+        self._services.ledger.resolve(self.lease, charge)
+        self._done(charge)
+
+    def _done(self, charge: Charge) -> None:
+        self._resolved = True
+        self.charge = charge
+
+    def _settle_patiently(self) -> None:
+        """The charge, before the last byte; a ledger in trouble is waited for."""
+        deadline = time.monotonic() + SETTLE_PATIENCE
+        while True:
+            try:
+                return self._resolve(200)
+            except LedgerUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+            self.watch.sleep(0.25)
+
+    def _resolve_now_or_later(self, status: int, free: bool = False) -> None:
+        """Never raises: what cannot be written now is kept and written later."""
+        if self._resolved:
+            return
+        try:
+            self._resolve(status, free)
+        except LedgerUnavailable as error:
+            charge = self._charge(status)
+            if free:
+                charge = Charge(status)
+            self._services.ledger.resolve_later(self.lease, charge)
+            self._services.log.note("ledger", request=self.lease.id, reason=error.reason)
+            self._done(charge)
+
+    def _abandon(self, status: int) -> None:
+        """Ends a request whose answer never began: free."""
+        self._resolve_now_or_later(status, free=True)
+        self.close()
+
+    def close(self) -> None:
+        """Ends everything that is still open; what was relayed is charged."""
+        if self._closed:
+            return
+        self._closed = True
+        self._services.watcher.remove(self.watch)
+        if self._answer is not None:
+            self._answer.close()
+        self._resolve_now_or_later(499)
+        self._services.log.request(self)
+
+
+def finish_of(choice: Any) -> bool:
+    return isinstance(choice, dict) and bool(choice.get("finish_reason"))
+
+
+# Application -------------------------------------------------------------------------
+
+
+class RequestLog:
+    """Lines of logfmt for standard error, written by the upkeep thread.
+
+    A log that is full or closed must not stop a request, so lines are dropped
+    rather than waited for.
+    """
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=10_000)
+
+    def note(self, event: str, **fields: Any) -> None:
+        parts = [f"{name}={logfmt(value)}" for name, value in fields.items()]
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._lines.append(f"time={stamp} event={event} {' '.join(parts)}\n")
+
+    def request(self, relay: Relay) -> None:
+        """The one line of a request."""
+        charge = relay.charge
+        self.note(
+            "request",
+            request=relay.lease.id,
+            account=relay.lease.account,
+            key=relay.lease.key,
+            model=relay.model.id,
+            status=charge.status,
+            input=charge.input,
+            output=charge.output,
+            images=charge.images,
+            cost=f"{charge.cost / MICRO:.6f}",
+            estimated=int(charge.estimated),
+            ttfb_ms=charge.ttfb,
+            duration_ms=charge.duration,
+        )
+
+    def flush(self) -> None:
+        while self._lines:
+            lines = [self._lines.popleft() for _ in range(min(100, len(self._lines)))]
+            with contextlib.suppress(OSError):
+                os.write(2, "".join(lines).encode("utf-8", "replace"))
+
+
+def logfmt(value: Any) -> str:
+    """A value of a log line; quoted unless it is one plain word."""
+    text = "" if value is None else str(value)
+    return text if re.fullmatch(r"[\w.:/+@%-]+", text) else json.dumps(text)
+
+
+@dataclass(slots=True)
+class Services:
+    """Everything that one application owns. `capacity` bounds its relays at once."""
+
+    config_file: ConfigFile
+    ledger: Ledger
+    upstreams: Upstreams
+    watcher: Watcher
+    log: RequestLog
+    capacity: int
+    pid: int = field(default_factory=os.getpid)
+    closed: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def config(self) -> Config:
+        return self.config_file.current
+
+    def upkeep(self) -> None:
+        """The thread that does what no request should wait for."""
+        while not self.closed.wait(UPKEEP_INTERVAL):
+            self.tidy()
+
+    def tidy(self) -> None:
+        if wrong := self.config_file.refresh():
+            self.log.note("config", reason=f"{wrong}; the last good one is kept")
+        with contextlib.suppress(LedgerUnavailable):
+            self.ledger.sweep()
+            self.ledger.retry()
+            self.ledger.checkpoint()
+        self.log.flush()
+
+    def close(self) -> None:
+        self.closed.set()
+        self.watcher.close()
+        self.upstreams.close()
+        self.tidy()
+        self.ledger.close()
+
+
+def identify(services: Services, header: str) -> tuple[Key, Account]:
+    """The key and account of an Authorization header, or Unauthorized."""
+    scheme, _, bearer = header.partition(" ")
+    bearer = bearer.strip()
+    if scheme.lower() != "bearer" or not BEARER.fullmatch(bearer):
+        raise Unauthorized
+    hash, config = sha256(bearer), services.config
+    key = config.keys.get(key_id(hash))
+    row = services.ledger.find_key(hash)
+    if key is None and row is not None and row[5] == hash:
+        account, name, hint, admin, _, _, made = row
+        if made or account in config.accounts:
+            key = Key(key_id(hash), name, account, hash, hint, bool(admin), "proxy.db")
+    if key is None or key.hash != hash or (row and row[4]):
+        raise Unauthorized
+    return key, config.account(key.account)
+
+
+def create_app(
+    keys: str | os.PathLike | None = None,
+    db: str | os.PathLike | None = None,
+    capacity: int = 1 << 30,
+) -> Flask:
+    """The WSGI application of one worker process.
+
+    keys, db: the two files; by default PROXY_KEYS and PROXY_DB as on the command
+    line. capacity: requests relayed at once. Raises ConfigError, LedgerUnavailable.
+    """
+    keys, db = default_files(keys, db)
+    ledger_file = ConfigFile(keys)
+    ledger = Ledger(db)
+    ledger.claim()
+    services = Services(
+        ledger_file, ledger, Upstreams(), Watcher(), RequestLog(), capacity
+    )
+    app = Flask("proxy", static_folder=None)
+    app.extensions["proxy"] = services
+    app.url_map.strict_slashes = False
+    threading.Thread(target=services.upkeep, name="upkeep", daemon=True).start()
+    limiter = Limiter(
+        key_func=lambda: g.key.id,
+        app=app,
+        storage_uri="sqlite://",
+        storage_options={"ledger": ledger},
+        strategy="moving-window",
+    )
+    add_hooks(app, services, limiter)
+    add_routes(app, services, limiter)
+    return app
+
+
+def default_files(
+    keys: str | os.PathLike | None, db: str | os.PathLike | None
+) -> tuple[str, str]:
+    """keys.json and, beside it, proxy.db; unless the environment names others."""
+    keys = os.fspath(keys or os.environ.get("PROXY_KEYS") or "keys.json")
+    beside = os.path.join(os.path.dirname(keys), "proxy.db")
+    return keys, os.fspath(db or os.environ.get("PROXY_DB") or beside)
+
+
+def add_hooks(app: Flask, services: Services, limiter: Limiter) -> None:
+    """Who asks, what every answer carries, and how failures are told."""
+
+    @app.before_request
+    def authenticate() -> None:
+        g.request_id = new_request_id()
+        g.key = None
+        if services.pid != os.getpid():
+            # Leases, locks and threads are a process's own: gunicorn --preload
+            # would share them.
+            raise LedgerUnavailable("the application was made before a fork")
+        if request.endpoint is None or request.endpoint in PUBLIC:
+            return
+        header = request.environ.get("HTTP_AUTHORIZATION", "")
+        g.key, g.account = identify(services, header)
+
+    @app.after_request
+    def add_headers(response: Response) -> Response:
+        headers = response.headers
+        headers["x-request-id"] = g.get("request_id") or new_request_id()
+        limit = limiter.current_limit if g.get("key") else None
+        if limit is not None:
+            left = max(0.0, limit.window.reset_time - time.monotonic())
+            headers["x-ratelimit-limit-requests"] = str(limit.limit.amount)
+            headers["x-ratelimit-remaining-requests"] = str(max(0, limit.remaining))
+            headers["x-ratelimit-reset-requests"] = f"{left:.3f}s"
+        return response
+
+    @app.errorhandler(RateLimitExceeded)
+    def rate_limited(error: RateLimitExceeded) -> Response:
+        wait = limiter.current_limit.window.reset_time - time.monotonic()
+        return tell(RateLimited(f"Too many requests: {error.limit.limit} a key.", wait))
+
+    @app.errorhandler(ProxyError)
+    def refused(error: ProxyError) -> Response:
+        if isinstance(error, LedgerUnavailable):
+            services.log.note("ledger", request=g.request_id, reason=error.reason)
+        return tell(error)
+
+    @app.errorhandler(HTTPException)
+    def http_error(error: HTTPException) -> Response:
+        return tell(from_http(error))
+
+    @app.errorhandler(Exception)
+    def broken(error: Exception) -> Response:
+        # Its text may hold a prompt: only the kind and the place are logged.
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__} at {place.name}:{place.lineno}"
+        services.log.note("exception", request=g.get("request_id"), reason=reason)
+        return tell(ProxyError("Something went wrong here."))
+
+
+def tell(error: ProxyError) -> Response:
+    """The one place where an error becomes a response."""
+    return Response(
+        error.envelope(), error.status, error.headers, None, "application/json"
+    )
+
+
+PUBLIC = {"healthz"}
+
+
+def add_routes(app: Flask, services: Services, limiter: Limiter) -> None:
+    """The routes; each view is as short as what it shows."""
+    by_key = limiter.shared_limit(lambda: g.account.limits.rate, scope="relay")
+    by_account_route = limiter.shared_limit(ACCOUNT_RATE, scope="account")
+
+    @app.get("/healthz")
+    def healthz() -> Response:
+        return json_response({"status": "ok"})
+
+    @app.post("/v1/<path:path>")
+    @by_key
+    def relay(path: str) -> Response:
+        return start_relay(services, path)
+
+    @app.get("/v1/models")
+    @by_account_route
+    def models() -> Response:
+        entries = [model_entry(services.config, model) for model in usable(services)]
+        return json_response({"object": "list", "data": entries})
+
+    @app.get("/v1/models/<path:id>")
+    @by_account_route
+    def model(id: str) -> Response:
+        return json_response(model_entry(services.config, find_model(services, id)))
+
+
+def json_response(document: Any, status: int = 200) -> Response:
+    return Response(to_json(document), status, None, None, "application/json")
+
+
+def usable(services: Services) -> list[Model]:
+    """The models that this request's account may use."""
+    models = services.config.models.values()
+    return [model for model in models if g.account.may_use(model.id)]
+
+
+def find_model(services: Services, id: str) -> Model:
+    model = services.config.models.get(id)
+    if model is None or not g.account.may_use(id):
+        raise NotFound(
+            f"The model {id!r} does not exist, or this account may not use it.",
+            code="model_not_found",
+            param="model",
+        )
+    return model
+
+
+def model_entry(config: Config, model: Model) -> dict[str, Any]:
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": config.loaded,
+        "owned_by": model.routes[0][0].name,
+    }
+
+
+def list_keys(
+    config: Config, ledger: Ledger, account: str | None = None
+) -> list[dict[str, Any]]:
+    """All keys of one account, or of all: declared, then made at run time."""
+    rows = {
+        row[0]: row[1:]
+        for row in ledger.read(
+            "SELECT id, account, name, hint, hash, admin, created, used, revoked"
+            " FROM keys WHERE ?1 IS NULL OR account = ?1",
+            account,
+        )
+    }
+    out = []
+    for key in config.keys.values():
+        if account in (None, key.account):
+            created, used, revoked = rows.pop(key.id, (None,) * 8)[5:]
+            out.append(key_entry(key, created, used, revoked))
+    for id, (owner, name, hint, hash, admin, *times) in rows.items():
+        if hash:
+            key = Key(id, name, owner, hash, hint, bool(admin), "proxy.db")
+            out.append(key_entry(key, *times))
+    return out
+
+
+def key_entry(
+    key: Key, created: int | None, used: int | None, revoked: int | None
+) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "account": key.account,
+        "name": key.name,
+        "hint": key.hint,
+        "source": key.source,
+        "admin": key.admin,
+        "created": created,
+        "last_used": used,
+        "revoked": revoked,
+    }
+
+
+def known_key(
+    config: Config, ledger: Ledger, id: str, account: str | None = None
+) -> Key:
+    """The key with this id, of this account if one is named; or NotFound."""
+    for entry in list_keys(config, ledger, account):
+        if entry["id"] == id:
+            names = (entry["name"], entry["account"], "", entry["hint"])
+            return Key(id, *names, entry["admin"], entry["source"])
+    raise NotFound("There is no such key.")
+
+
+def all_accounts(config: Config, ledger: Ledger) -> list[str]:
+    rows = ledger.read("SELECT id FROM accounts")
+    return sorted({*config.accounts, *(id for (id,) in rows)})
+
+
+def balance(config: Config, ledger: Ledger, account: str) -> dict[str, Any]:
+    """An account's credits: granted, spent, held, available."""
+    rows = ledger.read(
+        "SELECT granted, spent, held FROM accounts WHERE id = ?", account
+    )
+    granted, spent, held = rows[0] if rows else (0, 0, 0)
+    granted += config.account(account).credits
+    parts = {"granted": granted, "spent": spent, "held": held}
+    parts["available"] = max(0, granted - spent - held)
+    return {"account": account} | {k: to_credits(v) for k, v in parts.items()}
+
+
+def usage_rows(ledger: Ledger, account: str | None, days: int) -> list[dict[str, Any]]:
+    """Requests, tokens, images and credits by day and model, newest day first."""
+    rows = ledger.read(
+        "SELECT day, model, sum(requests), sum(input), sum(cached), sum(output),"
+        " sum(images), sum(cost) FROM usage WHERE (?1 IS NULL OR account = ?1)"
+        " AND day > ?2 GROUP BY day, model ORDER BY day DESC, model",
+        account,
+        int(time.time()) // 86400 - days,
+    )
+    names = ("requests", "input_tokens", "cached_tokens", "output_tokens", "images")
+    return [
+        {
+            "day": time.strftime("%Y-%m-%d", time.gmtime(day * 86400)),
+            "model": model,
+            **dict(zip(names, counts)),
+            "credits": to_credits(cost),
+        }
+        for day, model, *counts, cost in rows
+    ]
+
+
+def start_relay(services: Services, path: str) -> Response:
+    """Everything between the rate limit and the upstream's answer."""
+    call = parse_call(path, read_body(request.environ))
+    model = find_model(services, call.model)
+    watcher = services.watcher
+    if watcher.draining or watcher.running >= services.capacity:
+        raise Overloaded("The server has no room at the moment.", wait=1)
+    watch = Watch(request.environ.get("gunicorn.socket"))
+    lease = services.ledger.admit(
+        g.request_id, g.key, g.account, quote(call, model), model.id, path, call.stream
+    )
+    watcher.add(watch)
+    return Relay(services, call, model, lease, watch).respond()
+
+
+# Command line ------------------------------------------------------------------------
+
+
+class Worker(ThreadWorker):
+    """gunicorn's threaded worker, with refusals in the envelope."""
+
+    def handle(self, conn: Any) -> Any:
+        """Serves one request; lingers on a closed connection in this thread.
+
+        gunicorn would linger in the main loop: two seconds without an accept.
+        """
+        kept = super().handle(conn)
+        if not kept:
+            with contextlib.suppress(OSError):
+                linger(conn.sock)
+            conn.close = lambda graceful=False: gunicorn.util.close(conn.sock)
+        return kept
+
+    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: Any) -> None:
+        """Answers what gunicorn cannot parse; the raw line is logged nowhere."""
+        status = PARSER_STATUS.get(type(exc).__name__, 400)
+        if not isinstance(exc, ParseException | ssl.SSLError):
+            self.log.error("worker: %s", type(exc).__name__)
+            status = 500
+        error = ProxyError("The request is malformed.", code=HTTP_CODES.get(status))
+        if status < 500:
+            error.type = BadRequest.type
+            error.code = HTTP_CODES.get(status, BadRequest.code)
+        body = error.envelope()
+        head = (
+            f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
+            f"Connection: close\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nx-request-id: {new_request_id()}\r\n\r\n"
+        )
+        with contextlib.suppress(OSError):
+            client.sendall(head.encode() + body)
+
+
+PARSER_STATUS = {
+    "LimitRequestLine": 414,
+    "LimitRequestHeaders": 431,
+    "ExpectationFailed": 417,
+}
+
+
+def linger(sock: socket.socket, seconds: float = 1.0) -> None:
+    """Lets the peer read the answer before an unread body makes the kernel reset
+    the connection (RFC 9112 §9.6)."""
+    sock.shutdown(socket.SHUT_WR)
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        sock.settimeout(left)
+        if not sock.recv(65536):
+            return
+
+
+class Server(BaseApplication):
+    """gunicorn in this process, with the settings that a streaming proxy needs."""
+
+    def __init__(self, keys: str, db: str, bind: str, workers: int, threads: int):
+        self._files, self._bind = (keys, db), bind
+        self._workers, self._threads = workers, threads
+        super().__init__()
+
+    def load_config(self) -> None:
+        threads = self._threads + SPARE_THREADS
+        settings = {
+            "bind": [self._bind],
+            "workers": self._workers,
+            "worker_class": Worker,
+            "threads": threads,
+            # A worker accepts while all its threads are busy; what is left over is
+            # room for idle keep-alive connections.
+            "worker_connections": threads + 1000,
+            "keepalive": 75,
+            "timeout": 60,
+            "graceful_timeout": GRACE,
+            "max_requests": 0,
+            "control_socket_disable": True,
+            "accesslog": None,
+            "loglevel": "warning",
+            "proc_name": "proxy",
+            "worker_tmp_dir": "/dev/shm" if os.path.isdir("/dev/shm") else None,
+            "post_fork": bound_clients,
+            "post_worker_init": drain_on_term,
+            "when_ready": lambda arbiter: gc.freeze(),
+        }
+        for name, value in settings.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> Flask:
+        return create_app(*self._files, capacity=self._threads)
+
+
+def bound_clients(arbiter: Any, worker: Any) -> None:
+    """No read from and no write to a client takes longer than CLIENT_TIMEOUT: the
+    accepted sockets inherit what is set on the listening ones."""
+    limit = struct.pack("ll", CLIENT_TIMEOUT, 0)
+    for listener in worker.sockets:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            listener.sock.setsockopt(socket.SOL_SOCKET, option, limit)
+
+
+def drain_on_term(worker: Any) -> None:
+    """On SIGTERM new requests are refused; streams end before gunicorn's patience."""
+    services = worker.wsgi.extensions["proxy"]
+    graceful = signal.getsignal(signal.SIGTERM)
+
+    def stop(number: int, frame: Any) -> None:
+        services.watcher.drain(GRACE - GRACE_MARGIN)
+        graceful(number, frame)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def file_options(command: Callable) -> Callable:
+    """--keys and --db, of every command."""
+    for option in (
+        click.option("--db", envvar="PROXY_DB", help="The ledger (beside --keys)."),
+        click.option(
+            "--keys",
+            envvar="PROXY_KEYS",
+            default="keys.json",
+            show_default=True,
+            help="The operator's file.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"max_content_width": 88})
+def cli() -> None:
+    """A small team's API gateway for language and image models."""
+
+
+@cli.command()
+@file_options
+@click.option("--host", envvar="PROXY_HOST", default="127.0.0.1", show_default=True)
+@click.option("--port", envvar="PROXY_PORT", default=8000, show_default=True)
+@click.option("--workers", envvar="PROXY_WORKERS", type=click.IntRange(1, MAX_WORKERS))
+@click.option(
+    "--threads", envvar="PROXY_THREADS", type=click.IntRange(1, 10_000), default=1000,
+    show_default=True, help="Requests that one worker relays at once.",
+)
+def serve(
+    keys: str, db: str | None, host: str, port: int, workers: int | None, threads: int
+) -> None:
+    """Serves the API (also without naming the command)."""
+    os.umask(0o077)
+    keys, db = default_files(keys, db)
+    config = ConfigFile(keys).current
+    Ledger(db).close()
+    workers = workers or max(2, os.cpu_count() or 2)
+    host = f"[{host}]" if ":" in host else host
+    greet(config, f"http://{host}:{port}")
+    Server(keys, db, f"{host}:{port}", workers, threads).run()
+
+
+def greet(config: Config, url: str) -> None:
+    """Where it listens, and a line that works as it stands."""
+    click.echo(f"Serving {url}/v1")
+    for variable, models in config.missing().items():
+        click.echo(f"  {variable} is not set: no {', '.join(models)}")
+    if config.demo:
+        key, model = config.demo
+        body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
+        click.echo(
+            f"\n  curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' \\\n"
+            f"    -H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
+        )
+
+
+@contextlib.contextmanager
+def opened(keys: str, db: str | None) -> Iterator[tuple[Config, Ledger]]:
+    """The two files, for one command."""
+    keys, db = default_files(keys, db)
+    config = ConfigFile(keys).current
+    ledger = Ledger(db)
+    try:
+        yield config, ledger
+    finally:
+        ledger.close()
+
+
+@cli.group(name="keys")
+def keys_group() -> None:
+    """Makes, lists and revokes API keys."""
+
+
+@keys_group.command("add")
+@file_options
+@click.argument("account")
+@click.option("--name", default="key", show_default=True)
+@click.option("--credits", type=str, help="Granted to the account at once.")
+@click.option("--admin", is_flag=True, help="The key may use the admin routes.")
+def keys_add(
+    keys: str, db: str | None, account: str, name: str, credits: str | None, admin: bool
+) -> None:
+    """Prints a new key, once; makes the account if it is new."""
+    printable_name(account, "ACCOUNT")
+    printable_name(name, "--name")
+    amount = to_micro(credits, "--credits") if credits else 0
+    with opened(keys, db) as (config, ledger):
+        ledger.make_account(account, declared=account in config.accounts)
+        if amount:
+            ledger.grant(account, amount, "keys add")
+        click.echo(ledger.make_key(account, name, admin)[0])
+
+
+@keys_group.command("list")
+@file_options
+@click.option("--json", "as_json", is_flag=True, help="For scripts.")
+def keys_list(keys: str, db: str | None, as_json: bool) -> None:
+    """Hints and ids of all keys, never the keys."""
+    with opened(keys, db) as (config, ledger):
+        show(list_keys(config, ledger), as_json)
+
+
+@keys_group.command("revoke")
+@file_options
+@click.argument("id")
+def keys_revoke(keys: str, db: str | None, id: str) -> None:
+    """Revokes a key, for ever."""
+    with opened(keys, db) as (config, ledger):
+        ledger.revoke(known_key(config, ledger, id))
+        click.echo(f"{id} is revoked.")
+
+
+@cli.group(name="credits")
+def credits_group() -> None:
+    """Grants credits and shows balances."""
+
+
+@credits_group.command("add")
+@file_options
+@click.argument("account")
+@click.argument("amount")
+@click.option("--note", default="")
+def credits_add(
+    keys: str, db: str | None, account: str, amount: str, note: str
+) -> None:
+    """Grants AMOUNT credits to ACCOUNT."""
+    with opened(keys, db) as (config, ledger):
+        if not ledger.has_account(account) and account not in config.accounts:
+            raise ConfigError(f"no account is named {account!r}")
+        ledger.grant(account, to_micro(amount, "AMOUNT"), note)
+        show([balance(config, ledger, account)], False)
+
+
+@credits_group.command("show")
+@file_options
+@click.argument("account", required=False)
+@click.option("--json", "as_json", is_flag=True, help="For scripts.")
+def credits_show(
+    keys: str, db: str | None, account: str | None, as_json: bool
+) -> None:
+    """Balances of one account, or of all."""
+    with opened(keys, db) as (config, ledger):
+        names = [account] if account else all_accounts(config, ledger)
+        show([balance(config, ledger, name) for name in names], as_json)
+
+
+@cli.command()
+@file_options
+@click.argument("account", required=False)
+@click.option("--days", default=30, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="For scripts.")
+def usage(
+    keys: str, db: str | None, account: str | None, days: int, as_json: bool
+) -> None:
+    """Requests, tokens and credits by day and model."""
+    with opened(keys, db) as (_, ledger):
+        show(usage_rows(ledger, account, days), as_json)
+
+
+@cli.command()
+@file_options
+def check(keys: str, db: str | None) -> None:
+    """Proves the ledger, validates keys.json, warns of what would fail."""
+    with opened(keys, db) as (config, ledger):
+        wrong = ledger.check(lambda id: config.account(id).credits)
+        for line in wrong:
+            click.echo(f"wrong: {line}")
+        for line in warnings(config, keys):
+            click.echo(f"warning: {line}")
+        click.echo("The ledger does not add up." if wrong else "The ledger adds up.")
+        sys.exit(1 if wrong else 0)
+
+
+def warnings(config: Config, keys: str) -> Iterator[str]:
+    """What would fail, or is not as safe as it could be."""
+    for variable, models in config.missing().items():
+        yield f"{variable} is not set: {', '.join(models)} answer 503"
+    if os.stat(keys).st_mode & 0o077 and len(config.keys) > bool(config.demo):
+        yield f"{keys} holds keys and can be read by others: chmod 600 {keys}"
+    if sqlite3.sqlite_version_info < (3, 37):
+        yield f"SQLite {sqlite3.sqlite_version} is too old: 3.37 is needed"
+
+
+def show(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Rows as an aligned table for people, or as JSON for scripts."""
+    if as_json:
+        return click.echo(json.dumps(rows, ensure_ascii=False, indent=1))
+    if not rows:
+        return click.echo("Nothing yet.")
+    table = [list(rows[0])] + [[cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        cells = (text.ljust(width) for text, width in zip(line, widths))
+        click.echo("  ".join(cells).rstrip())
+    return None
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6f}"
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    return "" if value is None else str(value)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns the exit status; failures are one line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    named = arguments[:1] and (arguments[0] in cli.commands or arguments[0] == "--help")
+    try:
+        cli.main(arguments if named else ["serve", *arguments], standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        return 130
+    except ConfigError as error:
+        click.echo(f"Refused: {error}", err=True)
+        return 1
+    except LedgerUnavailable as error:
+        click.echo(f"Ledger: {error.reason}", err=True)
+        return 1
+    except ProxyError as error:
+        click.echo(error.message, err=True)
+        return 1
+    except OSError as error:
+        click.echo(f"{error.filename or ''}: {error.strerror}", err=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

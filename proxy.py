@@ -18,7 +18,7 @@ One request:
     client <- last byte -- settle             the charge is on disk before it leaves
 
 Sections, each needing only what stands above it: Constants, Errors, Configuration,
-Ledger, Limits, Usage and price, Wire, Upstreams, Relay, Application, Command line.
+Ledger, Limits, Usage and price, Wire, Upstreams, Relay, Application, Pages, Command line.
 Operators edit keys.json; the program alone writes proxy.db. See README.md.
 """
 
@@ -29,6 +29,7 @@ import fcntl
 import gc
 import hashlib
 import hmac
+import html
 import http.client
 import itertools
 import json
@@ -48,8 +49,8 @@ import threading
 import time
 import traceback
 from array import array
-from bisect import bisect_right
-from collections import deque
+from bisect import bisect_left, bisect_right
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
@@ -104,6 +105,9 @@ SPARE_THREADS = 16  # per worker, kept for answers that relay nothing
 
 STREAM_HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
 ACCOUNT_RATE = "300/minute"  # of the account's own routes, beside the key's rate
+RELAY_SCOPE = "relay"  # the window that a key's rate counts in
+MAX_KEYS = 100  # of one account, so that keys cannot be made to escape the limits
+ONE_ACCOUNT = "/v1/accounts/<account>"
 BUSY_STATUS = {429, 503, 529}  # an upstream that has generated nothing, and may later
 REFUSED_STATUS = {401, 402, 403}  # it refuses the operator, who alone can mend it
 CLIENT_STATUS = {400, 404, 413, 422}  # the client's own mistakes: passed on
@@ -181,7 +185,9 @@ class Unavailable(ProxyError):
     status, code = 503, "provider_unavailable"
 
     def __init__(self, message: str, wait: int | None = None):
-        retry = {"x-should-retry": "false"} if wait is None else {"Retry-After": str(wait)}
+        retry = (
+            {"x-should-retry": "false"} if wait is None else {"Retry-After": str(wait)}
+        )
         super().__init__(message, headers=retry)
 
 
@@ -376,6 +382,13 @@ def printable_name(value: Any, path: str, longest: int = 100) -> str:
     return value
 
 
+def account_name(value: Any, path: str) -> str:
+    """A name that can stand in the path of a URL, too."""
+    if "/" in printable_name(value, path) or value in (".", ".."):
+        raise ConfigError(f"{path}: must hold no '/'")
+    return value
+
+
 def fields(value: Any, path: str, known: str, needed: str = "") -> dict[str, Any]:
     """An object whose members are all known and whose needed ones are there."""
     if not isinstance(value, dict):
@@ -541,7 +554,7 @@ def parse_account(
     if type(value.get("admin", False)) is not bool:
         raise ConfigError(f"{path}.admin: must be true or false")
     account = Account(
-        printable_name(id, path),
+        account_name(id, path),
         parse_limits(value.get("limits", {}), f"{path}.limits", limits),
         to_micro(value.get("credits", 0), f"{path}.credits"),
         allowed,
@@ -664,8 +677,10 @@ class ConfigFile:
             raise ConfigError(f"{self.path.name}: {error}") from None
         return parse_config(document)
 
+
 # Ledger ------------------------------------------------------------------------------
 
+BUCKETS = (5, 25, 100, 250, 500, 1000, 2500, 5000, 15_000, 60_000, 300_000)  # ms
 OPEN, SETTLED, RELEASED = 0, 1, 2  # a request's row: a hold resolves at most once
 
 SCHEMA = """
@@ -702,6 +717,11 @@ CREATE TABLE usage(
     requests INTEGER NOT NULL, input INTEGER NOT NULL, cached INTEGER NOT NULL,
     output INTEGER NOT NULL, images INTEGER NOT NULL, cost INTEGER NOT NULL,
     PRIMARY KEY (account, day, model)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE tallies(
+    model TEXT NOT NULL, status INTEGER NOT NULL, requests INTEGER NOT NULL DEFAULT 0,
+    ttfb INTEGER NOT NULL DEFAULT 0, duration INTEGER NOT NULL DEFAULT 0,
+    {buckets}, PRIMARY KEY (model, status)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE windows(key TEXT PRIMARY KEY, hits BLOB NOT NULL) STRICT, WITHOUT ROWID;
 """
@@ -756,6 +776,17 @@ class Charge:
     estimated: bool = False
     ttfb: int | None = None
     duration: int | None = None
+
+
+def bucket(kind: str, milliseconds: int | None) -> str:
+    """The column of a histogram that counts this duration; the last has no bound."""
+    return f"{kind}{bisect_left(BUCKETS, milliseconds or 0)}"
+
+
+def schema() -> str:
+    columns = [f"{kind}{i}" for kind in "td" for i in range(len(BUCKETS) + 1)]
+    buckets = ", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in columns)
+    return SCHEMA.replace("{buckets}", buckets)
 
 
 def ceil_micro(pico: int) -> int:
@@ -873,8 +904,10 @@ class Ledger:
             try:
                 db = self._connect()
                 db.execute("PRAGMA journal_mode = WAL")
-                made = f"INSERT INTO meta VALUES ('ledger', '{identity}'), ('boot', '');"
-                db.executescript(f"BEGIN; {SCHEMA} {made} COMMIT;")
+                made = (
+                    f"INSERT INTO meta VALUES ('ledger', '{identity}'), ('boot', '');"
+                )
+                db.executescript(f"BEGIN; {schema()} {made} COMMIT;")
                 db.close()
             except sqlite3.Error:
                 os.unlink(self.path)
@@ -1075,11 +1108,31 @@ class Ledger:
                 "UPDATE accounts SET held = held - ? WHERE id = ?",
                 [(hold, account) for account, hold in rows],
             )
+            models = db.execute(
+                "SELECT model, count(*) FROM requests"
+                " WHERE state = 0 AND slot = ? GROUP BY model",
+                (slot,),
+            ).fetchall()
+            self._tally(db, {(model, 0): count for model, count in models})
             db.execute(
                 "UPDATE requests SET state = 2 WHERE state = 0 AND slot = ?", (slot,)
             )
 
         self.write(operation)
+
+    def tally(self, counts: dict[tuple[str, int], int]) -> None:
+        """Adds requests that were refused, by (model, status)."""
+        if counts:
+            self.write(lambda db: self._tally(db, counts))
+
+    @staticmethod
+    def _tally(db: sqlite3.Connection, counts: dict[tuple[str, int], int]) -> None:
+        db.executemany(
+            "INSERT INTO tallies(model, status, requests, t0, d0) VALUES (?, ?, ?3, ?3, ?3)"
+            " ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,"
+            " t0 = t0 + excluded.t0, d0 = d0 + excluded.d0",
+            [(*name, count) for name, count in counts.items()],
+        )
 
     # Holds
 
@@ -1106,7 +1159,8 @@ class Ledger:
             left, running = row or (0, 0)
             if running >= account.limits.concurrent:
                 raise RateLimited(
-                    f"Too many requests at once: {account.limits.concurrent} per key.", 1
+                    f"Too many requests at once: {account.limits.concurrent} per key.",
+                    1,
                 )
             tokens = quote.affordable(left + account.credits)
             if tokens < 0:
@@ -1179,8 +1233,16 @@ class Ledger:
             " WHERE id = ?",
             (lease.hold, cost, lost, lease.account),
         )
+        model, created = row
+        t, d = bucket("t", charge.ttfb), bucket("d", charge.duration)
+        db.execute(
+            f"INSERT INTO tallies(model, status, requests, ttfb, duration, {t}, {d})"
+            " VALUES (?, ?, 1, ?, ?, 1, 1) ON CONFLICT DO UPDATE SET"
+            " requests = requests + 1, ttfb = ttfb + excluded.ttfb,"
+            f" duration = duration + excluded.duration, {t} = {t} + 1, {d} = {d} + 1",
+            (model, charge.status, charge.ttfb or 0, charge.duration or 0),
+        )
         if state == SETTLED:
-            model, created = row
             db.execute(
                 "INSERT INTO usage VALUES (?, ?, ?, 1, ?, ?, ?, ?, ?)"
                 " ON CONFLICT DO UPDATE SET requests = requests + 1,"
@@ -1311,7 +1373,11 @@ class Ledger:
             wrong.append(f"{orphans} requests belong to no account")
         for id, granted, spent, held, lost, grants, cost, hold, losses, usage in rows:
             sums = {"granted": (granted, grants), "spent": (spent, cost)}
-            sums |= {"held": (held, hold), "lost": (lost, losses), "usage": (spent, usage)}
+            sums |= {
+                "held": (held, hold),
+                "lost": (lost, losses),
+                "usage": (spent, usage),
+            }
             for name, (kept, summed) in sums.items():
                 if kept != summed:
                     wrong.append(f"{id}: {name} is {kept}, its rows sum to {summed}")
@@ -1462,6 +1528,13 @@ class Call:
             choices *= len(prompt) if batch else 1
         return choices
 
+    def text_size(self) -> int:
+        """UTF-8 bytes of the text that the model is given."""
+        messages = self.body.get("messages")
+        if isinstance(messages, list):
+            return sum(len(message_text(each).encode()) for each in messages)
+        return len(to_json(self.body.get("prompt") or self.body.get("input") or ""))
+
     def tokens(self, default: int) -> int:
         """The most output tokens of one choice."""
         if self.path in NO_OUTPUT:
@@ -1486,10 +1559,10 @@ def cost(usage: Usage, price: Price) -> int:
 
 def estimate(call: Call, relayed: int) -> Usage:
     """The usage of an answer that was not reported; `relayed` bytes of its text."""
-    if not relayed:
-        return Usage(estimated=True)
-    input = -(-call.size // BYTES_PER_TOKEN)
-    return Usage(input, 0, -(-relayed // BYTES_PER_TOKEN), estimated=True)
+    input, output = (
+        -(-size // BYTES_PER_TOKEN) for size in (call.text_size(), relayed)
+    )
+    return Usage(input, 0, output, estimated=True)
 
 
 def read_usage(document: Any) -> Usage | None:
@@ -1575,7 +1648,9 @@ def parse_json(data: bytes) -> dict[str, Any]:
         raise BadRequest("The body is not UTF-8.") from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise BadRequest(f"The body is no valid JSON: {error.msg} at {place}.") from None
+        raise BadRequest(
+            f"The body is no valid JSON: {error.msg} at {place}."
+        ) from None
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise BadRequest(f"The body is no valid JSON: {reason}.") from None
@@ -1874,7 +1949,9 @@ class Answer:
     `images` counts what a dialect has delivered; None if the body tells.
     """
 
-    def __init__(self, pieces: Iterable[bytes], stream: bool, images: int | None = None):
+    def __init__(
+        self, pieces: Iterable[bytes], stream: bool, images: int | None = None
+    ):
         self.stream, self.images = stream, images
         self.pieces = iter(pieces)
 
@@ -2074,10 +2151,11 @@ class Dialect:
     `scheme` is what stands before the "+" of the upstream's URL.
     """
 
-    scheme = ""
+    scheme: str
 
     def __init_subclass__(cls) -> None:
-        DIALECTS[cls.scheme] = cls
+        if "scheme" in vars(cls):
+            DIALECTS[cls.scheme] = cls
 
     def __init__(self, upstream: UpstreamConfig):
         self.upstream, self.pool = upstream, Pool(upstream)
@@ -2275,7 +2353,9 @@ class ImageDialect(Dialect):
         urls = next(steps)
         if call.stream:
             answer = Answer((), True, images=0)
-            answer.pieces = self._events(answer, call.model, itertools.chain([urls], steps))
+            answer.pieces = self._events(
+                answer, call.model, itertools.chain([urls], steps)
+            )
             return answer
         while urls is None:
             urls = next(steps)
@@ -2323,7 +2403,16 @@ class Images(ImageDialect):
     """`images+https://`: any server with an OpenAI-style /images/generations."""
 
     scheme = "images"
-    members = ("n", "size", "seed", "watermark", "quality", "style", "background", "user")
+    members = (
+        "n",
+        "size",
+        "seed",
+        "watermark",
+        "quality",
+        "style",
+        "background",
+        "user",
+    )
     members += ("guidance_scale", "image", "response_format", "output_format")
 
     def __init__(self, upstream: UpstreamConfig):
@@ -2334,7 +2423,9 @@ class Images(ImageDialect):
     def make(
         self, call: Call, body: dict[str, Any], watch: Watch
     ) -> Iterator[list[str] | None]:
-        asked = {name: body[name] for name in self.members if body.get(name) is not None}
+        asked = {
+            name: body[name] for name in self.members if body.get(name) is not None
+        }
         if call.path == "chat/completions":
             asked.pop("response_format", None)
         asked |= {"model": body["model"], "prompt": self.prompt(body)}
@@ -2549,7 +2640,10 @@ def volcengine_signature(
 
     `query` is sorted and percent-encoded; `secret` is used as it is, not decoded.
     """
-    date, digest = time.strftime("%Y%m%dT%H%M%SZ", now), hashlib.sha256(body).hexdigest()
+    date, digest = (
+        time.strftime("%Y%m%dT%H%M%SZ", now),
+        hashlib.sha256(body).hexdigest(),
+    )
     signed = {"content-type": "application/json", "host": host}
     signed |= {"x-content-sha256": digest, "x-date": date}
     names = ";".join(signed)
@@ -2844,9 +2938,9 @@ class Relay:
         made = self._answer.images if self._answer is not None else None
         usage = self._usage or estimate(self.call, self._relayed)
         if made is not None:
-            usage = Usage(usage.input, 0, usage.output, made) if self._usage else Usage(images=made)
+            usage = replace(self._usage or Usage(), images=made)
         price = self.model.price
-        free = status != 200 and not self._relayed and self._usage is None
+        free = status != 200 and not self._relayed and not self._usage
         amount = 0 if free else cost(usage, price)
         if usage.estimated:
             amount = min(amount, self.lease.hold)
@@ -2896,7 +2990,9 @@ class Relay:
             if free:
                 charge = Charge(status)
             self._services.ledger.resolve_later(self.lease, charge)
-            self._services.log.note("ledger", request=self.lease.id, reason=error.reason)
+            self._services.log.note(
+                "ledger", request=self.lease.id, reason=error.reason
+            )
             self._done(charge)
 
     def _abandon(self, status: int) -> None:
@@ -2980,6 +3076,8 @@ class Services:
     watcher: Watcher
     log: RequestLog
     capacity: int
+    limiter: Limiter | None = None
+    refused: Counter[tuple[str, int]] = field(default_factory=Counter)
     pid: int = field(default_factory=os.getpid)
     closed: threading.Event = field(default_factory=threading.Event)
 
@@ -2996,6 +3094,8 @@ class Services:
         if wrong := self.config_file.refresh():
             self.log.note("config", reason=f"{wrong}; the last good one is kept")
         with contextlib.suppress(LedgerUnavailable):
+            counts, self.refused = self.refused, Counter()
+            self.ledger.tally(counts)
             self.ledger.sweep()
             self.ledger.retry()
             self.ledger.checkpoint()
@@ -3021,7 +3121,8 @@ def identify(services: Services, header: str) -> tuple[Key, Account]:
     if key is None and row is not None and row[5] == hash:
         account, name, hint, admin, _, _, made = row
         if made or account in config.accounts:
-            key = Key(key_id(hash), name, account, hash, hint, bool(admin), "proxy.db")
+            admin = bool(admin) or config.account(account).admin
+            key = Key(key_id(hash), name, account, hash, hint, admin, "proxy.db")
     if key is None or key.hash != hash or (row and row[4]):
         raise Unauthorized
     return key, config.account(key.account)
@@ -3048,7 +3149,7 @@ def create_app(
     app.extensions["proxy"] = services
     app.url_map.strict_slashes = False
     threading.Thread(target=services.upkeep, name="upkeep", daemon=True).start()
-    limiter = Limiter(
+    services.limiter = limiter = Limiter(
         key_func=lambda: g.key.id,
         app=app,
         storage_uri="sqlite://",
@@ -3056,7 +3157,11 @@ def create_app(
         strategy="moving-window",
     )
     add_hooks(app, services, limiter)
-    add_routes(app, services, limiter)
+    by_account = limiter.shared_limit(ACCOUNT_RATE, scope="account")
+    add_routes(app, services, by_account)
+    add_account_routes(app, services, by_account)
+    add_admin_routes(app, services, by_account)
+    add_pages(app, services)
     return app
 
 
@@ -3097,13 +3202,20 @@ def add_hooks(app: Flask, services: Services, limiter: Limiter) -> None:
             headers["x-ratelimit-reset-requests"] = f"{left:.3f}s"
         return response
 
+    def count_refusal(status: int) -> None:
+        """Counts for the metrics what the ledger does not hold."""
+        if request.endpoint == "relay" and not g.get("admitted"):
+            services.refused["", status] += 1
+
     @app.errorhandler(RateLimitExceeded)
     def rate_limited(error: RateLimitExceeded) -> Response:
+        count_refusal(429)
         wait = limiter.current_limit.window.reset_time - time.monotonic()
         return tell(RateLimited(f"Too many requests: {error.limit.limit} a key.", wait))
 
     @app.errorhandler(ProxyError)
     def refused(error: ProxyError) -> Response:
+        count_refusal(error.status)
         if isinstance(error, LedgerUnavailable):
             services.log.note("ledger", request=g.request_id, reason=error.reason)
         return tell(error)
@@ -3128,13 +3240,14 @@ def tell(error: ProxyError) -> Response:
     )
 
 
-PUBLIC = {"healthz"}
+PUBLIC = {"healthz", "documentation", "dashboard", "asset"}
 
 
-def add_routes(app: Flask, services: Services, limiter: Limiter) -> None:
-    """The routes; each view is as short as what it shows."""
-    by_key = limiter.shared_limit(lambda: g.account.limits.rate, scope="relay")
-    by_account_route = limiter.shared_limit(ACCOUNT_RATE, scope="account")
+def add_routes(app: Flask, services: Services, by_account: Callable) -> None:
+    """What clients of the OpenAI API ask for."""
+    by_key = services.limiter.shared_limit(
+        lambda: g.account.limits.rate, scope=RELAY_SCOPE
+    )
 
     @app.get("/healthz")
     def healthz() -> Response:
@@ -3146,15 +3259,200 @@ def add_routes(app: Flask, services: Services, limiter: Limiter) -> None:
         return start_relay(services, path)
 
     @app.get("/v1/models")
-    @by_account_route
+    @by_account
     def models() -> Response:
         entries = [model_entry(services.config, model) for model in usable(services)]
         return json_response({"object": "list", "data": entries})
 
     @app.get("/v1/models/<path:id>")
-    @by_account_route
+    @by_account
     def model(id: str) -> Response:
         return json_response(model_entry(services.config, find_model(services, id)))
+
+
+def add_account_routes(app: Flask, services: Services, by_account: Callable) -> None:
+    """What an account may see and do of its own; for admin keys, of any account.
+
+    Each view gets the account's id: its own, or the one in an admin's path.
+    """
+    config_file, ledger = services.config_file, services.ledger
+
+    def route(path: str, method: str = "GET") -> Callable:
+        """The route under /v1/account, and for admins under /v1/accounts/ID."""
+
+        def register(view: Callable) -> Callable:
+            @by_account
+            def own(**values: str) -> Response:
+                return view(g.key.account, **values)
+
+            @by_account
+            def any(account: str, **values: str) -> Response:
+                return view(known_account(services, account), **values)
+
+            for base, function in (("/v1/account", own), (ONE_ACCOUNT, any)):
+                name = f"{function.__name__}_{view.__name__}"
+                app.add_url_rule(base + path, name, function, methods=[method])
+            return view
+
+        return register
+
+    @route("")
+    def account(id: str) -> Response:
+        return json_response(describe_account(services, id))
+
+    @route("/usage")
+    def usage(id: str) -> Response:
+        days = integer_argument("days", 30, 366)
+        rows = usage_rows(ledger, id, days)
+        return json_response({"object": "list", "days": days, "data": rows})
+
+    @route("/requests")
+    def requests(id: str) -> Response:
+        limit = integer_argument("limit", 50, 200)
+        rows = receipts(ledger, id, limit + 1, request.args.get("after"))
+        more = len(rows) > limit
+        return json_response({"object": "list", "data": rows[:limit], "has_more": more})
+
+    @route("/requests/<request_id>")
+    def receipt(id: str, request_id: str) -> Response:
+        rows = receipts(ledger, id, 1, only=request_id)
+        if not rows:
+            raise NotFound("This account has made no such request.")
+        return json_response(rows[0])
+
+    @route("/keys")
+    def keys(id: str) -> Response:
+        rows = list_keys(config_file.current, ledger, id)
+        return json_response({"object": "list", "data": rows})
+
+    @route("/keys", "POST")
+    def make_key(id: str) -> Response:
+        body = small_body("name admin")
+        name = named(printable_name, body.get("name", "key"), "name")
+        admin = body.get("admin", False)
+        if type(admin) is not bool or (admin and not g.key.admin):
+            raise BadRequest("'admin' must be false.", param="admin")
+        owned = list_keys(services.config, ledger, id)
+        if sum(not key["revoked"] for key in owned) >= MAX_KEYS:
+            raise BadRequest(f"An account may have {MAX_KEYS} keys; revoke one first.")
+        text, key = ledger.make_key(id, name, admin)
+        entry = key_entry(key, int(time.time()), None, None)
+        return json_response(entry | {"key": text}, 201)
+
+    @route("/keys/<key_id>", "DELETE")
+    def revoke(id: str, key_id: str) -> Response:
+        ledger.revoke(known_key(services.config, ledger, key_id, id))
+        return json_response({"id": key_id, "revoked": True})
+
+
+def add_admin_routes(app: Flask, services: Services, by_account: Callable) -> None:
+    """All accounts, new ones, grants, metrics: for admin keys."""
+    ledger = services.ledger
+
+    @app.get("/v1/accounts")
+    @by_account
+    def accounts() -> Response:
+        admin_only()
+        limit, after = (
+            integer_argument("limit", 100, 1000),
+            request.args.get("after", ""),
+        )
+        ids = [id for id in all_accounts(services.config, ledger) if id > after]
+        rows = [account_entry(services, id) for id in ids[:limit]]
+        more = len(ids) > limit
+        return json_response({"object": "list", "data": rows, "has_more": more})
+
+    @app.post("/v1/accounts")
+    @by_account
+    def make_account() -> Response:
+        admin_only()
+        body = small_body("id credits")
+        id = named(account_name, body.get("id"), "id")
+        amount = named(to_micro, body.get("credits", 0), "credits")
+        if not ledger.make_account(id, declared=id in services.config.accounts):
+            raise BadRequest("There is an account of this name already.", param="id")
+        if amount:
+            ledger.grant(id, amount, "at the start")
+        return json_response(account_entry(services, id), 201)
+
+    @app.post(f"{ONE_ACCOUNT}/grants")
+    @by_account
+    def grant(account: str) -> Response:
+        id, body = known_account(services, account), small_body("credits note")
+        amount = named(to_micro, body.get("credits"), "credits")
+        note = body.get("note") or "granted"
+        ledger.grant(id, amount, named(printable_name, note, "note"))
+        return json_response(account_entry(services, id), 201)
+
+    @app.get("/metrics")
+    @by_account
+    def metrics() -> Response:
+        admin_only()
+        text = "".join(f"{line}\n" for line in metric_lines(services))
+        return Response(
+            text, 200, None, None, "text/plain; version=0.0.4; charset=utf-8"
+        )
+
+
+def add_pages(app: Flask, services: Services) -> None:
+    """The documentation and the dashboard; nothing in them comes from elsewhere."""
+
+    @app.get("/")
+    def documentation() -> Response:
+        return page(fill_documentation(services.config, request.host_url), "text/html")
+
+    @app.get("/dashboard")
+    def dashboard() -> Response:
+        return page(DASHBOARD_HTML, "text/html")
+
+    @app.get("/assets/<name>")
+    def asset(name: str) -> Response:
+        if name not in ASSETS:
+            raise NotFound("There is no such file.")
+        return page(*ASSETS[name])
+
+
+def page(text: str, kind: str) -> Response:
+    return Response(text, 200, PAGE_HEADERS, None, f"{kind}; charset=utf-8")
+
+
+def admin_only() -> None:
+    """Raises NotFound for keys that are no admin's: they are told of no such path."""
+    if not g.key.admin:
+        raise NotFound("There is no such path.")
+
+
+def known_account(services: Services, id: str) -> str:
+    """`id` if an admin asks and there is such an account."""
+    admin_only()
+    if id not in services.config.accounts and not services.ledger.has_account(id):
+        raise NotFound("There is no such account.")
+    return id
+
+
+def integer_argument(name: str, default: int, highest: int) -> int:
+    """A whole number of the query string, from 1 to `highest`."""
+    text = request.args.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,12}", text) or not 1 <= int(text) <= highest:
+        raise BadRequest(f"'{name}' must be from 1 to {highest}.", param=name)
+    return int(text)
+
+
+def small_body(known: str) -> dict[str, Any]:
+    """A small JSON object with these members only."""
+    body = parse_json(read_body(request.environ, 64 << 10))
+    for name in body:
+        if name not in known.split():
+            raise BadRequest(f"'{name}' is not known here.", param=name)
+    return body
+
+
+def named(parse: Callable[[Any, str], Any], value: Any, name: str) -> Any:
+    """A parsed member of a body; what keys.json would refuse is a BadRequest."""
+    try:
+        return parse(value, name)
+    except ConfigError as error:
+        raise BadRequest(f"{error}.", param=name) from None
 
 
 def json_response(document: Any, status: int = 200) -> Response:
@@ -3255,6 +3553,222 @@ def balance(config: Config, ledger: Ledger, account: str) -> dict[str, Any]:
     return {"account": account} | {k: to_credits(v) for k, v in parts.items()}
 
 
+def account_entry(services: Services, id: str) -> dict[str, Any]:
+    """One line of the admin's list."""
+    config, ledger = services.config, services.ledger
+    keys = [key for key in list_keys(config, ledger, id) if not key["revoked"]]
+    credits = balance(config, ledger, id)
+    del credits["account"]
+    admin = config.account(id).admin
+    return {"id": id, "admin": admin, "credits": credits, "keys": len(keys)}
+
+
+def describe_account(services: Services, id: str) -> dict[str, Any]:
+    """Credits, limits and their live use, models and keys of one account."""
+    config, ledger = services.config, services.ledger
+    account = config.account(id)
+    entry = {"object": "account"} | account_entry(services, id)
+    entry["limits"] = {
+        "rate": account.limits.rate,
+        "concurrent": account.limits.concurrent,
+    }
+    if id == g.key.account:
+        entry["admin"] = g.key.admin
+        entry["key"] = {"id": g.key.id, "name": g.key.name}
+        entry["live"] = live_use(services, account)
+    entry["models"] = [
+        {"id": model.id, "about": model.about, "price": price_entry(model.price)}
+        for model in config.models.values()
+        if account.may_use(model.id)
+    ]
+    entry["keys"] = list_keys(config, ledger, id)
+    return entry
+
+
+def live_use(services: Services, account: Account) -> dict[str, int]:
+    """What this key has left of its limits."""
+    item = account.limits.items[0]
+    window = services.limiter.limiter.get_window_stats(item, g.key.id, RELAY_SCOPE)
+    running = services.ledger.read(
+        "SELECT count(*) FROM requests WHERE key = ? AND state = 0", g.key.id
+    )
+    return {
+        "requests_remaining": max(0, window.remaining),
+        "requests_limit": item.amount,
+        "concurrent": running[0][0],
+    }
+
+
+def price_entry(price: Price) -> dict[str, int | float]:
+    """A price as keys.json writes it."""
+    each = {"image": price.image, "request": price.request}
+    tokens = {"input": price.input, "cached": price.cached, "output": price.output}
+    parts = {name: to_credits(pico // PICO) for name, pico in each.items() if pico}
+    return {name: to_credits(pico) for name, pico in tokens.items() if pico} | parts
+
+
+RECEIPT = (
+    "id created account key model path state status stream input_tokens cached_tokens"
+    " output_tokens images estimated credits ttfb_ms duration_ms"
+).split()
+
+
+def receipts(
+    ledger: Ledger,
+    account: str,
+    limit: int,
+    after: str | None = None,
+    only: str | None = None,
+) -> list[dict[str, Any]]:
+    """An account's requests, newest first; `after` the id that was seen last.
+
+    Ids are sorted by time, so that `since` and `until` of the query string (unix
+    seconds) bound them.
+    """
+    low = moment_id(request.args.get("since"), "since") or ""
+    high = moment_id(request.args.get("until"), "until") or "s"
+    if after:
+        high = min(high, after)
+    rows = ledger.read(
+        "SELECT r.id, r.created, r.account, k.name, model, path, state, status, stream,"
+        " input, cached, output, images, estimated, cost, ttfb, duration"
+        " FROM requests r LEFT JOIN keys k ON k.id = r.key WHERE r.account = ?1"
+        " AND r.id >= ?2 AND r.id < ?3 AND (?5 IS NULL OR r.id = ?5)"
+        " ORDER BY r.id DESC LIMIT ?4",
+        account,
+        only or low,
+        only + "~" if only else high,
+        limit,
+        only,
+    )
+    return [receipt_entry(dict(zip(RECEIPT, row))) for row in rows]
+
+
+def receipt_entry(row: dict[str, Any]) -> dict[str, Any]:
+    row["created"] /= 1000
+    row["state"] = ("open", "settled", "released")[row["state"]]
+    row["credits"] = to_credits(row["credits"])
+    row["stream"], row["estimated"] = bool(row["stream"]), bool(row["estimated"])
+    return row
+
+
+def moment_id(text: str | None, name: str) -> str | None:
+    """The smallest id that a request of this moment (unix seconds) can have."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,11}(\.[0-9]{1,6})?", text):
+        raise BadRequest(f"'{name}' must be unix seconds.", param=name)
+    return f"req_{int(float(text) * 1000):011x}"
+
+
+def metric_lines(services: Services) -> Iterator[str]:
+    """Prometheus' text format, out of the ledger: the same whichever worker answers."""
+    config, ledger = services.config, services.ledger
+    columns = [f"{kind}{i}" for kind in "td" for i in range(len(BUCKETS) + 1)]
+    tallies = ledger.read(
+        "SELECT model, status, requests, ttfb, duration,"
+        + ", ".join(columns)
+        + " FROM tallies ORDER BY model, status"
+    )
+    yield "# TYPE proxy_requests_total counter"
+    for model, status, count, *_ in tallies:
+        yield f'proxy_requests_total{{model={label(model)},status="{status}"}} {count}'
+    for kind, at, name in (("ttfb", 0, "time_to_first_byte"), ("d", 1, "duration")):
+        yield f"# TYPE proxy_{name}_seconds histogram"
+        yield from histogram_lines(f"proxy_{name}_seconds", tallies, at)
+    used = ledger.read(
+        "SELECT model, sum(input), sum(cached), sum(output), sum(images), sum(cost)"
+        " FROM usage GROUP BY model ORDER BY model"
+    )
+    yield "# TYPE proxy_tokens_total counter"
+    for model, *counts, _, _ in used:
+        for kind, count in zip(("input", "cached", "output"), counts):
+            yield f'proxy_tokens_total{{model={label(model)},class="{kind}"}} {count}'
+    yield "# TYPE proxy_images_total counter"
+    for model, _, _, _, images, _ in used:
+        yield f"proxy_images_total{{model={label(model)}}} {images}"
+    yield "# TYPE proxy_credits_total counter"
+    for model, *_, spent in used:
+        yield f"proxy_credits_total{{model={label(model)}}} {spent / MICRO:.6f}"
+    running, streams = ledger.read(
+        "SELECT count(*), coalesce(sum(stream), 0) FROM requests WHERE state = 0"
+    )[0]
+    yield "# TYPE proxy_requests_in_progress gauge"
+    yield f"proxy_requests_in_progress {running}"
+    yield "# TYPE proxy_streams_in_progress gauge"
+    yield f"proxy_streams_in_progress {streams}"
+    yield "# TYPE proxy_balance_credits gauge"
+    for id, micro in sorted(balances(config, ledger).items()):
+        yield f"proxy_balance_credits{{account={label(id)}}} {micro / MICRO:.6f}"
+
+
+def histogram_lines(name: str, tallies: list[tuple], at: int) -> Iterator[str]:
+    """One histogram a model: cumulative buckets, sum and count (in seconds)."""
+    size = len(BUCKETS) + 1
+    for model, rows in itertools.groupby(tallies, key=lambda row: row[0]):
+        rows = list(rows)
+        total = 0
+        for i, bound in enumerate([*BUCKETS, None]):
+            total += sum(row[5 + at * size + i] for row in rows)
+            le = "+Inf" if bound is None else f"{bound / 1000:g}"
+            yield f'{name}_bucket{{model={label(model)},le="{le}"}} {total}'
+        seconds = sum(row[3 + at] for row in rows) / 1000
+        yield f"{name}_sum{{model={label(model)}}} {seconds:.3f}"
+        yield f"{name}_count{{model={label(model)}}} {total}"
+
+
+def label(value: str) -> str:
+    """A label's value, quoted and escaped as Prometheus has it."""
+    escaped = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return f'"{escaped}"'
+
+
+def balances(config: Config, ledger: Ledger) -> dict[str, int]:
+    """Micro-credits that each account has left."""
+    left = {id: account.credits for id, account in config.accounts.items()}
+    for id, own in ledger.read("SELECT id, granted - spent - held FROM accounts"):
+        left[id] = left.get(id, 0) + own
+    return left
+
+
+def fill_documentation(config: Config, root: str) -> str:
+    """The documentation with this server's address, models, prices and limits."""
+    key, model = config.demo or ("sk-your-api-key", "deepseek-chat")
+    names = {"REASONING_MODEL": "deepseek-r1", "IMAGE_MODEL": "jimeng-image"}
+    values = {
+        "BASE_URL": root + "v1",
+        "ROOT_URL": root.rstrip("/"),
+        "RATE": config.limits.rate,
+        "CONCURRENT": str(config.limits.concurrent),
+        "EXAMPLE_KEY": key,
+        "EXAMPLE_MODEL": model,
+    }
+    values |= {name: model if config.demo else real for name, real in names.items()}
+    text = DOCS_HTML.replace("@MODEL_ROWS@", model_rows(config))
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", html.escape(value))
+    return text
+
+
+def model_rows(config: Config) -> str:
+    rows = []
+    for model in config.models.values():
+        cells = (model.id, model.about, price_text(model.price))
+        escaped = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        rows.append(f"<tr>{escaped}</tr>")
+    return "\n".join(rows)
+
+
+def price_text(price: Price) -> str:
+    """A price for people: credits per million tokens, per image, per request."""
+    units = {"image": "an image", "request": "a request"}
+    parts = [
+        f"{amount} {units.get(name, f'per million {name} tokens')}"
+        for name, amount in price_entry(price).items()
+    ]
+    return ", ".join(parts) or "free"
+
+
 def usage_rows(ledger: Ledger, account: str | None, days: int) -> list[dict[str, Any]]:
     """Requests, tokens, images and credits by day and model, newest day first."""
     rows = ledger.read(
@@ -3287,9 +3801,1273 @@ def start_relay(services: Services, path: str) -> Response:
     lease = services.ledger.admit(
         g.request_id, g.key, g.account, quote(call, model), model.id, path, call.stream
     )
+    g.admitted = True
     watcher.add(watch)
     return Relay(services, call, model, lease, watch).respond()
 
+
+# Pages -------------------------------------------------------------------------------
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
+    " img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none';"
+    " frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+}
+
+DOCS_HTML = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>API documentation</title>
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="/assets/pages.css">
+<script src="/assets/docs.js" defer></script>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the text</a>
+<header class="top">
+<strong>AI API</strong>
+<nav aria-label="Pages">
+<a href="/" aria-current="page">Documentation</a> &nbsp; <a href="/dashboard">Dashboard</a>
+</nav>
+</header>
+<main id="main" class="docs">
+<nav class="toc" aria-label="Contents"><ol>
+<li><a href="#start">Start</a></li><li><a href="#authentication">Authentication</a></li>
+<li><a href="#chat">Chat completions</a></li><li><a href="#streaming">Streaming</a></li>
+<li><a href="#models">Models</a></li><li><a href="#images">Image generation</a></li>
+<li><a href="#python">Python</a></li><li><a href="#javascript">JavaScript</a></li>
+<li><a href="#curl">cURL</a></li><li><a href="#receipts">Receipts</a></li>
+<li><a href="#charges">What is charged</a></li><li><a href="#errors">Error codes</a></li>
+<li><a href="#limits">Rate limits</a></li>
+</ol></nav>
+<div>
+<section id="start" class="card">
+<h1>API documentation</h1>
+<p>One API for chat, reasoning, code and images. It speaks the OpenAI API: code written for OpenAI
+works here once the base URL and the key are changed.</p>
+<figure class="example"><figcaption>Base URL</figcaption>
+<pre id="base-url" data-copy="base URL">@BASE_URL@</pre></figure>
+<p>The examples on this page run as they stand once their key and model are yours. They show the
+key <code>@EXAMPLE_KEY@</code> and the model <code>@EXAMPLE_MODEL@</code>: <code>sk-demo</code> is a
+public key that reaches only the built-in model <code>echo</code>, which answers with your own
+words; <code>sk-your-api-key</code> stands for the key you make yourself. With it, use
+<code>deepseek-chat</code> for conversation, <code>deepseek-r1</code> for reasoning,
+<code>deepseek-coder</code> for code and <code>jimeng-image</code> for pictures.</p></section>
+<section id="authentication" class="card"><h2>Authentication</h2>
+<p>Every request carries an API key in the <code>Authorization</code> header. Make your key on the
+<a href="/dashboard">API Keys dashboard</a>; it is shown once. Keep it secret: never put it in a web
+page, an app or a repository. A key that got out can be revoked there and stops working at once.</p>
+<figure class="example"><figcaption>Header</figcaption><pre id="auth-header"
+data-copy="header">Authorization: Bearer @EXAMPLE_KEY@</pre></figure></section>
+<section id="chat" class="card"><h2>Chat completions</h2>
+<p class="endpoint"><b>POST</b>/v1/chat/completions</p>
+<p>Takes a conversation and answers with its next message. The body is JSON, at least a
+<code>model</code> and <code>messages</code>; other fields of OpenAI's format are passed to the
+model. Without <code>max_tokens</code> the model's own limit holds; where the credits left cannot
+pay for so much, the answer is cut to what they can pay.</p>
+<figure class="example"><figcaption>Request body</figcaption>
+<pre id="chat-request" data-copy="request body">{
+  "model": "@EXAMPLE_MODEL@",
+  "messages": [
+    {"role": "system", "content": "You are a helpful assistant."},
+    {"role": "user", "content": "Hello! What can you do?"}
+  ],
+  "max_tokens": 1024,
+  "temperature": 0.7,
+  "stream": false
+}</pre></figure>
+<figure class="example"><figcaption>Response</figcaption>
+<pre id="chat-response" data-copy="response">{
+  "id": "chatcmpl-abc123",
+  "object": "chat.completion",
+  "created": 1740000000,
+  "model": "@EXAMPLE_MODEL@",
+  "choices": [
+    {
+      "index": 0,
+      "message": {"role": "assistant", "content": "I can help you with many things..."},
+      "finish_reason": "stop"
+    }
+  ],
+  "usage": {"prompt_tokens": 25, "completion_tokens": 142, "total_tokens": 167}
+}</pre></figure>
+<p>A reasoning model puts its chain of thought into <code>reasoning_content</code>, beside
+<code>content</code>. Any other <code>POST /v1/…</code> of the OpenAI API whose JSON body names a
+<code>model</code> (completions, embeddings, responses) goes to the same path of that model's
+provider, if the provider has it.</p></section>
+<section id="streaming" class="card"><h2>Streaming</h2>
+<p>With <code>"stream": true</code> the answer comes as server-sent events while it is being
+written: lines of <code>data: </code> with a <code>chat.completion.chunk</code> each, and
+<code>data: [DONE]</code> after the last. Add <code>"stream_options": {"include_usage": true}</code>
+for a chunk with the usage before the end. Lines that start with a colon are comments. If
+something fails on the way, the last event is <code>data: {"error": {…}}</code> and no
+<code>[DONE]</code> follows: an answer without <code>[DONE]</code> is not complete.</p>
+<figure class="example"><figcaption>cURL</figcaption>
+<pre id="stream-curl" data-run="sh" data-copy="streaming with cURL">
+curl -N @BASE_URL@/chat/completions \
+  -H "Authorization: Bearer @EXAMPLE_KEY@" \
+  -H "Content-Type: application/json" \
+  -d '{
+    "model": "@EXAMPLE_MODEL@",
+    "messages": [{"role": "user", "content": "Count to five"}],
+    "stream": true
+  }'</pre></figure>
+<figure class="example"><figcaption>Python, OpenAI SDK</figcaption>
+<pre id="stream-python" data-run="python" data-copy="streaming with Python">
+from openai import OpenAI
+
+client = OpenAI(api_key="@EXAMPLE_KEY@", base_url="@BASE_URL@")
+
+stream = client.chat.completions.create(
+    model="@EXAMPLE_MODEL@",
+    messages=[{"role": "user", "content": "Write a haiku about rain"}],
+    stream=True,
+)
+for chunk in stream:
+    if chunk.choices:
+        print(chunk.choices[0].delta.content or "", end="", flush=True)
+print()</pre></figure></section>
+<section id="models" class="card"><h2>Models</h2>
+<p>Prices are in credits, for a million tokens or for an image. <code>GET /v1/models</code> lists
+those that your key may use.</p>
+<div class="scroll" tabindex="0" role="region" aria-label="Models"><table id="model-table">
+<thead><tr><th scope="col">Model</th><th scope="col">About</th><th scope="col">Price</th></tr>
+</thead><tbody>
+@MODEL_ROWS@
+</tbody></table></div></section>
+<section id="images" class="card"><h2>Image generation</h2>
+<p class="endpoint"><b>POST</b>/v1/chat/completions</p>
+<p>JiMeng paints through the same call: name the image model (<code>jimeng-image</code>) and
+describe the picture in the last user message. It takes some seconds. The answer's
+<code>content</code> is the address of the image and nothing else; download it soon, such links
+last about a day.</p>
+<figure class="example"><figcaption>cURL</figcaption>
+<pre id="image-curl" data-run="sh" data-copy="image with cURL">
+curl @BASE_URL@/chat/completions \
+  -H "Authorization: Bearer @EXAMPLE_KEY@" \
+  -H "Content-Type: application/json" \
+  -d '{
+    "model": "@IMAGE_MODEL@",
+    "messages": [
+      {"role": "user", "content": "A futuristic city at sunset, cinematic lighting"}
+    ]
+  }'</pre></figure>
+<figure class="example"><figcaption>Response, the part that matters</figcaption>
+<pre id="image-response" data-copy="image response">
+{
+  "choices": [
+    {"message": {"role": "assistant", "content": "https://cdn.example.com/gen/image-xyz.png"}}
+  ]
+}</pre></figure></section>
+<section id="python" class="card"><h2>Python</h2>
+<figure class="example"><figcaption>With requests (<code>pip install requests</code>)</figcaption>
+<pre id="python-requests" data-run="python" data-copy="Python with requests">
+import requests
+
+API_KEY = "@EXAMPLE_KEY@"
+BASE_URL = "@BASE_URL@"
+
+response = requests.post(
+    f"{BASE_URL}/chat/completions",
+    headers={"Authorization": f"Bearer {API_KEY}"},
+    json={
+        "model": "@EXAMPLE_MODEL@",
+        "messages": [{"role": "user", "content": "Explain quantum computing simply"}],
+    },
+    timeout=600,
+)
+response.raise_for_status()
+print(response.json()["choices"][0]["message"]["content"])</pre></figure>
+<figure class="example"><figcaption>OpenAI SDK (<code>pip install openai</code>)</figcaption>
+<pre id="python-openai" data-run="python" data-copy="OpenAI SDK">
+from openai import OpenAI
+
+client = OpenAI(
+    api_key="@EXAMPLE_KEY@",
+    base_url="@BASE_URL@",
+)
+completion = client.chat.completions.create(
+    model="@REASONING_MODEL@",
+    messages=[{"role": "user", "content": "Solve: 2x + 5 = 13"}],
+)
+print(completion.choices[0].message.content)</pre></figure></section>
+<section id="javascript" class="card"><h2>JavaScript</h2>
+<p>For a server, where the key stays secret: save it as <code>chat.mjs</code> and run
+<code>node chat.mjs</code> (Node 18 or newer, nothing to install).</p>
+<figure class="example"><figcaption>With fetch</figcaption>
+<pre id="javascript-fetch" data-run="node" data-copy="JavaScript">
+const API_KEY = "@EXAMPLE_KEY@";
+const BASE_URL = "@BASE_URL@";
+
+const response = await fetch(`${BASE_URL}/chat/completions`, {
+  method: "POST",
+  headers: {
+    "Authorization": `Bearer ${API_KEY}`,
+    "Content-Type": "application/json",
+  },
+  body: JSON.stringify({
+    model: "@EXAMPLE_MODEL@",
+    messages: [{ role: "user", content: "What is the capital of France?" }],
+  }),
+});
+const data = await response.json();
+if (!response.ok) throw new Error(data.error.message);
+console.log(data.choices[0].message.content);</pre></figure></section>
+<section id="curl" class="card"><h2>cURL</h2>
+<figure class="example"><figcaption>A chat completion</figcaption>
+<pre id="curl-chat" data-run="sh" data-copy="cURL">
+curl @BASE_URL@/chat/completions \
+  -H "Authorization: Bearer @EXAMPLE_KEY@" \
+  -H "Content-Type: application/json" \
+  -d '{
+    "model": "@EXAMPLE_MODEL@",
+    "messages": [
+      {"role": "user", "content": "Hello!"}
+    ]
+  }'</pre></figure></section>
+<section id="receipts" class="card"><h2>Receipts</h2>
+<p>Every answer has an <code>x-request-id</code> header. For a request that was let in,
+<code>GET /v1/account/requests/{id}</code> tells what became of it: status, tokens by class, cost
+and times. <code>GET /v1/account/requests</code> lists them, newest first
+(<code>limit</code>, <code>after</code>, <code>since</code>, <code>until</code>);
+<code>GET /v1/account/usage?days=30</code> sums them by day and model;
+<code>GET /v1/account</code> has your credits, limits and keys. The
+<a href="/dashboard">dashboard</a> shows the same. These calls are free.</p>
+<figure class="example"><figcaption>Python: a request and its receipt</figcaption>
+<pre id="receipt-python" data-run="python" data-copy="receipt with Python">
+import requests
+
+BASE_URL = "@BASE_URL@"
+headers = {"Authorization": "Bearer @EXAMPLE_KEY@"}
+
+response = requests.post(f"{BASE_URL}/chat/completions", headers=headers, json={
+    "model": "@EXAMPLE_MODEL@",
+    "messages": [{"role": "user", "content": "Hello!"}],
+})
+request_id = response.headers["x-request-id"]
+receipt = requests.get(f"{BASE_URL}/account/requests/{request_id}", headers=headers)
+print(receipt.json())</pre></figure>
+<figure class="example"><figcaption>cURL: credits left</figcaption>
+<pre id="account-curl" data-run="sh" data-copy="credits with cURL">
+curl @BASE_URL@/account \
+  -H "Authorization: Bearer @EXAMPLE_KEY@"</pre></figure></section>
+<section id="charges" class="card"><h2>What is charged</h2>
+<ul>
+<li>The tokens that the provider reports for the request, at the prices above. Cached input has its
+own, lower price where the model has one.</li>
+<li>Before a request is sent, the most that it can cost is held from your credits. What is not used
+comes back when it ends, and an account never goes below zero.</li>
+<li>Images cost their price for each image delivered.</li>
+<li>Refusals, errors of a provider and refusals by its moderation are free.</li>
+<li>If you leave in the middle of a stream, the provider is stopped at once and you pay for an
+estimate of what had been relayed to you, nothing if nothing had been. The same goes for a stream
+that broke off. Such receipts are marked <code>estimated</code>.</li>
+</ul></section>
+<section id="errors" class="card"><h2>Error codes</h2>
+<p>Every error is JSON with this one shape; tell them apart by <code>code</code>.</p>
+<figure class="example"><figcaption>Error</figcaption><pre id="error-body" data-copy="error">
+{"error": {"message": "…", "type": "…", "param": null, "code": "rate_limit_exceeded"}}</pre></figure>
+<div class="scroll" tabindex="0" role="region" aria-label="Error codes">
+<table id="error-table" class="codes">
+<thead><tr><th scope="col">HTTP status</th><th scope="col">Error code</th>
+<th scope="col">Description</th></tr></thead>
+<tbody>
+<tr><td>400</td><td><code>invalid_request</code></td><td>The body is not valid JSON, or a field is
+missing or of the wrong type. What the provider finds wrong with a request comes with the
+provider's message, as 400, 404, 413 or 422.</td></tr>
+<tr><td>400</td><td><code>content_policy_violation</code></td><td>The provider's moderation refused
+the prompt or the picture. Free.</td></tr>
+<tr><td>401</td><td><code>unauthorized</code></td><td>Missing or invalid API key; a revoked one
+too.</td></tr>
+<tr><td>402</td><td><code>insufficient_credits</code></td><td>The account has too few credits
+left for this request.</td></tr>
+<tr><td>404</td><td><code>model_not_found</code></td><td>There is no such model, or your account may
+not use it.</td></tr>
+<tr><td>404</td><td><code>not_found</code></td><td>There is nothing at this address.</td></tr>
+<tr><td>405</td><td><code>method_not_allowed</code></td><td>The address exists, but not for this
+method: a GET where a POST belongs, say.</td></tr>
+<tr><td>413</td><td><code>request_too_large</code></td><td>The body is larger than this server
+takes.</td></tr>
+<tr><td>415</td><td><code>unsupported_media_type</code></td><td>The body must be sent as
+<code>Content-Type: application/json</code>.</td></tr>
+<tr><td>429</td><td><code>rate_limit_exceeded</code></td><td>Too many requests, a minute or at once:
+see <a href="#limits">rate limits</a>.</td></tr>
+<tr><td>503</td><td><code>provider_unavailable</code></td><td>The AI provider behind the model is
+down, failing or not set up here. <code>x-should-retry: false</code> means that a repeat cannot
+help or could cost twice; otherwise try again after <code>Retry-After</code>.</td></tr>
+<tr><td>503</td><td><code>overloaded</code></td><td>This server has no room for another
+request right now. Nothing was sent on; try again after <code>Retry-After</code>.</td></tr>
+<tr><td>503</td><td><code>ledger_unavailable</code></td><td>This server cannot write its
+accounts, so it serves nothing until it can.</td></tr>
+</tbody></table></div></section>
+<section id="limits" class="card"><h2>Rate limits</h2>
+<div class="scroll"><table id="limit-table">
+<tbody>
+<tr><th scope="row">Requests (per API key)</th><td>@RATE@</td></tr>
+<tr><th scope="row">Concurrent requests</th><td>@CONCURRENT@</td></tr>
+</tbody></table></div>
+<p>Above a limit the answer is 429, and its <code>Retry-After</code> header says how many seconds to
+wait (1 to 60). The window slides: a request counts for as long as the window lasts, then its place
+is free again. A stream is one concurrent request until it ends. Answers to a key carry
+<code>x-ratelimit-limit-requests</code>, <code>x-ratelimit-remaining-requests</code> and
+<code>x-ratelimit-reset-requests</code>. The OpenAI SDKs wait and repeat by themselves.
+Account calls and <code>/v1/models</code> are counted apart and take nothing from these limits.</p>
+<p class="soft">Accounts may have limits of their own; the dashboard shows yours. Is this server up?
+<a href="/healthz">@ROOT_URL@/healthz</a></p></section>
+</div>
+</main>
+</body>
+</html>
+"""
+
+DASHBOARD_HTML = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>API Keys dashboard</title>
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="/assets/pages.css">
+<script src="/assets/docs.js" defer></script>
+<script src="/assets/dashboard.js" defer></script>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the content</a>
+<header class="top">
+<strong>AI API</strong>
+<nav aria-label="Pages">
+<a href="/">Documentation</a> &nbsp; <a href="/dashboard" aria-current="page">Dashboard</a>
+</nav>
+</header>
+<main id="main">
+<p id="notice" class="card" role="status" hidden></p>
+<noscript><p class="card">The dashboard needs JavaScript.</p></noscript>
+
+<section id="sign-in" class="card" hidden>
+<h1>API Keys dashboard</h1>
+<p>Sign in with an API key of your account. It stays in this browser tab until you sign out or close
+the tab.</p>
+<form id="sign-in-form" class="row">
+<label>API key <input id="key-input" type="password" autocomplete="off" spellcheck="false" required
+placeholder="sk-…"></label>
+<button class="main">Sign in</button>
+<output></output>
+</form>
+</section>
+
+<div id="board" hidden>
+<div class="head">
+<h1 id="title" tabindex="-1">Account <bdi id="account-id"></bdi></h1>
+<button type="button" id="back" hidden>Back to my account</button>
+<button type="button" id="sign-out">Sign out</button>
+</div>
+<div class="grid">
+<section class="card"><h2>Credits left</h2>
+<p class="big" id="available">–</p>
+<p class="soft" id="pace"></p>
+<dl class="pairs"><dt>Granted</dt><dd id="granted"></dd><dt>Spent</dt><dd id="spent"></dd>
+<dt>Held by running requests</dt><dd id="held"></dd></dl>
+<form id="grant-form" class="row" hidden>
+<label>Grant credits <input id="grant-credits" type="number" step="any" required></label>
+<label>Note <input id="grant-note" maxlength="200"></label>
+<button>Grant</button><output></output>
+</form>
+</section>
+
+<section class="card"><h2>Limits, live</h2>
+<p id="live-none" class="soft" hidden>Limits count per key and show for the key signed in.</p>
+<div id="live">
+<label for="rate-meter">Requests, limit <b id="rate-limit"></b></label>
+<meter id="rate-meter" min="0"></meter><p id="rate-text"></p>
+<label for="now-meter">Requests in progress, at most <b id="now-limit"></b></label>
+<meter id="now-meter" min="0"></meter><p id="now-text"></p>
+</div>
+</section>
+
+<section class="card wide">
+<div class="head"><h2>Spending</h2>
+<label>Period <select id="days"><option value="7">7 days</option>
+<option value="30" selected>30 days</option><option value="90">90 days</option></select></label>
+</div>
+<p id="spending-text"></p>
+<div id="picture">
+<svg id="chart" class="chart" role="img" aria-labelledby="spending-text" viewBox="0 0 100 100"
+preserveAspectRatio="none"></svg>
+<p class="ends soft" aria-hidden="true"><span id="chart-from"></span><span id="chart-to"></span></p>
+</div>
+<table id="models" class="stack" role="table"><caption>Spending by model</caption>
+<thead><tr><th>Model</th><th class="num">Requests</th><th class="num">Input tokens</th>
+<th class="num">of these cached</th><th class="num">Output tokens</th><th class="num">Images</th>
+<th class="num">Credits</th></tr></thead><tbody></tbody></table>
+<details><summary>By day, as a table</summary>
+<table id="day-table"><thead><tr><th>Day (UTC)</th><th class="num">Requests</th>
+<th class="num">Credits</th></tr></thead><tbody></tbody></table></details>
+</section>
+
+<section class="card wide"><h2>API keys</h2>
+<form id="key-form" class="row">
+<label>Name of the new key <input id="key-name" required maxlength="300" autocomplete="off"></label>
+<label class="tick" id="key-admin-label" hidden><input id="key-admin" type="checkbox"> admin</label>
+<button class="main">Make key</button><output></output>
+</form>
+<table id="keys" class="stack" role="table"><caption>API keys</caption>
+<thead><tr><th>Name</th><th>Key</th><th>Created</th><th>Last used</th><th>Made in</th>
+<th>Revoke</th></tr></thead><tbody></tbody></table>
+</section>
+
+<section class="card wide"><h2>Playground</h2>
+<p class="soft">Sends one message with the key you signed in with: it counts and costs like any
+other request.</p>
+<form id="play-form" class="row">
+<label>Model <select id="play-model"></select></label>
+<label class="long">Message
+<textarea id="play-message" rows="2" required dir="auto"></textarea></label>
+<button class="main">Send</button>
+<button type="button" id="play-stop" disabled>Stop</button><output></output>
+</form>
+<div id="play-thoughts" class="answer soft" dir="auto" hidden></div>
+<div id="play-answer" class="answer" dir="auto" role="region" aria-label="Answer"></div>
+</section>
+
+<section class="card wide" id="admin" hidden><h2>All accounts</h2>
+<form id="account-form" class="row">
+<label>Name of the new account <input id="account-name" required autocomplete="off"></label>
+<label>Credits <input id="account-credits" type="number" step="any" min="0" value="0"></label>
+<button class="main">Make account</button><output></output>
+</form>
+<table id="accounts" class="stack" role="table"><caption>All accounts</caption>
+<thead><tr><th>Account</th><th class="num">Granted</th><th class="num">Spent</th>
+<th class="num">Held</th><th class="num">Left</th><th class="num">Keys</th></tr></thead>
+<tbody></tbody></table>
+<p class="actions"><span class="soft">Open an account to grant it credits or make it a key.</span>
+<button type="button" id="accounts-more" hidden>More</button></p>
+</section>
+
+<section class="card wide">
+<div class="head"><h2>Recent requests</h2>
+<form id="period" class="row"><label>From <input type="date" id="since"></label>
+<label>To <input type="date" id="until"></label><button>Show</button><output></output></form>
+</div>
+<table id="requests" class="stack" role="table"><caption>Recent requests</caption>
+<thead><tr><th>Time</th><th>Status</th><th>Model</th><th>Key</th><th class="num">Tokens in</th>
+<th class="num">Tokens out</th><th class="num">Credits</th><th class="num">Duration</th></tr>
+</thead><tbody></tbody></table>
+<p class="actions"><span class="soft" id="requests-count" role="status"></span>
+<button type="button" id="requests-more" hidden>More</button></p>
+</section>
+</div>
+</div>
+
+<dialog id="made" aria-labelledby="made-title"><form method="dialog">
+<h2 id="made-title">New key <bdi id="made-name"></bdi></h2>
+<p>Copy it now: it is not shown again.</p>
+<code id="made-key" class="secret" data-copy="new key"></code>
+<p class="actions"><button class="main">Done</button></p>
+</form></dialog>
+<dialog id="ask" aria-labelledby="ask-title"><form method="dialog">
+<h2 id="ask-title">Revoke this key?</h2><p id="ask-text"></p>
+<p class="actions"><button value="no">Keep it</button>
+<button value="yes" class="danger">Revoke</button></p>
+</form></dialog>
+<dialog id="receipt" aria-labelledby="receipt-title"><form method="dialog">
+<h2 id="receipt-title">Receipt</h2><dl class="pairs" id="receipt-fields"></dl>
+<p class="actions"><button class="main">Close</button></p>
+</form></dialog>
+</main>
+</body>
+</html>
+"""
+
+PAGES_CSS = r""":root {
+  color-scheme: light dark;
+  --page: #f6f7f9; --card: #fff; --code: #f0f2f5; --line: #d5dae1; --text: #1a2029;
+  --soft: #56606e; --accent: #0b62c4; --on: #fff; --good: #14703a; --warn: #8a5200; --bad: #b3261e;
+  --mono: ui-monospace, "SFMono-Regular", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #11151b; --card: #1a2029; --code: #0c1015; --line: #343d4a; --text: #e6eaf0;
+    --soft: #a0abba; --accent: #76b1ff; --on: #07182e; --good: #6fd598;
+    --warn: #f0b95c; --bad: #ff9a92;
+  }
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+body {
+  margin: 0; background: var(--page); color: var(--text);
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
+}
+a { color: var(--accent); }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+h1 { margin: 0 0 .5rem; font-size: 1.75rem; line-height: 1.2; }
+h2 { margin: 0 0 .75rem; font-size: 1.25rem; line-height: 1.3; }
+h3 { margin: 1.25rem 0 .4rem; font-size: 1rem; }
+p { margin: 0 0 .75rem; }
+small, .soft { color: var(--soft); font-size: .875rem; }
+.good { color: var(--good); } .warn { color: var(--warn); } .bad { color: var(--bad); }
+caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.skip { position: absolute; left: -99rem; padding: .5rem 1rem; background: var(--card); }
+.skip:focus { left: 0; }
+
+/* Frame */
+.top {
+  display: flex; flex-wrap: wrap; align-items: center;
+  gap: .25rem 1.25rem; padding: .6rem 1.25rem; background: var(--card);
+  border-bottom: 1px solid var(--line);
+}
+.top strong { margin-right: auto; }
+.top a { text-decoration: none; }
+.top a[aria-current] { color: var(--text); font-weight: 600; }
+main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
+main > *, .grid > * { min-width: 0; }
+.card {
+  margin: 0 0 1.25rem; padding: 1.1rem 1.25rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: .6rem;
+}
+.card > :last-child { margin-bottom: 0; }
+.grid { display: grid; gap: 1.25rem; margin-bottom: 1.25rem; }
+.grid > .card { margin: 0; }
+.head {
+  display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; margin-bottom: .75rem;
+}
+.head h1, .head h2 { margin: 0 auto 0 0; min-width: 0; overflow-wrap: anywhere; }
+h1:focus { outline: none; }
+#notice { position: sticky; top: .5rem; z-index: 1; border-left: .3rem solid var(--accent); }
+
+/* Documentation: contents beside the text where there is room */
+.toc { margin-bottom: 1rem; }
+.toc ol { margin: 0; padding: 0; list-style: none; columns: 2; font-size: .9rem; }
+.toc a { display: block; padding: .15rem 0; text-decoration: none; }
+.endpoint { font-family: var(--mono); font-size: .95rem; overflow-wrap: anywhere; }
+.endpoint b { margin-right: .5rem; color: var(--good); }
+@media (min-width: 60rem) {
+  .docs { display: grid; grid-template-columns: 12rem minmax(0, 1fr); gap: 2rem; }
+  .toc { position: sticky; top: 1.5rem; align-self: start; }
+  .toc ol { columns: 1; }
+  .grid { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .grid > .wide { grid-column: 1 / -1; }
+}
+
+/* Code */
+code, pre, .mono { font-family: var(--mono); font-size: .875em; }
+:not(pre) > code { padding: .1em .3em; background: var(--code); border-radius: .25em; }
+code, .name { overflow-wrap: anywhere; }
+.example { position: relative; margin: 0 0 1rem; }
+.example figcaption { margin-bottom: .25rem; color: var(--soft); font-size: .875rem; }
+pre {
+  margin: 0; padding: .8rem 1rem; overflow-x: auto; background: var(--code);
+  border: 1px solid var(--line); border-radius: .4rem; line-height: 1.5; tab-size: 4;
+}
+.copy { padding: .1rem .6rem; font-size: .8rem; background: var(--card); }
+.example .copy { position: absolute; right: 0; top: 0; }
+
+/* Tables; on a phone a .stack table shows each row as a small card */
+.scroll { overflow-x: auto; }
+table { width: 100%; margin-bottom: .75rem; border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .4rem .6rem; text-align: start; vertical-align: top; }
+th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
+tr + tr > * { border-top: 1px solid var(--line); }
+tbody th { border-bottom: 0; }
+th.num, td.num { text-align: right; font-variant-numeric: tabular-nums; }
+td.none { padding: 1.25rem .6rem; color: var(--soft); text-align: center; }
+td:nth-child(2) > code { white-space: nowrap; }
+td .name {
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden;
+  min-width: 6ch; max-width: 34ch; text-align: left;
+}
+td time { white-space: nowrap; }
+.tag {
+  display: inline-block; padding: 0 .45rem; border: 1px solid currentColor; border-radius: 1rem;
+  font-size: .78rem; white-space: nowrap;
+}
+@media (max-width: 45rem) {
+  main { padding: 1rem .75rem 4rem; }
+  .card { padding: .9rem; }
+  .docs td, .docs th { padding: .4rem .3rem; }
+  .stack, .stack tbody { display: block; }
+  .stack thead { position: absolute; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .stack tr { display: grid; grid-template-columns: repeat(3, 1fr); gap: .4rem .75rem;
+    padding: .7rem 0; }
+  .stack tr + tr { border-top: 1px solid var(--line); }
+  .stack td {
+    min-width: 0; padding: 0; border: 0 !important; text-align: start !important;
+    overflow-wrap: anywhere;
+  }
+  .stack td[data-label]::before {
+    content: attr(data-label); display: block; color: var(--soft); font-size: .75rem;
+  }
+  .stack time { white-space: normal; }
+  .stack td:only-child, #models td:first-child { grid-column: 1 / -1; }
+  .codes tr { display: grid; grid-template-columns: 3rem 1fr; padding: .4rem 0; }
+  .codes tr + tr { border-top: 1px solid var(--line); }
+  .codes tr > * { border: 0 !important; }
+  .codes tr > :last-child { grid-column: 1 / -1; }
+}
+
+/* Controls */
+button, input, select, textarea { font: inherit; color: inherit; }
+button {
+  padding: .35rem .9rem; background: transparent; border: 1px solid var(--line);
+  border-radius: .4rem; cursor: pointer;
+}
+button:hover { border-color: var(--accent); }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--on); }
+button.danger { border-color: var(--bad); color: var(--bad); }
+button.link {
+  padding: 0; border: 0; color: var(--accent); text-align: start; text-decoration: underline;
+  vertical-align: top;
+}
+button:disabled { opacity: .55; cursor: default; }
+input:not([type=checkbox]), select, textarea {
+  width: 100%; padding: .35rem .6rem; background: var(--page);
+  border: 1px solid var(--soft); border-radius: .4rem;
+}
+label { display: block; min-width: 0; font-size: .875rem; color: var(--soft); }
+form.row { display: flex; flex-wrap: wrap; align-items: end; gap: .6rem .75rem; margin: .75rem 0; }
+.head form.row { margin: 0; }
+form.row label { flex: 1 1 9rem; }
+form.row label.long { flex: 4 1 16rem; }
+form.row label.tick { flex: 0 0 auto; padding-bottom: .5rem; }
+form.row output { flex-basis: 100%; margin: 0; overflow-wrap: anywhere; }
+output:empty { position: absolute; }
+dialog {
+  width: min(36rem, calc(100vw - 2rem)); padding: 1.25rem; color: var(--text);
+  background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
+}
+dialog::backdrop { background: rgb(0 0 0 / .5); }
+dialog p, dialog h2 { overflow-wrap: anywhere; }
+.actions {
+  display: flex; flex-wrap: wrap; align-items: center; justify-content: flex-end; gap: .6rem;
+  margin: 1rem 0 0;
+}
+.secret { display: block; margin: .5rem 0; padding: .7rem !important; user-select: all; }
+
+/* Dashboard */
+.big { margin: 0; font-size: 1.75rem; font-weight: 650; line-height: 1.2; overflow-wrap: anywhere; }
+.pairs { display: grid; grid-template-columns: auto 1fr; gap: .2rem 1rem; margin: .5rem 0 0; }
+.pairs dt { color: var(--soft); }
+.pairs dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+meter { display: block; width: 100%; height: 1.1rem; }
+.chart { display: block; width: 100%; height: 11rem; border-bottom: 1px solid var(--line); }
+.chart .bar { fill: var(--accent); }
+.chart .hit { fill: transparent; }
+.chart g:hover .hit { fill: var(--code); }
+.ends { display: flex; justify-content: space-between; margin: .2rem 0 .6rem; }
+.answer { margin-top: .75rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.answer img { max-width: 100%; }
+details > summary { cursor: pointer; color: var(--soft); }
+"""
+
+DOCS_JS = r"""'use strict';
+// Puts a Copy button after everything marked data-copy. The clipboard API exists only on
+// https and localhost; elsewhere the text is selected and copied the old way.
+async function copyText(node) {
+  getSelection().selectAllChildren(node);
+  if (navigator.clipboard) await navigator.clipboard.writeText(node.textContent);
+  else if (!document.execCommand('copy')) throw new Error('refused');
+  getSelection().removeAllRanges();
+}
+
+for (const node of document.querySelectorAll('[data-copy]')) {
+  const button = document.createElement('button');
+  const say = (text) => {
+    button.textContent = text;
+    button.setAttribute('aria-label', `${text}: ${node.dataset.copy}`);
+  };
+  button.type = 'button';
+  button.className = 'copy';
+  button.setAttribute('aria-live', 'polite');
+  button.addEventListener('click', () => {
+    copyText(node).then(() => say('Copied'), () => say('Press Ctrl+C'));
+    setTimeout(say, 2500, 'Copy');
+  });
+  say('Copy');
+  node.after(button);
+}
+"""
+
+DASHBOARD_JS = r"""'use strict';
+// The dashboard: signs in with an API key that only this tab's sessionStorage keeps, and shows
+// what /v1/account and, to admins, /v1/accounts answer. Whatever comes from the API becomes
+// text nodes and nothing else.
+
+const STORE = 'api-key';
+const POLL_MS = 5000; // live figures, only while the tab is to be seen
+const PAGE = 50; // requests a page
+const DAY_S = 86400;
+
+// The key signed in, its account (me), the account on show and its path (view), the request rows
+// on show; null when signed out. Answers for a session or a view that has gone are dropped.
+let session = null;
+
+class Gone extends Error {}
+
+function apiError(status, body, retryAfter) {
+  const message = body && body.error && body.error.message;
+  return Object.assign(new Error(message || `The server answered with status ${status}.`),
+    { status, retryAfter });
+}
+
+// ---- Small parts -----------------------------------------------------------------------
+
+const $ = (id) => document.getElementById(id);
+const show = (id, visible) => { $(id).hidden = !visible; };
+const text = (id, value) => { $(id).textContent = value; };
+
+function el(tag, props, ...children) {
+  const node = Object.assign(document.createElement(tag), props);
+  node.append(...children);
+  return node;
+}
+
+const name = (value) => el('bdi', { className: 'name', title: value }, value);
+
+const decimals = new Intl.NumberFormat('en', { maximumFractionDigits: 6 });
+const number = (value) => decimals.format(value || 0);
+
+const clock = new Intl.DateTimeFormat('en', {
+  month: 'short', day: 'numeric', hour: '2-digit', minute: '2-digit', second: '2-digit',
+  hourCycle: 'h23',
+});
+const calendar = new Intl.DateTimeFormat('en', { dateStyle: 'medium' });
+
+function moment(seconds, format) {
+  if (seconds == null) return '–';
+  const date = new Date(seconds * 1000);
+  const iso = date.toISOString();
+  return el('time', { dateTime: iso, title: iso }, format.format(date));
+}
+
+function duration(ms) {
+  if (ms == null) return '–';
+  return ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
+}
+
+// One row of a table; labels repeat the headings where a phone shows rows as cards.
+function row(table, cells) {
+  const heads = table.tHead.rows[0].cells;
+  return el('tr', { role: 'row' }, ...cells.map((cell, i) => {
+    const td = el('td', { className: heads[i].className, role: 'cell' }, cell);
+    td.dataset.label = heads[i].textContent;
+    return td;
+  }));
+}
+
+function fill(table, rows, none) {
+  const empty = el('td', { className: 'none', colSpan: table.tHead.rows[0].cells.length }, none);
+  table.tBodies[0].replaceChildren(...(rows.length ? rows : [el('tr', {}, empty)]));
+}
+
+function notice(message, bad) {
+  text('notice', message);
+  $('notice').classList.toggle('bad', Boolean(bad));
+  show('notice', message);
+}
+
+// Runs work for a form or a button: busy meanwhile, its message or its error beside it.
+async function busy(form, work) {
+  const button = form.querySelector('button:not([type])');
+  const output = form.querySelector('output');
+  button.disabled = true;
+  output.textContent = '';
+  output.className = '';
+  try {
+    output.textContent = (await work()) || '';
+  } catch (error) {
+    if (error instanceof Gone) return;
+    output.className = 'bad';
+    output.textContent = error.message;
+  } finally {
+    button.disabled = false;
+  }
+}
+
+function onSubmit(id, work) {
+  $(id).addEventListener('submit', (event) => {
+    event.preventDefault();
+    busy($(id), work);
+  });
+}
+
+// ---- API -------------------------------------------------------------------------------
+
+async function send(path, options = {}) {
+  const mine = session;
+  const headers = { Authorization: `Bearer ${mine.key}` };
+  if (options.body) headers['Content-Type'] = 'application/json';
+  let response;
+  try {
+    response = await fetch(`/v1/${path}`, { ...options, headers, cache: 'no-store' });
+  } catch (error) {
+    if (session !== mine) throw new Gone();
+    if (error.name === 'AbortError') throw error;
+    throw new Error('The server cannot be reached.');
+  }
+  if (response.ok) return response;
+  const body = await response.json().catch(() => null);
+  if (session !== mine) throw new Gone();
+  if (response.status === 401 && mine.me) {
+    signOut('You were signed out: this key is not valid any more.');
+    throw new Gone();
+  }
+  throw apiError(response.status, body, response.headers.get('Retry-After'));
+}
+
+async function call(path, method, body) {
+  const mine = session;
+  const response = await send(path, { method, body: body && JSON.stringify(body) });
+  const answer = await response.json();
+  if (session !== mine) throw new Gone();
+  return answer;
+}
+
+// The same for the account on show: one's own, or any for an admin.
+async function ask(path, method, body) {
+  const { view } = session;
+  const answer = await call(view + path, method, body);
+  if (session.view !== view) throw new Gone();
+  return answer;
+}
+
+const accountPath = (id) => `accounts/${encodeURIComponent(id)}`;
+
+function query(fields) {
+  const set = Object.entries(fields).filter(([, value]) => value != null && value !== '');
+  return `?${new URLSearchParams(set)}`;
+}
+
+// ---- Sign-in ---------------------------------------------------------------------------
+
+async function signIn(key) {
+  if (!/^[!-~]+$/.test(key)) throw new Error('This is not an API key: it has spaces or accents.');
+  session = { key };
+  try {
+    session.me = await call('account');
+  } catch (error) {
+    session = null;
+    if (error.status !== 401) throw error;
+    sessionStorage.removeItem(STORE);
+    throw new Error('Wrong key: it is unknown or was revoked. Check it and try again.');
+  }
+  const { admin, models } = session.me;
+  sessionStorage.setItem(STORE, key);
+  $('sign-in-form').reset();
+  notice('');
+  show('sign-in', false);
+  show('board', true);
+  for (const id of ['admin', 'grant-form', 'key-admin-label']) show(id, admin);
+  $('play-model').replaceChildren(...models.map(({ id }) => el('option', { value: id }, id)));
+  await open('account', session.me);
+}
+
+function signOut(message) {
+  clearTimeout(session.timer);
+  if (playing) playing.abort();
+  session = null;
+  sessionStorage.removeItem(STORE);
+  for (const dialog of document.querySelectorAll('dialog')) dialog.close();
+  for (const table of document.querySelectorAll('tbody')) table.replaceChildren();
+  for (const form of document.forms) form.reset();
+  for (const node of document.querySelectorAll('output, .answer')) node.textContent = '';
+  show('board', false);
+  show('sign-in', true);
+  notice(message || '');
+  $('key-input').focus();
+}
+
+// A background load: its failure is told at the top, a dropped answer not at all.
+function guard(promise) {
+  return promise.catch((error) => {
+    if (!(error instanceof Gone)) notice(error.message, true);
+  });
+}
+
+// ---- Account on show -------------------------------------------------------------------
+
+async function open(view, known) {
+  const account = known || await call(view);
+  Object.assign(session, { view, account: null, rows: new Map(), period: {} });
+  for (const id of ['requests', 'models', 'day-table']) $(id).tBodies[0].replaceChildren();
+  $('period').reset();
+  showAccount(account);
+  $('title').focus();
+  schedule();
+  if (session.me.admin) guard(loadAccounts());
+  await Promise.all([guard(loadUsage()), guard(loadRequests(true))]);
+}
+
+function showAccount(account) {
+  const { credits, limits, live, keys } = account;
+  const before = session.account || {};
+  session.account = account;
+  text('account-id', account.id);
+  show('back', session.view !== 'account');
+  for (const part of ['available', 'granted', 'spent', 'held']) text(part, number(credits[part]));
+  show('live', live);
+  show('live-none', !live);
+  if (live) {
+    const { requests_limit: most, requests_remaining: left, concurrent } = live;
+    meter('rate', most - left, most, limits.rate, `${most - left} used, ${left} left`);
+    meter('now', concurrent, limits.concurrent, limits.concurrent, `${concurrent} now`);
+  }
+  // Not redrawn for a mere last_used while the focus is in it: polling takes no one's focus.
+  const same = (part) => JSON.stringify((before.keys || []).map(part)) ===
+    JSON.stringify(keys.map(part));
+  const focused = $('keys').contains(document.activeElement);
+  if (!before.keys || !same((key) => (focused ? [key.id, key.revoked] : key))) showKeys(keys);
+}
+
+function meter(id, value, max, limit, words) {
+  Object.assign($(`${id}-meter`), { max, value, low: max * 0.7, high: max * 0.9, optimum: 0 });
+  text(`${id}-limit`, limit);
+  text(`${id}-text`, words);
+}
+
+function schedule(delay = POLL_MS) {
+  clearTimeout(session.timer);
+  if (document.hidden) return;
+  session.timer = setTimeout(poll, delay);
+}
+
+async function poll() {
+  let delay = POLL_MS;
+  try {
+    const figures = () => JSON.stringify([session.account.credits, session.account.live]);
+    const before = figures();
+    showAccount(await ask(''));
+    if (figures() !== before) await Promise.all([loadRequests(true), loadUsage()]);
+    if (session.failed) notice('');
+    session.failed = false;
+  } catch (error) {
+    if (error instanceof Gone || !session) return;
+    session.failed = true;
+    notice(error.message, true);
+    delay = Math.max(delay, 1000 * (error.retryAfter || 0));
+  }
+  schedule(delay);
+}
+
+// ---- Spending --------------------------------------------------------------------------
+
+const COUNTS = ['requests', 'input_tokens', 'cached_tokens', 'output_tokens', 'images', 'credits'];
+const dayName = (seconds) => new Date(seconds * 1000).toISOString().slice(0, 10);
+
+// Rows of usage with one value of a field, summed: a Map of {key, requests, credits, …}.
+function sums(rows, field) {
+  const groups = new Map();
+  for (const usage of rows) {
+    const sum = groups.get(usage[field]) || { key: usage[field] };
+    groups.set(sum.key, sum);
+    for (const count of COUNTS) sum[count] = (sum[count] || 0) + (usage[count] || 0);
+  }
+  return groups;
+}
+
+async function loadUsage() {
+  const days = Number($('days').value);
+  const { data } = await ask(`/usage${query({ days })}`);
+  if (days !== Number($('days').value)) return;
+  const byDay = sums(data, 'day');
+  const today = Math.max(Date.now(), ...[...byDay.keys()].map(Date.parse)) / 1000;
+  const series = Array.from({ length: days }, (_, i) => {
+    const key = dayName(today - (days - 1 - i) * DAY_S);
+    return byDay.get(key) || { key, requests: 0, credits: 0 };
+  });
+  showPace(series);
+  showChart(series);
+  const models = [...sums(data, 'model').values()].sort((a, b) => b.credits - a.credits);
+  const table = $('models');
+  fill(table, models.map((sum) => row(table,
+    [name(sum.key), ...COUNTS.map((count) => number(sum[count]))])), 'Nothing was used.');
+  const used = series.filter((day) => day.requests).reverse();
+  fill($('day-table'), used.map((day) => row($('day-table'),
+    [day.key, number(day.requests), number(day.credits)])), 'No requests.');
+}
+
+// The pace is the last seven days', or the days since the first request if they are fewer.
+function showPace(series) {
+  const { credits } = session.account;
+  const week = series.slice(-7);
+  const spent = week.reduce((sum, day) => sum + day.credits, 0);
+  if (!spent) return text('pace', 'Nothing was spent in the last 7 days.');
+  const older = credits.spent - spent > 1e-6;
+  const days = older ? 7 : 7 - week.findIndex((day) => day.requests);
+  const left = Math.floor((credits.available / spent) * days);
+  const lasts = left < 1 ? 'less than a day' : left > 3650 ? 'more than ten years'
+    : `about ${left} ${left === 1 ? 'day' : 'days'}`;
+  text('pace', `Lasts ${lasts} at the pace of ${days > 1 ? `the last ${days} days` : 'today'}: ` +
+    `${number((spent / days).toPrecision(3))} credits a day.`);
+}
+
+function showChart(series) {
+  const peak = series.reduce((top, day) => (day.credits > top.credits ? day : top));
+  const total = series.reduce((sum, day) => sum + day.credits, 0);
+  text('spending-text', total ? `${number(total)} credits in ${series.length} days; most on ` +
+    `${peak.key}: ${number(peak.credits)}.` : `No spending in ${series.length} days.`);
+  show('picture', total);
+  text('chart-from', series[0].key);
+  text('chart-to', series[series.length - 1].key);
+  const step = 100 / series.length;
+  $('chart').replaceChildren(...series.map((day, i) => {
+    const height = day.credits ? Math.max(1, (day.credits / peak.credits) * 98) : 0;
+    const title = svg('title', {});
+    title.textContent = `${day.key}: ${number(day.credits)} credits`;
+    const group = svg('g', {});
+    group.append(title, svg('rect', { class: 'hit', x: i * step, width: step, height: 100 }),
+      svg('rect', { class: 'bar', x: (i + 0.12) * step, width: step * 0.76, height,
+        y: 100 - height }));
+    return group;
+  }));
+}
+
+function svg(tag, attributes) {
+  const node = document.createElementNS('http://www.w3.org/2000/svg', tag);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  return node;
+}
+
+// ---- Requests --------------------------------------------------------------------------
+
+// The newest page (fresh) merged into the rows on show, or the page after the last of them.
+async function loadRequests(fresh) {
+  const { rows, period } = session;
+  const body = $('requests').tBodies[0];
+  const after = fresh ? null : body.lastElementChild.dataset.id;
+  const page = await ask(`/requests${query({ limit: PAGE, after, ...period })}`);
+  if (session.period !== period) return;
+  if (fresh && !page.data.some((request) => rows.has(request.id))) {
+    rows.clear();
+    body.replaceChildren();
+  }
+  if (!fresh || !rows.size) show('requests-more', page.has_more);
+  for (const request of fresh ? page.data.reverse() : page.data) {
+    const old = rows.get(request.id);
+    const tr = requestRow(request);
+    if (old && old.isEqualNode(tr)) continue;
+    if (old) old.replaceWith(tr);
+    else if (fresh) body.prepend(tr);
+    else body.append(tr);
+    rows.set(request.id, tr);
+  }
+  if (!rows.size) fill($('requests'), [], 'No requests in this period.');
+  text('requests-count', rows.size ? `${number(rows.size)} shown` : '');
+}
+
+// Whole days of the browser's time zone, both included.
+function setPeriod() {
+  const at = (id, days) => $(id).value
+    && Date.parse(`${$(id).value}T00:00:00`) / 1000 + days * DAY_S;
+  session.period = { since: at('since', 0), until: at('until', 1) };
+  session.rows.clear();
+  return loadRequests(true);
+}
+
+function requestRow(request) {
+  const detail = el('button', { type: 'button', className: 'link' },
+    moment(request.created, clock));
+  detail.addEventListener('click', () => showReceipt(request));
+  const tr = row($('requests'), [
+    detail, status(request), name(request.model || '–'), name(request.key || '–'),
+    number(request.input_tokens), number(request.output_tokens),
+    (request.estimated ? '≈ ' : '') + number(request.credits), duration(request.duration_ms)]);
+  tr.dataset.id = request.id;
+  return tr;
+}
+
+function status({ state, status: code }) {
+  if (state === 'open') return el('span', { className: 'tag soft' }, 'running');
+  const kind = code < 400 ? 'good' : code < 500 ? 'warn' : 'bad';
+  return el('span', { className: `tag ${kind}` }, String(code || state));
+}
+
+function showReceipt(request) {
+  $('receipt-fields').replaceChildren(...Object.entries(request).flatMap(([field, value]) => [
+    el('dt', {}, field.replaceAll('_', ' ')),
+    el('dd', {}, el('bdi', {}, field === 'created' ? new Date(value * 1000).toISOString()
+      : value === null ? '–' : typeof value === 'number' ? number(value) : String(value)))]));
+  $('receipt').showModal();
+}
+
+// ---- Keys ------------------------------------------------------------------------------
+
+function showKeys(keys) {
+  const own = session.me.key && session.me.key.id;
+  fill($('keys'), keys.map((key) => {
+    const label = el('span', {}, name(key.name));
+    if (key.id === own) label.append(' ', el('span', { className: 'tag good' }, 'signed in'));
+    if (key.admin) label.append(' ', el('span', { className: 'tag warn' }, 'admin'));
+    const revoke = el('button', { type: 'button', className: 'danger' }, 'Revoke');
+    revoke.setAttribute('aria-label', `Revoke ${key.name}`);
+    revoke.addEventListener('click', () => guard(revokeKey(key, key.id === own)));
+    return row($('keys'), [
+      label, el('code', {}, key.hint || '–'), moment(key.created, calendar),
+      moment(key.last_used, clock), key.source === 'keys.json' ? 'keys.json' : 'dashboard',
+      key.revoked ? el('span', { className: 'soft' }, 'revoked') : revoke]);
+  }), 'This account has no keys.');
+}
+
+async function revokeKey(key, own) {
+  const dialog = $('ask');
+  $('ask-text').replaceChildren(el('bdi', {}, key.name), ' ', el('code', {}, key.hint || ''),
+    ' stops working at once, for good.', own ? ' You are signed in with it.' : '');
+  dialog.returnValue = '';
+  dialog.showModal();
+  await new Promise((closed) => { dialog.addEventListener('close', closed, { once: true }); });
+  if (dialog.returnValue !== 'yes' || !session) return;
+  await ask(`/keys/${encodeURIComponent(key.id)}`, 'DELETE');
+  if (own) return signOut('You were signed out: you revoked the key you were using.');
+  showAccount(await ask(''));
+}
+
+async function makeKey() {
+  const body = { name: $('key-name').value.trim() };
+  if ($('key-admin').checked) body.admin = true;
+  const made = await ask('/keys', 'POST', body);
+  $('key-form').reset();
+  text('made-name', made.name);
+  text('made-key', made.key);
+  $('made').showModal();
+  guard(ask('').then(showAccount));
+}
+
+// ---- Admin -----------------------------------------------------------------------------
+
+async function loadAccounts(after) {
+  const page = await call(`accounts${query({ limit: 25, after })}`);
+  const table = $('accounts');
+  const rows = page.data.map((account) => {
+    const button = el('button', { type: 'button', className: 'link' }, name(account.id));
+    button.addEventListener('click', () => guard(open(accountPath(account.id))));
+    const label = el('span', {}, button);
+    if (account.admin) label.append(' ', el('span', { className: 'tag warn' }, 'admin'));
+    const { granted, spent, held, available } = account.credits;
+    return row(table, [label, ...[granted, spent, held, available, account.keys].map(number)]);
+  });
+  if (after) table.tBodies[0].append(...rows);
+  else fill(table, rows, 'There are no accounts.');
+  show('accounts-more', page.has_more);
+  const last = page.data[page.data.length - 1];
+  $('accounts-more').onclick = () => guard(loadAccounts(last.id));
+}
+
+async function makeAccount() {
+  const id = $('account-name').value.trim();
+  await call('accounts', 'POST', { id, credits: Number($('account-credits').value) });
+  $('account-form').reset();
+  await open(accountPath(id));
+}
+
+async function grant() {
+  const { id } = session.account;
+  const credits = Number($('grant-credits').value);
+  await call(`${accountPath(id)}/grants`, 'POST', { credits, note: $('grant-note').value });
+  $('grant-form').reset();
+  guard(loadAccounts());
+  showAccount(await ask(''));
+  return `Granted ${number(credits)}.`;
+}
+
+// ---- Playground ------------------------------------------------------------------------
+
+let playing = null;
+
+async function play() {
+  const mine = session;
+  const message = { role: 'user', content: $('play-message').value };
+  const body = { model: $('play-model').value, stream: true, messages: [message] };
+  const started = performance.now();
+  playing = new AbortController();
+  text('play-answer', '');
+  text('play-thoughts', '');
+  show('play-thoughts', false);
+  $('play-stop').disabled = false;
+  try {
+    const response = await send('chat/completions',
+      { method: 'POST', body: JSON.stringify(body), signal: playing.signal });
+    await readStream(response.body);
+    showPicture();
+    const took = duration(performance.now() - started);
+    const receipt = await call(`account/requests/${response.headers.get('x-request-id')}`);
+    return `Done in ${took}: ${number(receipt.input_tokens)} tokens in, ` +
+      `${number(receipt.output_tokens)} out, ${number(receipt.credits)} credits.`;
+  } catch (error) {
+    if (session !== mine) throw new Gone();
+    if (error.name === 'AbortError') return 'Stopped.';
+    throw error;
+  } finally {
+    playing = null;
+    $('play-stop').disabled = true;
+    if (session === mine) schedule(0);
+  }
+}
+
+// Server-sent events: one JSON object a data line; an error object or a missing [DONE] means
+// that the answer is not whole.
+async function readStream(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = '';
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) throw new Error('The answer broke off.');
+    const lines = (rest + value).split('\n');
+    rest = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith('data:')) continue;
+      const data = line.slice(5).trim();
+      if (data === '[DONE]') return;
+      const event = JSON.parse(data);
+      if (event.error) throw apiError(200, event);
+      const delta = (event.choices && event.choices[0] && event.choices[0].delta) || {};
+      $('play-thoughts').append(delta.reasoning_content || delta.reasoning || '');
+      show('play-thoughts', $('play-thoughts').textContent);
+      $('play-answer').append(delta.content || '');
+    }
+  }
+}
+
+// An answer that is nothing but an address (an image model's) becomes a link to it.
+function showPicture() {
+  const href = $('play-answer').textContent.trim();
+  if (!/^https:[/][/][^ ]+$/.test(href)) return;
+  const link = el('a', { href, target: '_blank', rel: 'noreferrer noopener' }, href);
+  $('play-answer').replaceChildren(link);
+}
+
+// ---- Wiring ----------------------------------------------------------------------------
+
+onSubmit('sign-in-form', () => signIn($('key-input').value.trim()));
+onSubmit('key-form', makeKey);
+onSubmit('account-form', makeAccount);
+onSubmit('grant-form', grant);
+onSubmit('play-form', play);
+onSubmit('period', setPeriod);
+$('requests-more').addEventListener('click', () => guard(loadRequests(false)));
+$('days').addEventListener('change', () => guard(loadUsage()));
+$('back').addEventListener('click', () => guard(open('account')));
+$('play-stop').addEventListener('click', () => playing && playing.abort());
+$('sign-out').addEventListener('click', () => signOut());
+$('made').addEventListener('close', () => text('made-key', ''));
+document.addEventListener('visibilitychange', () => {
+  if (session && session.account) schedule(0);
+});
+
+const stored = sessionStorage.getItem(STORE);
+show('sign-in', true);
+$('key-input').focus();
+if (stored) busy($('sign-in-form'), () => signIn(stored));
+"""
+
+ASSETS = {
+    "pages.css": (PAGES_CSS, "text/css"),
+    "docs.js": (DOCS_JS, "text/javascript"),
+    "dashboard.js": (DASHBOARD_JS, "text/javascript"),
+}
 
 # Command line ------------------------------------------------------------------------
 
@@ -3309,7 +5087,9 @@ class Worker(ThreadWorker):
             conn.close = lambda graceful=False: gunicorn.util.close(conn.sock)
         return kept
 
-    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: Any) -> None:
+    def handle_error(
+        self, req: Any, client: socket.socket, addr: Any, exc: Any
+    ) -> None:
         """Answers what gunicorn cannot parse; the raw line is logged nowhere."""
         status = PARSER_STATUS.get(type(exc).__name__, 400)
         if not isinstance(exc, ParseException | ssl.SSLError):
@@ -3433,8 +5213,12 @@ def cli() -> None:
 @click.option("--port", envvar="PROXY_PORT", default=8000, show_default=True)
 @click.option("--workers", envvar="PROXY_WORKERS", type=click.IntRange(1, MAX_WORKERS))
 @click.option(
-    "--threads", envvar="PROXY_THREADS", type=click.IntRange(1, 10_000), default=1000,
-    show_default=True, help="Requests that one worker relays at once.",
+    "--threads",
+    envvar="PROXY_THREADS",
+    type=click.IntRange(1, 10_000),
+    default=1000,
+    show_default=True,
+    help="Requests that one worker relays at once.",
 )
 def serve(
     keys: str, db: str | None, host: str, port: int, workers: int | None, threads: int
@@ -3452,7 +5236,7 @@ def serve(
 
 def greet(config: Config, url: str) -> None:
     """Where it listens, and a line that works as it stands."""
-    click.echo(f"Serving {url}/v1")
+    click.echo(f"Serving {url}/v1 (documentation {url}/, dashboard {url}/dashboard)")
     for variable, models in config.missing().items():
         click.echo(f"  {variable} is not set: no {', '.join(models)}")
     if config.demo:
@@ -3491,7 +5275,7 @@ def keys_add(
     keys: str, db: str | None, account: str, name: str, credits: str | None, admin: bool
 ) -> None:
     """Prints a new key, once; makes the account if it is new."""
-    printable_name(account, "ACCOUNT")
+    account_name(account, "ACCOUNT")
     printable_name(name, "--name")
     amount = to_micro(credits, "--credits") if credits else 0
     with opened(keys, db) as (config, ledger):
@@ -3545,9 +5329,7 @@ def credits_add(
 @file_options
 @click.argument("account", required=False)
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
-def credits_show(
-    keys: str, db: str | None, account: str | None, as_json: bool
-) -> None:
+def credits_show(keys: str, db: str | None, account: str | None, as_json: bool) -> None:
     """Balances of one account, or of all."""
     with opened(keys, db) as (config, ledger):
         names = [account] if account else all_accounts(config, ledger)

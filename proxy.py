@@ -49,7 +49,7 @@ import threading
 import time
 import traceback
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -719,11 +719,41 @@ CREATE TABLE usage(
     PRIMARY KEY (account, day, model)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE tallies(
-    model TEXT NOT NULL, status INTEGER NOT NULL, requests INTEGER NOT NULL DEFAULT 0,
-    ttfb INTEGER NOT NULL DEFAULT 0, duration INTEGER NOT NULL DEFAULT 0,
-    {buckets}, PRIMARY KEY (model, status)
+    model TEXT NOT NULL, status INTEGER NOT NULL, requests INTEGER NOT NULL,
+    ttfb INTEGER NOT NULL, duration INTEGER NOT NULL, PRIMARY KEY (model, status)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE buckets(
+    model TEXT NOT NULL, kind TEXT NOT NULL, place INTEGER NOT NULL,
+    requests INTEGER NOT NULL, PRIMARY KEY (model, kind, place)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE windows(key TEXT PRIMARY KEY, hits BLOB NOT NULL) STRICT, WITHOUT ROWID;
+
+-- The sums follow the rows, whoever writes them: they cannot diverge.
+CREATE TRIGGER opened AFTER INSERT ON requests BEGIN
+    INSERT INTO accounts(id, made, created, held)
+        VALUES (NEW.account, 0, NEW.created / 1000, NEW.hold)
+        ON CONFLICT DO UPDATE SET held = held + excluded.held;
+    UPDATE keys SET used = NEW.created / 1000
+        WHERE id = NEW.key AND coalesce(used, 0) < NEW.created / 1000 - 10;
+END;
+CREATE TRIGGER resolved AFTER UPDATE OF state ON requests WHEN OLD.state = 0 BEGIN
+    UPDATE accounts SET held = held - OLD.hold, spent = spent + NEW.cost,
+        lost = lost + NEW.lost WHERE id = NEW.account;
+    INSERT INTO tallies VALUES (NEW.model, NEW.status, 1,
+        coalesce(NEW.ttfb, 0), coalesce(NEW.duration, 0))
+        ON CONFLICT DO UPDATE SET requests = requests + 1,
+        ttfb = ttfb + excluded.ttfb, duration = duration + excluded.duration;
+    INSERT INTO buckets VALUES (NEW.model, 'ttfb', @place(NEW.ttfb), 1)
+        ON CONFLICT DO UPDATE SET requests = requests + 1;
+    INSERT INTO buckets VALUES (NEW.model, 'duration', @place(NEW.duration), 1)
+        ON CONFLICT DO UPDATE SET requests = requests + 1;
+    INSERT INTO usage SELECT NEW.account, NEW.created / 86400000, NEW.model, 1,
+        NEW.input, NEW.cached, NEW.output, NEW.images, NEW.cost WHERE NEW.state = 1
+        ON CONFLICT DO UPDATE SET requests = requests + 1,
+        input = input + excluded.input, cached = cached + excluded.cached,
+        output = output + excluded.output, images = images + excluded.images,
+        cost = cost + excluded.cost;
+END;
 """
 
 
@@ -778,15 +808,11 @@ class Charge:
     duration: int | None = None
 
 
-def bucket(kind: str, milliseconds: int | None) -> str:
-    """The column of a histogram that counts this duration; the last has no bound."""
-    return f"{kind}{bisect_left(BUCKETS, milliseconds or 0)}"
-
-
 def schema() -> str:
-    columns = [f"{kind}{i}" for kind in "td" for i in range(len(BUCKETS) + 1)]
-    buckets = ", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in columns)
-    return SCHEMA.replace("{buckets}", buckets)
+    """SCHEMA with the place of a duration in BUCKETS as an expression."""
+    steps = "".join(f" WHEN \\1 <= {bound} THEN {i}" for i, bound in enumerate(BUCKETS))
+    case = rf"CASE WHEN \1 IS NULL THEN 0{steps} ELSE {len(BUCKETS)} END"
+    return re.sub(r"@place\((.*?)\)", case, SCHEMA)
 
 
 def ceil_micro(pico: int) -> int:
@@ -796,6 +822,10 @@ def ceil_micro(pico: int) -> int:
 def new_request_id() -> str:
     """Unique, and sorted by time so that the ledger grows at its end."""
     return f"req_{time.time_ns() // 10**6:011x}{random.getrandbits(52):013x}"
+
+
+OFD_SETLK = getattr(fcntl, "F_OFD_SETLK", None)
+FLOCK = struct.Struct("hhqqi")
 
 
 class FileLock:
@@ -828,9 +858,9 @@ class FileLock:
         # Linux's locks of an open file: POSIX ones vanish as soon as the process
         # closes any other descriptor of the file (fcntl(2)), as `check` would.
         try:
-            if hasattr(fcntl, "F_OFD_SETLK"):
-                lock = struct.pack("hhqqi", kind, os.SEEK_SET, byte, 1, 0)
-                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, lock)
+            if OFD_SETLK:
+                lock = FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
+                fcntl.fcntl(self._fd, OFD_SETLK, lock)
             else:
                 mode = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX
                 fcntl.lockf(self._fd, mode | fcntl.LOCK_NB, 1, byte)
@@ -879,6 +909,7 @@ class Ledger:
         self._read_inode: tuple[int, int] | None = None
         self._wal = -1
         self._commits = self._synced = 0
+        self._keys: set[str] = set()  # ids that have a row
         self._unsettled: deque[tuple[Lease, Charge]] = deque()
         self._create()
 
@@ -956,16 +987,20 @@ class Ledger:
                 os.close(self._wal)
                 self._db, self._wal = None, -1
 
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """The lock between processes; short, so that polling it is fair enough."""
-        deadline = time.monotonic() + LEDGER_TIMEOUT
-        pause = 0.0001
+    def _acquire(self) -> None:
+        """The lock between processes; held so shortly that polling is fair enough."""
+        if self._lock.take(0):
+            return
+        deadline, pause = time.monotonic() + LEDGER_TIMEOUT, 0.0001
         while not self._lock.take(0):
             if time.monotonic() > deadline:
                 raise LedgerUnavailable("the lock is held by another process")
             time.sleep(pause)
             pause = min(pause * 1.5, 0.002)
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        self._acquire()
         try:
             yield
         finally:
@@ -995,8 +1030,11 @@ class Ledger:
     def _commit(self, jobs: list[Job]) -> None:
         """Commits the jobs together; if one breaks the rules, each alone."""
         try:
-            with self._exclusive():
+            self._acquire()
+            try:
                 self._transact(self._open(), jobs)
+            finally:
+                self._lock.drop(0)
         except sqlite3.IntegrityError:
             if len(jobs) > 1:
                 for job in jobs:
@@ -1099,21 +1137,6 @@ class Ledger:
 
     def _clear(self, slot: int) -> None:
         def operation(db: sqlite3.Connection) -> None:
-            rows = db.execute(
-                "SELECT account, sum(hold) FROM requests"
-                " WHERE state = 0 AND slot = ? GROUP BY account",
-                (slot,),
-            ).fetchall()
-            db.executemany(
-                "UPDATE accounts SET held = held - ? WHERE id = ?",
-                [(hold, account) for account, hold in rows],
-            )
-            models = db.execute(
-                "SELECT model, count(*) FROM requests"
-                " WHERE state = 0 AND slot = ? GROUP BY model",
-                (slot,),
-            ).fetchall()
-            self._tally(db, {(model, 0): count for model, count in models})
             db.execute(
                 "UPDATE requests SET state = 2 WHERE state = 0 AND slot = ?", (slot,)
             )
@@ -1122,17 +1145,15 @@ class Ledger:
 
     def tally(self, counts: dict[tuple[str, int], int]) -> None:
         """Adds requests that were refused, by (model, status)."""
-        if counts:
-            self.write(lambda db: self._tally(db, counts))
-
-    @staticmethod
-    def _tally(db: sqlite3.Connection, counts: dict[tuple[str, int], int]) -> None:
-        db.executemany(
-            "INSERT INTO tallies(model, status, requests, t0, d0) VALUES (?, ?, ?3, ?3, ?3)"
-            " ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,"
-            " t0 = t0 + excluded.t0, d0 = d0 + excluded.d0",
-            [(*name, count) for name, count in counts.items()],
-        )
+        rows = [(*name, count) for name, count in counts.items()]
+        if rows:
+            self.write(
+                lambda db: db.executemany(
+                    "INSERT INTO tallies VALUES (?, ?, ?, 0, 0) ON CONFLICT"
+                    " DO UPDATE SET requests = requests + excluded.requests",
+                    rows,
+                )
+            )
 
     # Holds
 
@@ -1166,22 +1187,18 @@ class Ledger:
             if tokens < 0:
                 raise InsufficientCredits("The account has no credits left for this.")
             hold = quote.hold(tokens)
-            db.execute(
-                "INSERT INTO accounts(id, made, created, held) VALUES (?, 0, ?, ?)"
-                " ON CONFLICT DO UPDATE SET held = held + excluded.held",
-                (account.id, int(now), hold),
-            )
+            if key.id not in self._keys:
+                db.execute(
+                    "INSERT INTO keys(id, account, name, hint, admin)"
+                    " VALUES (?, ?, ?, ?, 0) ON CONFLICT DO NOTHING",
+                    (key.id, account.id, key.name, key.hint),
+                )
+                self._keys.add(key.id)
             db.execute(
                 "INSERT INTO requests(id, account, key, model, path, stream, slot,"
                 " state, hold, created) VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, ?)",
                 (request_id, account.id, key.id, model, path, stream)
                 + (self.slot, hold, int(now * 1000)),
-            )
-            db.execute(
-                "INSERT INTO keys(id, account, name, hint, admin, used)"
-                " VALUES (?, ?, ?, ?, 0, ?)"
-                " ON CONFLICT DO UPDATE SET used = excluded.used",
-                (key.id, account.id, key.name, key.hint, int(now)),
             )
             return Lease(
                 request_id, account.id, key.name, account.credits, hold, tokens
@@ -1217,40 +1234,14 @@ class Ledger:
         db: sqlite3.Connection, lease: Lease, state: int, cost: int, charge: Charge
     ) -> None:
         """The one place where a hold ends; one that has ended is left alone."""
-        lost = max(0, charge.cost - cost)
-        counts = (charge.input, charge.cached, charge.output, charge.images)
-        row = db.execute(
+        db.execute(
             "UPDATE requests SET state = ?, cost = ?, lost = ?, input = ?, cached = ?,"
             " output = ?, images = ?, estimated = ?, status = ?, ttfb = ?, duration = ?"
-            " WHERE id = ? AND state = 0 RETURNING model, created",
-            (state, cost, lost, *counts, charge.estimated, charge.status)
+            " WHERE id = ? AND state = 0",
+            (state, cost, max(0, charge.cost - cost), charge.input, charge.cached)
+            + (charge.output, charge.images, charge.estimated, charge.status)
             + (charge.ttfb, charge.duration, lease.id),
-        ).fetchone()
-        if row is None:
-            return
-        db.execute(
-            "UPDATE accounts SET held = held - ?, spent = spent + ?, lost = lost + ?"
-            " WHERE id = ?",
-            (lease.hold, cost, lost, lease.account),
         )
-        model, created = row
-        t, d = bucket("t", charge.ttfb), bucket("d", charge.duration)
-        db.execute(
-            f"INSERT INTO tallies(model, status, requests, ttfb, duration, {t}, {d})"
-            " VALUES (?, ?, 1, ?, ?, 1, 1) ON CONFLICT DO UPDATE SET"
-            " requests = requests + 1, ttfb = ttfb + excluded.ttfb,"
-            f" duration = duration + excluded.duration, {t} = {t} + 1, {d} = {d} + 1",
-            (model, charge.status, charge.ttfb or 0, charge.duration or 0),
-        )
-        if state == SETTLED:
-            db.execute(
-                "INSERT INTO usage VALUES (?, ?, ?, 1, ?, ?, ?, ?, ?)"
-                " ON CONFLICT DO UPDATE SET requests = requests + 1,"
-                " input = input + excluded.input, cached = cached + excluded.cached,"
-                " output = output + excluded.output, images = images + excluded.images,"
-                " cost = cost + excluded.cost",
-                (lease.account, created // 86_400_000, model, *counts, cost),
-            )
 
     def resolve_later(self, lease: Lease, charge: Charge) -> None:
         """Keeps a hold's end that could not be written, for `retry`."""
@@ -1354,7 +1345,7 @@ class Ledger:
             wrong = [row[0] for row in db.execute("PRAGMA quick_check")]
             wrong = [] if wrong == ["ok"] else wrong
             rows = db.execute(
-                "SELECT a.id, granted, spent, held, lost, coalesce(g.s, 0),"
+                "SELECT a.id, granted, spent, held, a.lost, coalesce(g.s, 0),"
                 " coalesce(r.cost, 0), coalesce(r.hold, 0), coalesce(r.lost, 0),"
                 " coalesce(u.cost, 0)"
                 " FROM accounts a LEFT JOIN (SELECT account, sum(amount) s FROM grants"
@@ -1722,9 +1713,7 @@ def parse_call(path: str, data: bytes) -> Call:
     if options is not None and not isinstance(options, dict):
         raise BadRequest("'stream_options' must be an object.", param="stream_options")
     wants_usage = bool((options or {}).get("include_usage"))
-    # Escapes may be shorter or longer than what they stand for.
-    size = max(len(data), len(to_json(body)))
-    return Call(path, body, model, bool(stream), wants_usage, size)
+    return Call(path, body, model, bool(stream), wants_usage, len(data))
 
 
 def last_user_text(body: dict[str, Any]) -> str:
@@ -1827,7 +1816,7 @@ class Watch:
         self.deadline, self.heard, self.stall = now + ANSWER_TIMEOUT, now, None
         self._upstream: socket.socket | None = None
         self._lock = threading.Lock()
-        self._ended = threading.Event()
+        self._sleeper: threading.Event | None = None
 
     def attach(self, upstream: socket.socket) -> None:
         """From now on `upstream` is shut down when the relay is ended."""
@@ -1850,7 +1839,8 @@ class Watch:
             if self.reason:
                 return
             self.reason = reason
-            self._ended.set()
+            if self._sleeper is not None:
+                self._sleeper.set()
             if self._upstream is not None:
                 # Not SSLSocket's own: it would drop the TLS state under the reader.
                 with contextlib.suppress(OSError):
@@ -1862,7 +1852,10 @@ class Watch:
 
     def sleep(self, seconds: float) -> None:
         """Waits, or raises Ended."""
-        self._ended.wait(seconds)
+        with self._lock:
+            self._sleeper = self._sleeper or threading.Event()
+        self.check()
+        self._sleeper.wait(seconds)
         self.check()
 
     def overdue(self, now: float) -> bool:
@@ -1895,11 +1888,16 @@ class Watcher:
     def add(self, watch: Watch) -> None:
         self._watches.add(watch)
         if watch.client is not None:
-            with contextlib.suppress(OSError, ValueError, KeyError):
+            try:
                 self._selector.register(watch.client, selectors.EVENT_READ, watch)
+            except (OSError, ValueError, KeyError):
+                watch.client = None
 
     def remove(self, watch: Watch) -> None:
         self._watches.discard(watch)
+        self._forget(watch)
+
+    def _forget(self, watch: Watch) -> None:
         if watch.client is not None:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 self._selector.unregister(watch.client)
@@ -1931,8 +1929,7 @@ class Watcher:
             gone = True
         if gone and watch in self._watches:
             watch.end("client")
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            self._selector.unregister(watch.client)
+        self._forget(watch)
 
     def _deadlines(self, now: float) -> None:
         drained = self._drain is not None and now > self._drain
@@ -2277,17 +2274,19 @@ def refusal(status: int, data: bytes, key: str) -> Refused:
     message = error.get("message") if isinstance(error, dict) else error
     if not isinstance(message, str):
         message = to_json(message).decode() if message else "The provider refused this."
-    code = error.get("code") if isinstance(error, dict) else None
-    param = error.get("param") if isinstance(error, dict) else None
+    told = error if isinstance(error, dict) else {}
+    texts = (message, told.get("code"), told.get("param"))
+    return Refused(status, *(scrub(text, key) for text in texts))
+
+
+def scrub(text: Any, key: str) -> str | None:
+    """A bounded text without the operator's key or its end; None if it is no text."""
+    if not isinstance(text, str):
+        return None
     for secret in key.split(":"):
         if len(secret) >= 4:
-            message = message.replace(secret, "***").replace(secret[-4:], "***")
-    return Refused(
-        status,
-        message[:2000].encode("utf-8", "replace").decode(),
-        code if isinstance(code, str) else None,
-        param if isinstance(param, str) else None,
-    )
+            text = text.replace(secret, "***").replace(secret[-4:], "***")
+    return text[:2000].encode("utf-8", "replace").decode()
 
 
 class DeepSeek(OpenAI):
@@ -2830,7 +2829,8 @@ class Relay:
             usage = Usage() if priced and images else estimate(self.call, text)
         self._usage = replace(usage, images=images)
         self._resolve(200)
-        return self._rename(data)
+        self._learn_name(data, document)
+        return self._rename(data) if self._names else data
 
     # Streams
 
@@ -2922,15 +2922,24 @@ class Relay:
     def _rename(self, block: bytes) -> bytes:
         """The block with the client's name of the model where the upstream's stood."""
         if self._names is None:
-            found = MODEL_NAME.search(block)
-            if not found:
+            for event in split_events(block) if b'"model"' in block else ():
+                if self._learn_name(event, event_document(event)):
+                    break
+            else:
                 return block
-            name = to_json(self.model.id)
-            old = found[0]
-            value_at = found.start(1) - found.start() - 1
-            self._names = old, old[:value_at] + name
         old, new = self._names
         return block if old == new else block.replace(old, new)
+
+    def _learn_name(self, data: bytes, document: dict[str, Any]) -> bool:
+        """Finds how the upstream writes the name of the model."""
+        response = document.get("response")
+        holder = response if isinstance(response, dict) else document
+        for match in MODEL_NAME.finditer(data):
+            if json.loads(b'"' + match[1] + b'"') == holder.get("model"):
+                start = match.start(1) - match.start() - 1
+                self._names = match[0], match[0][:start] + to_json(self.model.id)
+                return True
+        return False
 
     # The end
 
@@ -3027,37 +3036,38 @@ class RequestLog:
     """
 
     def __init__(self) -> None:
-        self._lines: deque[str] = deque(maxlen=10_000)
+        self._lines: deque[str | tuple] = deque(maxlen=10_000)
 
     def note(self, event: str, **fields: Any) -> None:
         parts = [f"{name}={logfmt(value)}" for name, value in fields.items()]
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._lines.append(f"time={stamp} event={event} {' '.join(parts)}\n")
+        self._lines.append(f"time={stamp(time.time())} event={event} {' '.join(parts)}\n")
 
     def request(self, relay: Relay) -> None:
-        """The one line of a request."""
-        charge = relay.charge
-        self.note(
-            "request",
-            request=relay.lease.id,
-            account=relay.lease.account,
-            key=relay.lease.key,
-            model=relay.model.id,
-            status=charge.status,
-            input=charge.input,
-            output=charge.output,
-            images=charge.images,
-            cost=f"{charge.cost / MICRO:.6f}",
-            estimated=int(charge.estimated),
-            ttfb_ms=charge.ttfb,
-            duration_ms=charge.duration,
+        """The one line of a request; written out later, by the upkeep thread."""
+        self._lines.append((time.time(), relay.lease, relay.model.id, relay.charge))
+
+    @staticmethod
+    def _line(now: float, lease: Lease, model: str, charge: Charge) -> str:
+        ttfb = "" if charge.ttfb is None else charge.ttfb
+        return (
+            f"time={stamp(now)} event=request request={lease.id}"
+            f" account={logfmt(lease.account)} key={logfmt(lease.key)}"
+            f" model={logfmt(model)} status={charge.status} input={charge.input}"
+            f" cached={charge.cached} output={charge.output} images={charge.images}"
+            f" cost={charge.cost / MICRO:.6f} estimated={int(charge.estimated)}"
+            f" ttfb_ms={ttfb} duration_ms={charge.duration}\n"
         )
 
     def flush(self) -> None:
         while self._lines:
             lines = [self._lines.popleft() for _ in range(min(100, len(self._lines)))]
+            text = "".join(x if isinstance(x, str) else self._line(*x) for x in lines)
             with contextlib.suppress(OSError):
-                os.write(2, "".join(lines).encode("utf-8", "replace"))
+                os.write(2, text.encode("utf-8", "replace"))
+
+
+def stamp(now: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
 
 
 def logfmt(value: Any) -> str:
@@ -3664,18 +3674,16 @@ def moment_id(text: str | None, name: str) -> str | None:
 def metric_lines(services: Services) -> Iterator[str]:
     """Prometheus' text format, out of the ledger: the same whichever worker answers."""
     config, ledger = services.config, services.ledger
-    columns = [f"{kind}{i}" for kind in "td" for i in range(len(BUCKETS) + 1)]
-    tallies = ledger.read(
-        "SELECT model, status, requests, ttfb, duration,"
-        + ", ".join(columns)
-        + " FROM tallies ORDER BY model, status"
-    )
+    tallies = ledger.read("SELECT * FROM tallies ORDER BY model, status")
     yield "# TYPE proxy_requests_total counter"
     for model, status, count, *_ in tallies:
         yield f'proxy_requests_total{{model={label(model)},status="{status}"}} {count}'
-    for kind, at, name in (("ttfb", 0, "time_to_first_byte"), ("d", 1, "duration")):
-        yield f"# TYPE proxy_{name}_seconds histogram"
-        yield from histogram_lines(f"proxy_{name}_seconds", tallies, at)
+    for kind, at in (("ttfb", 3), ("duration", 4)):
+        sums: Counter[str] = Counter()
+        for row in tallies:
+            sums[row[0]] += row[at]
+        yield f"# TYPE {HISTOGRAMS[kind]} histogram"
+        yield from histogram_lines(ledger, kind, sums)
     used = ledger.read(
         "SELECT model, sum(input), sum(cached), sum(output), sum(images), sum(cost)"
         " FROM usage GROUP BY model ORDER BY model"
@@ -3702,18 +3710,26 @@ def metric_lines(services: Services) -> Iterator[str]:
         yield f"proxy_balance_credits{{account={label(id)}}} {micro / MICRO:.6f}"
 
 
-def histogram_lines(name: str, tallies: list[tuple], at: int) -> Iterator[str]:
+HISTOGRAMS = {
+    "ttfb": "proxy_time_to_first_byte_seconds",
+    "duration": "proxy_request_duration_seconds",
+}
+
+
+def histogram_lines(ledger: Ledger, kind: str, sums: dict[str, int]) -> Iterator[str]:
     """One histogram a model: cumulative buckets, sum and count (in seconds)."""
-    size = len(BUCKETS) + 1
-    for model, rows in itertools.groupby(tallies, key=lambda row: row[0]):
-        rows = list(rows)
+    name = HISTOGRAMS[kind]
+    rows = ledger.read(
+        "SELECT model, place, requests FROM buckets WHERE kind = ? ORDER BY model", kind
+    )
+    for model, places in itertools.groupby(rows, key=lambda row: row[0]):
+        counts = {place: count for _, place, count in places}
         total = 0
         for i, bound in enumerate([*BUCKETS, None]):
-            total += sum(row[5 + at * size + i] for row in rows)
+            total += counts.get(i, 0)
             le = "+Inf" if bound is None else f"{bound / 1000:g}"
             yield f'{name}_bucket{{model={label(model)},le="{le}"}} {total}'
-        seconds = sum(row[3 + at] for row in rows) / 1000
-        yield f"{name}_sum{{model={label(model)}}} {seconds:.3f}"
+        yield f"{name}_sum{{model={label(model)}}} {sums[model] / 1000:.3f}"
         yield f"{name}_count{{model={label(model)}}} {total}"
 
 

@@ -18,8 +18,8 @@ One request:
     client <- last byte -- settle             the charge is on disk before it leaves
 
 Sections, each needing only what stands above it: Constants, Errors, Configuration,
-Ledger, Limits, Usage and price, Wire, Upstreams, Relay, Application, Pages, Command line.
-Operators edit keys.json; the program alone writes proxy.db. See README.md.
+Ledger, Limits, Usage and price, Wire, Upstreams, Relay, Application, Pages, Command
+line. Operators edit keys.json; the program alone writes proxy.db. See README.md.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ UPKEEP_INTERVAL = 0.25  # seconds between two looks at logs, keys.json and slots
 WATCH_INTERVAL = 0.25  # seconds between two looks at the deadlines
 COMMENT_INTERVAL = 10.0  # seconds between the comments of a stream that waits
 JIMENG_FIRST_POLL, JIMENG_POLL = 2.0, 2.5  # seconds before the first poll, the others
+PROBE_TIMEOUT = 15.0  # seconds for a provider to say whether it knows the key
 JIMENG_TIMEOUT = 120.0  # seconds from submit to image
 CHECKPOINT_BYTES = 4 << 20  # of the write-ahead log; SQLite's own default
 MAX_WORKERS = 512  # worker slots: bytes 1 to 512 of the lock file
@@ -5367,26 +5368,60 @@ def usage(
 
 @cli.command()
 @file_options
-def check(keys: str, db: str | None) -> None:
+@click.option("--online", is_flag=True, help="Ask the providers; spends nothing.")
+def check(keys: str, db: str | None, online: bool) -> None:
     """Proves the ledger, validates keys.json, warns of what would fail."""
     with opened(keys, db) as (config, ledger):
+        show(list(provider_rows(config, online)), False)
+        for line in warnings(config, keys):
+            click.echo(f"warning: {line}")
         wrong = ledger.check(lambda id: config.account(id).credits)
         for line in wrong:
             click.echo(f"wrong: {line}")
-        for line in warnings(config, keys):
-            click.echo(f"warning: {line}")
         click.echo("The ledger does not add up." if wrong else "The ledger adds up.")
         sys.exit(1 if wrong else 0)
 
 
+def provider_rows(config: Config, online: bool) -> Iterator[dict[str, Any]]:
+    """Per model and upstream: whether it is configured, and its keys accepted."""
+    upstreams, watcher = Upstreams(), Watcher()
+    asked: dict[UpstreamConfig, str] = {}
+    for model in config.models.values():
+        for upstream, id in model.routes:
+            missing = ", ".join(upstream.missing)
+            state = f"{missing} is not set" if missing else "configured"
+            if online and not missing:
+                if upstream not in asked:
+                    asked[upstream] = probe(upstreams.dialect(upstream), watcher)
+                state = asked[upstream] or "accepted"
+            yield {"model": model.id, "upstream": f"{upstream.name}/{id}", "state": state}
+    watcher.close()
+    upstreams.close()
+
+
+def probe(dialect: Dialect, watcher: Watcher) -> str:
+    """Empty if the provider accepts the operator's key, else why not."""
+    watch = Watch()
+    watch.deadline = time.monotonic() + PROBE_TIMEOUT
+    watcher.add(watch)
+    try:
+        return dialect.probe(watch)
+    except ProxyError as error:
+        return getattr(error, "reason", error.code)
+    except Ended:
+        return "no answer in time"
+    finally:
+        watcher.remove(watch)
+
+
 def warnings(config: Config, keys: str) -> Iterator[str]:
     """What would fail, or is not as safe as it could be."""
-    for variable, models in config.missing().items():
-        yield f"{variable} is not set: {', '.join(models)} answer 503"
     if os.stat(keys).st_mode & 0o077 and len(config.keys) > bool(config.demo):
         yield f"{keys} holds keys and can be read by others: chmod 600 {keys}"
     if sqlite3.sqlite_version_info < (3, 37):
         yield f"SQLite {sqlite3.sqlite_version} is too old: 3.37 is needed"
+    if config.demo:
+        yield "the demo key is public: remove it before others can reach this server"
 
 
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -25,6 +25,7 @@ line. Operators edit keys.json; the program alone writes proxy.db. See README.md
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import gc
 import hashlib
@@ -142,7 +143,8 @@ class ProxyError(Exception):
         """The body that OpenAI's SDKs read, as UTF-8 JSON."""
         error = {"message": self.message, "type": self.type}
         error |= {"param": self.param, "code": self.code}
-        return json.dumps({"error": error}, ensure_ascii=False).encode()
+        text = json.dumps({"error": error}, ensure_ascii=False)
+        return text.encode("utf-8", "replace")
 
 
 class BadRequest(ProxyError):
@@ -418,18 +420,23 @@ def whole(value: Any, path: str, low: int, high: int) -> int:
 
 def to_micro(value: Any, path: str, scale: int = MICRO) -> int:
     """An amount with at most six decimals as an integer of `scale` parts."""
-    if type(value) is bool or not isinstance(value, (int, float, Decimal, str)):
+    if type(value) is bool or not isinstance(value, (int, float, Decimal)):
         raise ConfigError(f"{path}: must be a number")
-    try:
-        amount = Decimal(str(value))
-    except InvalidOperation:
-        raise ConfigError(f"{path}: must be a number") from None
+    amount = Decimal(str(value))
     if not amount.is_finite() or not 0 <= amount <= 10**9:
         raise ConfigError(f"{path}: must be a number from 0 to 1000000000")
     micro = amount * MICRO
     if micro != micro.to_integral_value():
         raise ConfigError(f"{path}: has more than six decimals")
     return int(micro) * (scale // MICRO)
+
+
+def typed_amount(text: str, path: str) -> int:
+    """Micro-credits of an amount typed on the command line."""
+    try:
+        return to_micro(Decimal(text), path)
+    except InvalidOperation:
+        raise ConfigError(f"{path}: must be a number") from None
 
 
 def to_credits(micro: int) -> int | float:
@@ -529,14 +536,14 @@ def parse_model(
             raise ConfigError(f"{path}.upstream: no upstream is named '{upstream}'")
         routes.append((upstreams[upstream], upstream_id))
     defaults = value.get("defaults", {})
-    if not isinstance(defaults, dict) or "model" in defaults:
-        raise ConfigError(f"{path}.defaults: must be an object without 'model'")
+    if not isinstance(defaults, dict) or {"model", "n", "best_of"} & {*defaults}:
+        raise ConfigError(f"{path}.defaults: must be an object without 'model' or 'n'")
     return Model(
         printable_name(id, path, 200),
         tuple(routes),
         parse_price(value["price"], f"{path}.price"),
         text_of(value.get("about", ""), f"{path}.about"),
-        json.loads(json.dumps(defaults, default=float)),
+        plain(defaults, f"{path}.defaults"),
         whole(
             value.get("max_output", DEFAULT_MAX_OUTPUT),
             f"{path}.max_output",
@@ -544,6 +551,15 @@ def parse_model(
             MAX_TOKENS,
         ),
     )
+
+
+def plain(value: Any, path: str) -> Any:
+    """JSON with floats for decimals, as it will be forwarded."""
+    try:
+        floats = json.loads(json.dumps(value, default=float))
+        return json.loads(json.dumps(floats, allow_nan=False))
+    except ValueError:
+        raise ConfigError(f"{path}: a number is too large") from None
 
 
 def parse_account(
@@ -556,7 +572,7 @@ def parse_account(
         if not isinstance(allowed, list):
             raise ConfigError(f"{path}.models: must be a list")
         for name in allowed:
-            if name not in models:
+            if not isinstance(name, str) or name not in models:
                 raise ConfigError(f"{path}.models: no model is named {name!r}")
         allowed = frozenset(allowed)
     if type(value.get("admin", False)) is not bool:
@@ -913,13 +929,13 @@ class Ledger:
         self._syncer = threading.Lock()
         self._db: sqlite3.Connection | None = None
         self._read_db: sqlite3.Connection | None = None
-        self._inode: tuple[int, int] | None = None
-        self._read_inode: tuple[int, int] | None = None
         self._wal = -1
         self._commits = self._synced = 0
         self._keys: set[str] = set()  # ids that have a row
         self._unsettled: deque[tuple[Lease, Charge]] = deque()
+        self._distrusted = False  # a failed fsync may have lost what it says is clean
         self._create()
+        self._inode = self._stat()
 
     # The file
 
@@ -929,29 +945,56 @@ class Ledger:
             mark = self._lock.mark()
             if os.path.exists(self.path):
                 if not mark:
-                    db = self._connect()
-                    self._lock.write_mark(self._identity(db).encode())
-                    db.close()
-                return
+                    self._adopt()
+                return self._verify()
             if mark:
                 raise LedgerUnavailable(
                     f"{self.path} is gone; restore it, or delete {self.path}-lock"
                     " as well to start a new ledger"
                 )
-            identity = secrets.token_hex(16)
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             try:
                 db = self._connect()
                 db.execute("PRAGMA journal_mode = WAL")
-                made = (
-                    f"INSERT INTO meta VALUES ('ledger', '{identity}'), ('boot', '');"
-                )
+                for name in ("application_id", "user_version"):
+                    db.execute(f"PRAGMA {name} = {secrets.randbelow(2**31)}")
+                made = "INSERT INTO meta VALUES ('boot', '');"
                 db.executescript(f"BEGIN; {schema()} {made} COMMIT;")
-                db.close()
+                db.close()  # and so into the file: no log is left
             except sqlite3.Error:
                 os.unlink(self.path)
                 raise LedgerUnavailable(f"{self.path} cannot be made") from None
-            self._lock.write_mark(identity.encode())
+            self._lock.write_mark(self._identity())
+
+    def _adopt(self) -> None:
+        """Takes a ledger that was put where none was, or whose maker died."""
+        try:
+            with contextlib.closing(self._connect()) as db:
+                db.execute("SELECT 1 FROM meta").fetchall()
+        except sqlite3.Error as error:
+            raise LedgerUnavailable(f"{self.path} is no ledger: {error}") from None
+        self._lock.write_mark(self._identity())
+
+    def _identity(self) -> bytes:
+        """The two ids in the file's header. Read past SQLite, which would lay the log
+        that another ledger has left in this place over the file."""
+        with open(self.path, "rb") as file:
+            header = file.read(72)
+        return (header[60:64] + header[68:72]).hex().encode()
+
+    def _verify(self) -> None:
+        if self._identity() != self._lock.mark():
+            raise LedgerUnavailable(f"{self.path} is another ledger, or none")
+
+    def _stat(self) -> tuple[int, int]:
+        stat = os.stat(self.path)
+        return stat.st_dev, stat.st_ino
+
+    def _in_place(self) -> None:
+        """The file must be the one that was opened: to SQLite, a log beside another
+        file is that file's own."""
+        if self._stat() != self._inode:
+            raise LedgerUnavailable(f"{self.path} was replaced")
 
     def _connect(self) -> sqlite3.Connection:
         """A connection to the file that is there; it is never made by opening."""
@@ -968,24 +1011,15 @@ class Ledger:
         db.execute("PRAGMA wal_autocheckpoint = 0")
         return db
 
-    def _identity(self, db: sqlite3.Connection) -> str:
-        return db.execute("SELECT value FROM meta WHERE name = 'ledger'").fetchone()[0]
-
-    def _stat(self) -> tuple[int, int]:
-        stat = os.stat(self.path)
-        return stat.st_dev, stat.st_ino
-
     def _open(self) -> sqlite3.Connection:
-        """The writer's connection; opened anew when the file was replaced."""
-        inode = self._stat()
-        if self._db is None or inode != self._inode:
-            self._close_writer()
+        """The writer's connection."""
+        self._in_place()
+        if self._db is None:
+            self._verify()
             db = self._connect()
-            if self._identity(db).encode() != self._lock.mark():
-                db.close()
-                raise LedgerUnavailable(f"{self.path} is another ledger")
+            db.execute("SELECT 1 FROM meta").fetchall()  # makes the log
             self._wal = os.open(self.path + "-wal", os.O_RDONLY | os.O_CLOEXEC)
-            self._db, self._inode = db, inode
+            self._db = db
         return self._db
 
     def _close_writer(self) -> None:
@@ -1051,7 +1085,7 @@ class Ledger:
             jobs[0].error = LedgerUnavailable("a rule of the ledger was broken")
         except LedgerUnavailable as error:
             self._fail(jobs, error)
-        except (sqlite3.Error, OSError) as error:
+        except Exception as error:  # whatever it is, no job may look written
             self._fail(jobs, LedgerUnavailable(type(error).__name__ + f": {error}"))
         self._commits += 1
         for job in jobs:
@@ -1079,22 +1113,43 @@ class Ledger:
     def _sync(self, number: int) -> None:
         """Flushes the log once for all commits that are waiting for it."""
         with self._syncer:
-            if self._synced >= number:
+            if self._synced >= number and not self._distrusted:
                 return
             reached = self._commits
             try:
                 os.fdatasync(self._wal)
             except OSError as error:
+                self._distrusted = True
                 raise LedgerUnavailable(f"fsync: {error.strerror}") from None
-            self._synced = reached
+            if not self._distrusted:
+                self._synced = reached
+                return
+        # After a failed fsync the kernel takes the lost pages for clean: only what is
+        # written anew, into the file itself, is sure to be on the disk.
+        with self._writer:
+            reached = self._commits
+            try:
+                self._checkpoint("FULL")
+            except (sqlite3.Error, OSError) as error:
+                raise LedgerUnavailable(f"checkpoint: {type(error).__name__}") from None
+            self._synced, self._distrusted = reached, False
+
+    def _checkpoint(self, mode: str) -> None:
+        """Moves the log into the file while nobody writes; FULL: all of it."""
+        with self._exclusive():
+            sql = f"PRAGMA wal_checkpoint({mode})"
+            ((busy, _, _),) = self._open().execute(sql).fetchall()
+        if busy and mode == "FULL":
+            raise LedgerUnavailable("a reader is in the way of the checkpoint")
 
     def read(self, sql: str, *values: Any) -> list[tuple]:
         """All rows of one short query."""
         try:
             with self._reader:
-                inode = self._stat()
-                if self._read_db is None or inode != self._read_inode:
-                    self._read_db, self._read_inode = self._connect(), inode
+                self._in_place()
+                if self._read_db is None:
+                    self._verify()
+                    self._read_db = self._connect()
                 return self._read_db.execute(sql, values).fetchall()
         except (sqlite3.Error, OSError) as error:
             self._read_db = None
@@ -1104,10 +1159,12 @@ class Ledger:
     def snapshot(self) -> Iterator[sqlite3.Connection]:
         """A connection of its own on one state of the ledger, for long queries."""
         try:
+            self._in_place()
+            self._verify()
             with contextlib.closing(self._connect()) as db:
                 db.execute("BEGIN")
                 yield db
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise LedgerUnavailable(f"{type(error).__name__}: {error}") from None
 
     # Workers
@@ -1201,7 +1258,6 @@ class Ledger:
                     " VALUES (?, ?, ?, ?, 0) ON CONFLICT DO NOTHING",
                     (key.id, account.id, key.name, key.hint),
                 )
-                self._keys.add(key.id)
             db.execute(
                 "INSERT INTO requests(id, account, key, model, path, stream, slot,"
                 " state, hold, created) VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, ?)",
@@ -1212,7 +1268,9 @@ class Ledger:
                 request_id, account.id, key.name, account.credits, hold, tokens
             )
 
-        return self.write(operation)
+        lease = self.write(operation)
+        self._keys.add(key.id)
+        return lease
 
     def settle(self, lease: Lease, charge: Charge) -> None:
         """Turns a hold into its charge, once; durable when it returns.
@@ -1358,18 +1416,20 @@ class Ledger:
                 " coalesce(u.cost, 0)"
                 " FROM accounts a LEFT JOIN (SELECT account, sum(amount) s FROM grants"
                 " GROUP BY account) g ON g.account = a.id"
-                " LEFT JOIN (SELECT account, sum(cost) cost, sum(lost) lost,"
+                " LEFT JOIN (SELECT account, sum(lost) lost,"
+                " sum(CASE WHEN state = 1 THEN cost ELSE 0 END) cost,"
                 " sum(CASE WHEN state = 0 THEN hold ELSE 0 END) hold"
                 " FROM requests GROUP BY account) r ON r.account = a.id"
                 " LEFT JOIN (SELECT account, sum(cost) cost FROM usage"
                 " GROUP BY account) u ON u.account = a.id"
             ).fetchall()
             orphans = db.execute(
-                "SELECT count(*) FROM requests WHERE account NOT IN"
-                " (SELECT id FROM accounts)"
+                "SELECT count(*) FROM (SELECT account FROM requests UNION ALL"
+                " SELECT account FROM grants UNION ALL SELECT account FROM usage)"
+                " WHERE account NOT IN (SELECT id FROM accounts)"
             ).fetchone()[0]
         if orphans:
-            wrong.append(f"{orphans} requests belong to no account")
+            wrong.append(f"{orphans} rows belong to no account")
         for id, granted, spent, held, lost, grants, cost, hold, losses, usage in rows:
             sums = {"granted": (granted, grants), "spent": (spent, cost)}
             sums |= {
@@ -1393,8 +1453,8 @@ class Ledger:
             return
         # What is on disk already need not be flushed while the others wait.
         self._sync(self._commits + 1)
-        with self._writer, self._exclusive(), contextlib.suppress(sqlite3.Error):
-            self._open().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        with self._writer, contextlib.suppress(sqlite3.Error, OSError):
+            self._checkpoint("PASSIVE")
 
     def close(self) -> None:
         """Gives the slot back; what is left open there is the next owner's to clear."""
@@ -1538,7 +1598,8 @@ class Call:
         """UTF-8 bytes of the text that the model is given."""
         messages = self.body.get("messages")
         if isinstance(messages, list):
-            return sum(len(message_text(each).encode()) for each in messages)
+            texts = (message_text(each) for each in messages if isinstance(each, dict))
+            return sum(len(text.encode("utf-8", "replace")) for text in texts)
         return len(to_json(self.body.get("prompt") or self.body.get("input") or ""))
 
     def tokens(self, default: int) -> int:
@@ -1589,7 +1650,7 @@ def read_usage(document: Any) -> Usage | None:
     cached = report.get("prompt_cache_hit_tokens")
     if isinstance(details, dict) and cached is None:
         cached = details.get("cached_tokens")
-    counts = [input or 0, cached or 0, output or 0]
+    counts = [0 if count is None else count for count in (input, cached, output)]
     if not all(type(count) is int and 0 <= count <= MAX_TOKENS for count in counts):
         return None
     return Usage(counts[0], min(counts[0], counts[1]), counts[2])
@@ -1732,7 +1793,11 @@ def parse_call(path: str, data: bytes) -> Call:
     if options is not None and not isinstance(options, dict):
         raise BadRequest("'stream_options' must be an object.", param="stream_options")
     wants_usage = bool((options or {}).get("include_usage"))
-    return Call(path, body, model, bool(stream), wants_usage, len(data))
+    if b"\\ud" in data or b"\\uD" in data:
+        to_json(body)  # BadRequest for half of a surrogate pair
+    # A float may be longer as we write it: 1e15 is 1000000000000000.0.
+    size = len(to_json(body)) if re.search(rb"\d[eE]", data) else 0
+    return Call(path, body, model, bool(stream), wants_usage, max(size, len(data)))
 
 
 def last_user_text(body: dict[str, Any]) -> str:
@@ -1775,24 +1840,35 @@ class EventBuffer:
     """Cuts a stream of bytes into blocks of whole events, whatever its pieces."""
 
     def __init__(self) -> None:
-        self.rest = b""
+        self._pieces: list[bytes] = []  # of the line that is not complete yet
+        self._size = 0
 
     def feed(self, data: bytes) -> bytes:
         """All events, and lone comment lines, that are complete now.
 
         Raises UpstreamFailed when one grows over MAX_EVENT bytes.
         """
-        data = self.rest + data if self.rest else data
+        if self._pieces:
+            if b"\n" not in data and b"\r" not in data:
+                return self._keep(data)
+            data = b"".join([*self._pieces, data])
         end = data.rfind(b"\n\n") + 2
         end = 0 if end == 1 else end
         if end != len(data):
             for match in EVENT_END.finditer(data, end):
                 end = match.end()
             end = self._comments(data, end)
-        self.rest = data[end:]
-        if len(self.rest) > MAX_EVENT:
-            raise UpstreamFailed("an event over 1 MB")
+        self._pieces, self._size = [], 0
+        if end != len(data):
+            self._keep(data[end:])
         return data[:end]
+
+    def _keep(self, data: bytes) -> bytes:
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size > MAX_EVENT:
+            raise UpstreamFailed("an event over 1 MB")
+        return b""
 
     @staticmethod
     def _comments(data: bytes, end: int) -> int:
@@ -1806,7 +1882,8 @@ class EventBuffer:
 
     def flush(self) -> bytes:
         """The last event where only its blank line is missing, else nothing."""
-        rest, self.rest = self.rest.rstrip(b"\r\n"), b""
+        rest = b"".join(self._pieces).rstrip(b"\r\n")
+        self._pieces = []
         if event_data(rest) == b"[DONE]" or event_document(rest):
             return rest + b"\n\n"
         return b""
@@ -3025,11 +3102,13 @@ class Relay:
                 kept.append(event)
             if fate in (LAST, FAIL):
                 break
-        if fate == LAST:
-            self._settle_patiently()
-            self._ended = True
+        last = [kept.pop()] if fate == LAST else []
         if kept:
             yield self._rename(b"".join(kept))
+        if last:
+            self._settle_patiently()
+            self._ended = True
+            yield self._rename(last[0])
         if fate == FAIL:
             raise UpstreamFailed("an error inside the stream")
 
@@ -3257,7 +3336,10 @@ class Services:
     def upkeep(self) -> None:
         """The thread that does what no request should wait for."""
         while not self.closed.wait(UPKEEP_INTERVAL):
-            self.tidy()
+            try:
+                self.tidy()
+            except Exception as error:  # noqa: BLE001 - nothing may end this thread
+                self.log.note("upkeep", reason=type(error).__name__)
 
     def tidy(self) -> None:
         if wrong := self.config_file.refresh():
@@ -3310,13 +3392,17 @@ def create_app(
     keys, db = default_files(keys, db)
     ledger_file = ConfigFile(keys)
     ledger = Ledger(db)
-    ledger.claim()
+    try:
+        ledger.claim()
+    except LedgerUnavailable:
+        ledger.close()
+        raise
     services = Services(
         ledger_file, ledger, Upstreams(), Watcher(), RequestLog(), capacity
     )
     app = Flask("proxy", static_folder=None)
     app.extensions["proxy"] = services
-    app.url_map.strict_slashes = False
+    app.url_map.strict_slashes = app.url_map.merge_slashes = False
     threading.Thread(target=services.upkeep, name="upkeep", daemon=True).start()
     services.limiter = limiter = Limiter(
         key_func=lambda: g.key.id,
@@ -5250,6 +5336,48 @@ ASSETS = {
 class Worker(ThreadWorker):
     """gunicorn's threaded worker, with refusals in the envelope."""
 
+    def load_wsgi(self) -> None:
+        """Waits while a file is in trouble: gunicorn ends the whole server, with all
+        running streams, when one worker cannot start."""
+        told = None
+        while self.alive and super().is_parent_alive():
+            try:
+                return super().load_wsgi()
+            except (ConfigError, LedgerUnavailable) as error:
+                reason = getattr(error, "reason", str(error))
+                if reason != told:
+                    self.log.error("A worker waits: %s", reason)
+                told = reason
+            self.notify()
+            time.sleep(0.5)
+        sys.exit(0)
+
+    def is_parent_alive(self) -> bool:
+        """Whether the master is; an orphan drains as on SIGTERM."""
+        alive = super().is_parent_alive()
+        if not alive:
+            self.drain()
+        return alive
+
+    def drain(self) -> None:
+        """Refuses new requests; streams end before gunicorn's patience does.
+
+        Left open, the listening sockets would leave clients waiting unanswered and,
+        without a master, keep the port from the next start.
+        """
+        self.wsgi.extensions["proxy"].watcher.drain(GRACE - GRACE_MARGIN)
+        for listener in self.sockets:
+            listener.close()
+
+    def accept(self, listener: Any) -> None:
+        """Without a descriptor left nobody is accepted; what runs goes on."""
+        try:
+            super().accept(listener)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            time.sleep(0.05)
+
     def handle(self, conn: Any) -> Any:
         """Serves one request; lingers on a closed connection in this thread.
 
@@ -5350,12 +5478,11 @@ def bound_clients(arbiter: Any, worker: Any) -> None:
 
 
 def drain_on_term(worker: Any) -> None:
-    """On SIGTERM new requests are refused; streams end before gunicorn's patience."""
-    services = worker.wsgi.extensions["proxy"]
+    """Makes SIGTERM begin the drain."""
     graceful = signal.getsignal(signal.SIGTERM)
 
     def stop(number: int, frame: Any) -> None:
-        services.watcher.drain(GRACE - GRACE_MARGIN)
+        worker.drain()
         graceful(number, frame)
 
     signal.signal(signal.SIGTERM, stop)
@@ -5405,7 +5532,8 @@ def serve(
     Ledger(db).close()
     workers = workers or max(2, os.cpu_count() or 2)
     host = f"[{host}]" if ":" in host else host
-    greet(config, f"http://{host}:{port}")
+    with contextlib.suppress(OSError):  # a full disk behind standard output
+        greet(config, f"http://{host}:{port}")
     Server(keys, db, f"{host}:{port}", workers, threads).run()
 
 
@@ -5452,7 +5580,7 @@ def keys_add(
     """Prints a new key, once; makes the account if it is new."""
     account_name(account, "ACCOUNT")
     printable_name(name, "--name")
-    amount = to_micro(credits, "--credits") if credits else 0
+    amount = typed_amount(credits, "--credits") if credits else 0
     with opened(keys, db) as (config, ledger):
         ledger.make_account(account, declared=account in config.accounts)
         if amount:
@@ -5496,7 +5624,7 @@ def credits_add(
     with opened(keys, db) as (config, ledger):
         if not ledger.has_account(account) and account not in config.accounts:
             raise ConfigError(f"no account is named {account!r}")
-        ledger.grant(account, to_micro(amount, "AMOUNT"), note)
+        ledger.grant(account, typed_amount(amount, "AMOUNT"), note)
         show([balance(config, ledger, account)], False)
 
 

@@ -63,7 +63,7 @@ import certifi
 import click
 import gunicorn.util
 from flask import Flask, Response, g, request
-from flask_limiter import Limiter, RateLimitExceeded
+from flask_limiter import Limiter
 from gunicorn.app.base import BaseApplication
 from gunicorn.http.errors import ParseException
 from gunicorn.workers.gthread import ThreadWorker
@@ -109,8 +109,7 @@ CLIENT_TIMEOUT = 30  # seconds that one read from or write to a client may take
 SPARE_THREADS = 16  # per worker, kept for answers that relay nothing
 
 STREAM_HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
-ACCOUNT_RATE = "300/minute"  # of the account's own routes, beside the key's rate
-RELAY_SCOPE = "relay"  # the window that a key's rate counts in
+ACCOUNT_ITEMS = tuple(parse_many("300/minute"))  # of all routes that relay nothing
 MAX_KEYS = 100  # of one account, so that keys cannot be made to escape the limits
 ONE_ACCOUNT = "/v1/accounts/<account>"
 BUSY_STATUS = {429, 503, 529}  # an upstream that has generated nothing, and may later
@@ -725,16 +724,15 @@ CREATE TABLE keys(
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX keys_account ON keys(account);
 CREATE TABLE requests(
-    id TEXT PRIMARY KEY, account TEXT NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL,
+    account TEXT NOT NULL, id TEXT NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL,
     path TEXT NOT NULL, stream INTEGER NOT NULL, slot INTEGER NOT NULL,
     state INTEGER NOT NULL, hold INTEGER NOT NULL, cost INTEGER NOT NULL DEFAULT 0,
     lost INTEGER NOT NULL DEFAULT 0, input INTEGER NOT NULL DEFAULT 0,
     cached INTEGER NOT NULL DEFAULT 0, output INTEGER NOT NULL DEFAULT 0,
     images INTEGER NOT NULL DEFAULT 0, estimated INTEGER NOT NULL DEFAULT 0,
     status INTEGER NOT NULL DEFAULT 0, created INTEGER NOT NULL,
-    ttfb INTEGER, duration INTEGER
+    ttfb INTEGER, duration INTEGER, PRIMARY KEY (account, id)
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX requests_account ON requests(account, id);
 CREATE INDEX requests_open ON requests(key) WHERE state = 0;
 CREATE TABLE usage(
     account TEXT NOT NULL, day INTEGER NOT NULL, model TEXT NOT NULL,
@@ -743,12 +741,8 @@ CREATE TABLE usage(
     PRIMARY KEY (account, day, model)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE tallies(
-    model TEXT NOT NULL, status INTEGER NOT NULL, requests INTEGER NOT NULL,
-    ttfb INTEGER NOT NULL, duration INTEGER NOT NULL, PRIMARY KEY (model, status)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE buckets(
     model TEXT NOT NULL, kind TEXT NOT NULL, place INTEGER NOT NULL,
-    requests INTEGER NOT NULL, PRIMARY KEY (model, kind, place)
+    requests INTEGER NOT NULL, total INTEGER NOT NULL, PRIMARY KEY (model, kind, place)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE windows(key TEXT PRIMARY KEY, hits BLOB NOT NULL) STRICT, WITHOUT ROWID;
 
@@ -758,19 +752,16 @@ CREATE TRIGGER opened AFTER INSERT ON requests BEGIN
         VALUES (NEW.account, 0, NEW.created / 1000, NEW.hold)
         ON CONFLICT DO UPDATE SET held = held + excluded.held;
     UPDATE keys SET used = NEW.created / 1000
-        WHERE id = NEW.key AND coalesce(used, 0) < NEW.created / 1000 - 10;
+        WHERE id = NEW.key AND coalesce(used, 0) < NEW.created / 1000 - 60;
 END;
 CREATE TRIGGER resolved AFTER UPDATE OF state ON requests WHEN OLD.state = 0 BEGIN
     UPDATE accounts SET held = held - OLD.hold, spent = spent + NEW.cost,
         lost = lost + NEW.lost WHERE id = NEW.account;
-    INSERT INTO tallies VALUES (NEW.model, NEW.status, 1,
-        coalesce(NEW.ttfb, 0), coalesce(NEW.duration, 0))
-        ON CONFLICT DO UPDATE SET requests = requests + 1,
-        ttfb = ttfb + excluded.ttfb, duration = duration + excluded.duration;
-    INSERT INTO buckets VALUES (NEW.model, 'ttfb', @place(NEW.ttfb), 1)
-        ON CONFLICT DO UPDATE SET requests = requests + 1;
-    INSERT INTO buckets VALUES (NEW.model, 'duration', @place(NEW.duration), 1)
-        ON CONFLICT DO UPDATE SET requests = requests + 1;
+    INSERT INTO tallies VALUES (NEW.model, 'status', NEW.status, 1, 0),
+        (NEW.model, 'ttfb', @place(NEW.ttfb), 1, coalesce(NEW.ttfb, 0)),
+        (NEW.model, 'duration', @place(NEW.duration), 1, coalesce(NEW.duration, 0))
+        ON CONFLICT DO UPDATE
+        SET requests = requests + excluded.requests, total = total + excluded.total;
     INSERT INTO usage SELECT NEW.account, NEW.created / 86400000, NEW.model, 1,
         NEW.input, NEW.cached, NEW.output, NEW.images, NEW.cost WHERE NEW.state = 1
         ON CONFLICT DO UPDATE SET requests = requests + 1,
@@ -1214,7 +1205,7 @@ class Ledger:
         if rows:
             self.write(
                 lambda db: db.executemany(
-                    "INSERT INTO tallies VALUES (?, ?, ?, 0, 0) ON CONFLICT"
+                    "INSERT INTO tallies VALUES (?, 'status', ?, ?, 0) ON CONFLICT"
                     " DO UPDATE SET requests = requests + excluded.requests",
                     rows,
                 )
@@ -1303,10 +1294,10 @@ class Ledger:
         db.execute(
             "UPDATE requests SET state = ?, cost = ?, lost = ?, input = ?, cached = ?,"
             " output = ?, images = ?, estimated = ?, status = ?, ttfb = ?, duration = ?"
-            " WHERE id = ? AND state = 0",
+            " WHERE account = ? AND id = ? AND state = 0",
             (state, cost, max(0, charge.cost - cost), charge.input, charge.cached)
             + (charge.output, charge.images, charge.estimated, charge.status)
-            + (charge.ttfb, charge.duration, lease.id),
+            + (charge.ttfb, charge.duration, lease.account, lease.id),
         )
 
     def resolve_later(self, lease: Lease, charge: Charge) -> None:
@@ -1706,15 +1697,16 @@ def finite(text: str) -> float:
     return number
 
 
+STRICT_JSON = json.JSONDecoder(
+    parse_constant=refuse_constant, parse_float=finite, object_pairs_hook=unique
+)
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def parse_json(data: bytes) -> dict[str, Any]:
     """A strict JSON object, or BadRequest: UTF-8 only, no NaN, nothing twice."""
     try:
-        document = json.loads(
-            data.decode(),
-            parse_constant=refuse_constant,
-            parse_float=finite,
-            object_pairs_hook=unique,
-        )
+        document = STRICT_JSON.decode(data.decode())
     except UnicodeDecodeError:
         raise BadRequest("The body is not UTF-8.") from None
     except json.JSONDecodeError as error:
@@ -1733,7 +1725,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
 def to_json(document: Any) -> bytes:
     """Compact UTF-8; BadRequest for half of a surrogate pair, which has no UTF-8."""
     try:
-        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+        return COMPACT_JSON.encode(document).encode()
     except UnicodeEncodeError:
         raise BadRequest("The body holds half of a surrogate pair.") from None
 
@@ -3058,7 +3050,8 @@ class Relay:
             usage = Usage() if priced and images else estimate(self.call, text)
         self._usage = replace(usage, images=images)
         self._resolve(200)
-        return self._rename_in(data, document)
+        same = document.get("model") == self.model.id
+        return data if same else self._rename_in(data, document)
 
     # Streams
 
@@ -3406,16 +3399,19 @@ def create_app(
     threading.Thread(target=services.upkeep, name="upkeep", daemon=True).start()
     services.limiter = limiter = Limiter(
         key_func=lambda: g.key.id,
-        app=app,
         storage_uri="sqlite://",
         storage_options={"ledger": ledger},
         strategy="moving-window",
     )
-    add_hooks(app, services, limiter)
-    by_account = limiter.shared_limit(ACCOUNT_RATE, scope="account")
-    add_routes(app, services, by_account)
-    add_account_routes(app, services, by_account)
-    add_admin_routes(app, services, by_account)
+    # Known to the app already, Flask-Limiter adds none of its hooks. They would look
+    # for the limits of each view, again for every request, at 15% of its CPU; the one
+    # hook here knows them and asks Flask-Limiter's strategy and storage itself.
+    app.extensions["limiter"] = {limiter}
+    limiter.init_app(app)
+    add_hooks(app, services)
+    add_routes(app, services)
+    add_account_routes(app, services)
+    add_admin_routes(app, services)
     add_pages(app, services)
     return app
 
@@ -3429,7 +3425,23 @@ def default_files(
     return keys, os.fspath(db or os.environ.get("PROXY_DB") or beside)
 
 
-def add_hooks(app: Flask, services: Services, limiter: Limiter) -> None:
+def count_request(services: Services) -> None:
+    """Counts the request in its key's windows, or raises RateLimited.
+
+    Relays count in the key's own rate, everything else in ACCOUNT_ITEMS.
+    """
+    relayed = request.endpoint == "relay"
+    scope = "relay" if relayed else "account"
+    strategy = services.limiter.limiter
+    for item in g.account.limits.items if relayed else ACCOUNT_ITEMS:
+        fits = strategy.hit(item, g.key.id, scope)
+        g.window = item, strategy.get_window_stats(item, g.key.id, scope)
+        if not fits:
+            wait = g.window[1].reset_time - time.monotonic()
+            raise RateLimited(f"Too many requests: {item} a key.", wait)
+
+
+def add_hooks(app: Flask, services: Services) -> None:
     """Who asks, what every answer carries, and how failures are told."""
 
     @app.before_request
@@ -3444,16 +3456,17 @@ def add_hooks(app: Flask, services: Services, limiter: Limiter) -> None:
             return
         header = request.environ.get("HTTP_AUTHORIZATION", "")
         g.key, g.account = identify(services, header)
+        count_request(services)
 
     @app.after_request
     def add_headers(response: Response) -> Response:
         headers = response.headers
         headers["x-request-id"] = g.get("request_id") or new_request_id()
-        limit = limiter.current_limit if g.get("key") else None
-        if limit is not None:
-            left = max(0.0, limit.window.reset_time - time.monotonic())
-            headers["x-ratelimit-limit-requests"] = str(limit.limit.amount)
-            headers["x-ratelimit-remaining-requests"] = str(max(0, limit.remaining))
+        if window := g.get("window"):
+            item, (reset_time, remaining) = window
+            left = max(0.0, reset_time - time.monotonic())
+            headers["x-ratelimit-limit-requests"] = str(item.amount)
+            headers["x-ratelimit-remaining-requests"] = str(max(0, remaining))
             headers["x-ratelimit-reset-requests"] = f"{left:.3f}s"
         return response
 
@@ -3461,12 +3474,6 @@ def add_hooks(app: Flask, services: Services, limiter: Limiter) -> None:
         """Counts for the metrics what the ledger does not hold."""
         if request.endpoint == "relay" and not g.get("admitted"):
             services.refused["", status] += 1
-
-    @app.errorhandler(RateLimitExceeded)
-    def rate_limited(error: RateLimitExceeded) -> Response:
-        count_refusal(429)
-        wait = limiter.current_limit.window.reset_time - time.monotonic()
-        return tell(RateLimited(f"Too many requests: {error.limit.limit} a key.", wait))
 
     @app.errorhandler(ProxyError)
     def refused(error: ProxyError) -> Response:
@@ -3498,34 +3505,28 @@ def tell(error: ProxyError) -> Response:
 PUBLIC = {"healthz", "documentation", "dashboard", "asset"}
 
 
-def add_routes(app: Flask, services: Services, by_account: Callable) -> None:
+def add_routes(app: Flask, services: Services) -> None:
     """What clients of the OpenAI API ask for."""
-    by_key = services.limiter.shared_limit(
-        lambda: g.account.limits.rate, scope=RELAY_SCOPE
-    )
 
     @app.get("/healthz")
     def healthz() -> Response:
         return json_response({"status": "ok"})
 
     @app.post("/v1/<path:path>")
-    @by_key
     def relay(path: str) -> Response:
         return start_relay(services, path)
 
     @app.get("/v1/models")
-    @by_account
     def models() -> Response:
         entries = [model_entry(services.config, model) for model in usable(services)]
         return json_response({"object": "list", "data": entries})
 
     @app.get("/v1/models/<path:id>")
-    @by_account
     def model(id: str) -> Response:
         return json_response(model_entry(services.config, find_model(services, id)))
 
 
-def add_account_routes(app: Flask, services: Services, by_account: Callable) -> None:
+def add_account_routes(app: Flask, services: Services) -> None:
     """What an account may see and do of its own; for admin keys, of any account.
 
     Each view gets the account's id: its own, or the one in an admin's path.
@@ -3536,11 +3537,9 @@ def add_account_routes(app: Flask, services: Services, by_account: Callable) -> 
         """The route under /v1/account, and for admins under /v1/accounts/ID."""
 
         def register(view: Callable) -> Callable:
-            @by_account
             def own(**values: str) -> Response:
                 return view(g.key.account, **values)
 
-            @by_account
             def any(account: str, **values: str) -> Response:
                 return view(known_account(services, account), **values)
 
@@ -3600,12 +3599,11 @@ def add_account_routes(app: Flask, services: Services, by_account: Callable) -> 
         return json_response({"id": key_id, "revoked": True})
 
 
-def add_admin_routes(app: Flask, services: Services, by_account: Callable) -> None:
+def add_admin_routes(app: Flask, services: Services) -> None:
     """All accounts, new ones, grants, metrics: for admin keys."""
     ledger = services.ledger
 
     @app.get("/v1/accounts")
-    @by_account
     def accounts() -> Response:
         admin_only()
         limit, after = (
@@ -3618,7 +3616,6 @@ def add_admin_routes(app: Flask, services: Services, by_account: Callable) -> No
         return json_response({"object": "list", "data": rows, "has_more": more})
 
     @app.post("/v1/accounts")
-    @by_account
     def make_account() -> Response:
         admin_only()
         body = small_body("id credits")
@@ -3631,7 +3628,6 @@ def add_admin_routes(app: Flask, services: Services, by_account: Callable) -> No
         return json_response(account_entry(services, id), 201)
 
     @app.post(f"{ONE_ACCOUNT}/grants")
-    @by_account
     def grant(account: str) -> Response:
         id, body = known_account(services, account), small_body("credits note")
         amount = named(to_micro, body.get("credits"), "credits")
@@ -3640,7 +3636,6 @@ def add_admin_routes(app: Flask, services: Services, by_account: Callable) -> No
         return json_response(account_entry(services, id), 201)
 
     @app.get("/metrics")
-    @by_account
     def metrics() -> Response:
         admin_only()
         text = "".join(f"{line}\n" for line in metric_lines(services))
@@ -3843,7 +3838,7 @@ def describe_account(services: Services, id: str) -> dict[str, Any]:
 def live_use(services: Services, account: Account) -> dict[str, int]:
     """What this key has left of its limits."""
     item = account.limits.items[0]
-    window = services.limiter.limiter.get_window_stats(item, g.key.id, RELAY_SCOPE)
+    window = services.limiter.limiter.get_window_stats(item, g.key.id, "relay")
     running = services.ledger.read(
         "SELECT count(*) FROM requests WHERE key = ? AND state = 0", g.key.id
     )
@@ -3919,16 +3914,12 @@ def moment_id(text: str | None, name: str) -> str | None:
 def metric_lines(services: Services) -> Iterator[str]:
     """Prometheus' text format, out of the ledger: the same whichever worker answers."""
     config, ledger = services.config, services.ledger
-    tallies = ledger.read("SELECT * FROM tallies ORDER BY model, status")
     yield "# TYPE proxy_requests_total counter"
-    for model, status, count, *_ in tallies:
+    for model, status, count, _ in tallies(ledger, "status"):
         yield f'proxy_requests_total{{model={label(model)},status="{status}"}} {count}'
-    for kind, at in (("ttfb", 3), ("duration", 4)):
-        sums: Counter[str] = Counter()
-        for row in tallies:
-            sums[row[0]] += row[at]
-        yield f"# TYPE {HISTOGRAMS[kind]} histogram"
-        yield from histogram_lines(ledger, kind, sums)
+    for kind, name in HISTOGRAMS.items():
+        yield f"# TYPE {name} histogram"
+        yield from histogram_lines(name, tallies(ledger, kind))
     used = ledger.read(
         "SELECT model, sum(input), sum(cached), sum(output), sum(images), sum(cost)"
         " FROM usage GROUP BY model ORDER BY model"
@@ -3961,20 +3952,27 @@ HISTOGRAMS = {
 }
 
 
-def histogram_lines(ledger: Ledger, kind: str, sums: dict[str, int]) -> Iterator[str]:
-    """One histogram a model: cumulative buckets, sum and count (in seconds)."""
-    name = HISTOGRAMS[kind]
-    rows = ledger.read(
-        "SELECT model, place, requests FROM buckets WHERE kind = ? ORDER BY model", kind
+def tallies(ledger: Ledger, kind: str) -> list[tuple]:
+    """(model, place, requests, total) of a kind: by status or place in BUCKETS."""
+    return ledger.read(
+        "SELECT model, place, requests, total FROM tallies WHERE kind = ?"
+        " ORDER BY model, place",
+        kind,
     )
+
+
+def histogram_lines(name: str, rows: list[tuple]) -> Iterator[str]:
+    """One histogram a model: cumulative buckets, sum and count (in seconds)."""
     for model, places in itertools.groupby(rows, key=lambda row: row[0]):
-        counts = {place: count for _, place, count in places}
+        places = list(places)
+        counts = {place: count for _, place, count, _ in places}
         total = 0
         for i, bound in enumerate([*BUCKETS, None]):
             total += counts.get(i, 0)
             le = "+Inf" if bound is None else f"{bound / 1000:g}"
             yield f'{name}_bucket{{model={label(model)},le="{le}"}} {total}'
-        yield f"{name}_sum{{model={label(model)}}} {sums[model] / 1000:.3f}"
+        seconds = sum(row[3] for row in places) / 1000
+        yield f"{name}_sum{{model={label(model)}}} {seconds:.3f}"
         yield f"{name}_count{{model={label(model)}}} {total}"
 
 

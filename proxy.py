@@ -356,6 +356,10 @@ class Config:
         """The declared account, or one made at run time with the common limits."""
         return self.accounts.get(id) or Account(id, self.limits)
 
+    def granted(self, id: str) -> int | None:
+        """Micro-credits that the file grants; None for accounts it does not know."""
+        return self.accounts[id].credits if id in self.accounts else None
+
     def missing(self) -> dict[str, list[str]]:
         """Unset environment variable -> the models that answer 503 without it."""
         out: dict[str, list[str]] = {}
@@ -1456,8 +1460,12 @@ class Ledger:
 
     # Proof and upkeep
 
-    def check(self, declared: Callable[[str], int]) -> list[str]:
-        """Re-sums everything in one read transaction; what does not add up."""
+    def check(self, declared: Callable[[str], int | None]) -> list[str]:
+        """Re-sums everything in one read transaction; what does not add up.
+
+        `declared`: the credits that keys.json grants an account; None for one that
+        it does not know (any more), whose grants are not known then.
+        """
         with self.snapshot() as db:
             wrong = [row[0] for row in db.execute("PRAGMA quick_check")]
             wrong = [] if wrong == ["ok"] else wrong
@@ -1491,7 +1499,8 @@ class Ledger:
             for name, (kept, summed) in sums.items():
                 if kept != summed:
                     wrong.append(f"{id}: {name} is {kept}, its rows sum to {summed}")
-            if granted + declared(id) - spent - held < 0:
+            own = declared(id)
+            if own is not None and granted + own - spent - held < 0:
                 wrong.append(f"{id}: spent and held exceed what was granted")
         return wrong
 
@@ -3622,7 +3631,8 @@ def add_account_routes(app: Flask, services: Services) -> None:
                 return view(g.key.account, **values)
 
             def any(account: str, **values: str) -> Response:
-                return view(known_account(services, account), **values)
+                live = request.method == "POST"
+                return view(known_account(services, account, live), **values)
 
             for base, function in (("/v1/account", own), (ONE_ACCOUNT, any)):
                 name = f"{function.__name__}_{view.__name__}"
@@ -3670,6 +3680,7 @@ def add_account_routes(app: Flask, services: Services) -> None:
         owned = list_keys(services.config, ledger, id)
         if sum(not key["revoked"] for key in owned) >= MAX_KEYS:
             raise BadRequest(f"An account may have {MAX_KEYS} keys; revoke one first.")
+        admin = admin or services.config.account(id).admin
         text, key = ledger.make_key(id, name, admin)
         entry = key_entry(key, int(time.time()), None, None)
         return json_response(entry | {"key": text}, 201)
@@ -3710,7 +3721,8 @@ def add_admin_routes(app: Flask, services: Services) -> None:
 
     @app.post(f"{ONE_ACCOUNT}/grants")
     def grant(account: str) -> Response:
-        id, body = known_account(services, account), small_body("credits note")
+        id = known_account(services, account, live=True)
+        body = small_body("credits note")
         amount = named(to_micro, body.get("credits"), "credits")
         note = body.get("note") or "granted"
         ledger.grant(id, amount, named(printable_name, note, "note"))
@@ -3753,10 +3765,13 @@ def admin_only() -> None:
         raise NotFound("There is no such path.")
 
 
-def known_account(services: Services, id: str) -> str:
-    """`id` if an admin asks and there is such an account."""
+def known_account(services: Services, id: str, live: bool = False) -> str:
+    """`id` if an admin asks and there is such an account; `live`: one that keys and
+    credits are good for, not one that keys.json has lost."""
     admin_only()
-    if id not in services.config.accounts and not services.ledger.has_account(id):
+    made = services.ledger.has_account(id)
+    listed = id in all_accounts(services.config, services.ledger)
+    if not (made or id in services.config.accounts or (listed and not live)):
         raise NotFound("There is no such account.")
     return id
 
@@ -3835,7 +3850,8 @@ def list_keys(
             out.append(key_entry(key, created, used, revoked))
     for id, (owner, name, hint, hash, admin, *times) in rows.items():
         if hash:
-            key = Key(id, name, owner, hash, hint, bool(admin), "proxy.db")
+            admin = bool(admin) or config.account(owner).admin
+            key = Key(id, name, owner, hash, hint, admin, "proxy.db")
             out.append(key_entry(key, *times))
     return out
 
@@ -5642,6 +5658,14 @@ def opened(keys: str, db: str | None) -> Iterator[tuple[Config, Ledger]]:
         ledger.close()
 
 
+def existing(config: Config, ledger: Ledger, account: str) -> str:
+    """The account's name, if there is one, or ConfigError."""
+    account_name(account, "ACCOUNT")
+    if account not in all_accounts(config, ledger):
+        raise ConfigError(f"no account is named {account!r}")
+    return account
+
+
 @cli.group(name="keys")
 def keys_group() -> None:
     """Makes, lists and revokes API keys."""
@@ -5701,8 +5725,8 @@ def credits_add(
 ) -> None:
     """Grants AMOUNT credits to ACCOUNT."""
     with opened(keys, db) as (config, ledger):
-        if not ledger.has_account(account) and account not in config.accounts:
-            raise ConfigError(f"no account is named {account!r}")
+        printable_name(note or "granted", "--note")
+        existing(config, ledger, account)
         ledger.grant(account, typed_amount(amount, "AMOUNT"), note)
         show([balance(config, ledger, account)], False)
 
@@ -5714,7 +5738,8 @@ def credits_add(
 def credits_show(keys: str, db: str | None, account: str | None, as_json: bool) -> None:
     """Balances of one account, or of all."""
     with opened(keys, db) as (config, ledger):
-        names = [account] if account else all_accounts(config, ledger)
+        every = all_accounts(config, ledger)
+        names = [existing(config, ledger, account)] if account else every
         show([balance(config, ledger, name) for name in names], as_json)
 
 
@@ -5727,7 +5752,8 @@ def usage(
     keys: str, db: str | None, account: str | None, days: int, as_json: bool
 ) -> None:
     """Requests, tokens and credits by day and model."""
-    with opened(keys, db) as (_, ledger):
+    with opened(keys, db) as (config, ledger):
+        account = account and existing(config, ledger, account)
         show(usage_rows(ledger, account, days), as_json)
 
 
@@ -5740,7 +5766,7 @@ def check(keys: str, db: str | None, online: bool) -> None:
         show(list(provider_rows(config, online)), False)
         for line in warnings(config, keys):
             click.echo(f"warning: {line}")
-        wrong = ledger.check(lambda id: config.account(id).credits)
+        wrong = ledger.check(config.granted)
         for line in wrong:
             click.echo(f"wrong: {line}")
         click.echo("The ledger does not add up." if wrong else "The ledger adds up.")

@@ -963,17 +963,21 @@ class Ledger:
                     f"{self.path} is gone; restore it, or delete {self.path}-lock"
                     " as well to start a new ledger"
                 )
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            # Under another name first: half a ledger would be refused for ever.
+            new = self.path + "-new"
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(new)
+            os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             try:
-                db = self._connect()
+                db = self._connect(new)
                 db.execute("PRAGMA journal_mode = WAL")
                 for name in ("application_id", "user_version"):
                     db.execute(f"PRAGMA {name} = {secrets.randbelow(2**31)}")
                 made = "INSERT INTO meta VALUES ('boot', '');"
                 db.executescript(f"BEGIN; {schema()} {made} COMMIT;")
                 db.close()  # and so into the file: no log is left
+                os.rename(new, self.path)
             except sqlite3.Error:
-                os.unlink(self.path)
                 raise LedgerUnavailable(f"{self.path} cannot be made") from None
             self._lock.write_mark(self._identity())
 
@@ -1007,9 +1011,14 @@ class Ledger:
         if self._stat() != self._inode:
             raise LedgerUnavailable(f"{self.path} was replaced")
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self, path: str | None = None) -> sqlite3.Connection:
         """A connection to the file that is there; it is never made by opening."""
-        quoted = self.path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+        quoted = (
+            (path or self.path)
+            .replace("%", "%25")
+            .replace("?", "%3f")
+            .replace("#", "%23")
+        )
         db = sqlite3.connect(
             f"file:{quoted}?mode=rw",
             uri=True,
@@ -5770,7 +5779,7 @@ def check(keys: str, db: str | None, online: bool) -> None:
         for line in wrong:
             click.echo(f"wrong: {line}")
         click.echo("The ledger does not add up." if wrong else "The ledger adds up.")
-        sys.exit(1 if wrong else 0)
+        click.get_current_context().exit(1 if wrong else 0)
 
 
 def provider_rows(config: Config, online: bool) -> Iterator[dict[str, Any]]:
@@ -5846,7 +5855,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     named = arguments[:1] and (arguments[0] in cli.commands or arguments[0] == "--help")
     try:
-        cli.main(arguments if named else ["serve", *arguments], standalone_mode=False)
+        arguments = arguments if named else ["serve", *arguments]
+        return cli.main(arguments, standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -5864,7 +5874,6 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         click.echo(f"{error.filename or ''}: {error.strerror}", err=True)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import struct
 import sys
 import threading
@@ -685,10 +686,10 @@ class ConfigFile:
 
     def _stat(self) -> tuple[int, int, int] | None:
         try:
-            stat = self.path.stat()
+            found = self.path.stat()
         except OSError:
             return None
-        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
     def _read(self) -> Config:
         try:
@@ -1001,8 +1002,11 @@ class Ledger:
         this process's locks on it (fcntl(2)), and the next program that closes the
         ledger would take itself for the last and delete the log under the workers.
         """
-        with contextlib.closing(self._sqlite(self.path, "immutable=1")) as db:
-            ids = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in IDENTITY]
+        try:
+            with contextlib.closing(self._sqlite(self.path, "immutable=1")) as db:
+                ids = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in IDENTITY]
+        except sqlite3.Error:
+            return b"no ledger"
         return "{:08x}{:08x}".format(*ids).encode()
 
     @staticmethod
@@ -1015,8 +1019,8 @@ class Ledger:
             raise LedgerUnavailable(f"{self.path} is another ledger, or none")
 
     def _stat(self) -> tuple[int, int]:
-        stat = os.stat(self.path)
-        return stat.st_dev, stat.st_ino
+        found = os.stat(self.path)
+        return found.st_dev, found.st_ino
 
     def _in_place(self) -> None:
         """The file must be the one that was opened: to SQLite, a log beside another
@@ -3876,7 +3880,7 @@ def list_keys(
         row[0]: row[1:]
         for row in ledger.read(
             "SELECT id, account, name, hint, hash, admin, created, used, revoked"
-            " FROM keys WHERE ?1 IS NULL OR account = ?1",
+            " FROM keys WHERE ?1 IS NULL OR account = ?1 ORDER BY created, id",
             account,
         )
     }
@@ -4332,7 +4336,7 @@ print()</pre></figure></section>
 <section id="models" class="card"><h2>Models</h2>
 <p>Prices are in credits, for a million tokens or for an image. <code>GET /v1/models</code> lists
 those that your key may use.</p>
-<div class="scroll" tabindex="0" role="region" aria-label="Models"><table id="model-table">
+<div class="scroll" tabindex="0" role="region" aria-label="Models"><table id="model-table" class="codes">
 <thead><tr><th scope="col">Model</th><th scope="col">About</th><th scope="col">Price</th></tr>
 </thead><tbody>
 @MODEL_ROWS@
@@ -4342,7 +4346,8 @@ those that your key may use.</p>
 <p>JiMeng paints through the same call: name the image model (<code>jimeng-image</code>) and
 describe the picture in the last user message. It takes some seconds. The answer's
 <code>content</code> is the address of the image and nothing else; download it soon, such links
-last about a day.</p>
+last about a day. (Where the example names <code>echo</code>, it only gets its own words
+back: put in <code>jimeng-image</code> with your own key.)</p>
 <figure class="example"><figcaption>cURL</figcaption>
 <pre id="image-curl" data-run="sh" data-copy="image with cURL">
 curl @BASE_URL@/chat/completions \
@@ -4745,6 +4750,7 @@ h1:focus { outline: none; }
 .endpoint { font-family: var(--mono); font-size: .95rem; overflow-wrap: anywhere; }
 .endpoint b { margin-right: .5rem; color: var(--good); }
 @media (min-width: 60rem) {
+  p > code, li > code, td > code { white-space: nowrap; }
   .docs { display: grid; grid-template-columns: 12rem minmax(0, 1fr); gap: 2rem; }
   .toc { position: sticky; top: 1.5rem; align-self: start; }
   .toc ol { columns: 1; }
@@ -4774,7 +4780,7 @@ tr + tr > * { border-top: 1px solid var(--line); }
 tbody th { border-bottom: 0; }
 th.num, td.num { text-align: right; font-variant-numeric: tabular-nums; }
 td.none { padding: 1.25rem .6rem; color: var(--soft); text-align: center; }
-td:nth-child(2) > code { white-space: nowrap; }
+td:nth-child(2) > code, .codes td:first-child { white-space: nowrap; }
 td .name {
   display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden;
   min-width: 6ch; max-width: 34ch; text-align: left;
@@ -4801,8 +4807,9 @@ td time { white-space: nowrap; }
     content: attr(data-label); display: block; color: var(--soft); font-size: .75rem;
   }
   .stack time { white-space: normal; }
-  .stack td:only-child, #models td:first-child { grid-column: 1 / -1; }
-  .codes tr { display: grid; grid-template-columns: 3rem 1fr; padding: .4rem 0; }
+  .stack td:only-child, .stack:not(#requests) td:first-child { grid-column: 1 / -1; }
+  .codes thead { position: absolute; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .codes tbody tr { display: grid; grid-template-columns: max-content 1fr; padding: .4rem 0; }
   .codes tr + tr { border-top: 1px solid var(--line); }
   .codes tr > * { border: 0 !important; }
   .codes tr > :last-child { grid-column: 1 / -1; }
@@ -4823,7 +4830,7 @@ button.link {
 }
 button:disabled { opacity: .55; cursor: default; }
 input:not([type=checkbox]), select, textarea {
-  width: 100%; padding: .35rem .6rem; background: var(--page);
+  display: block; width: 100%; padding: .35rem .6rem; background: var(--page);
   border: 1px solid var(--soft); border-radius: .4rem;
 }
 label { display: block; min-width: 0; font-size: .875rem; color: var(--soft); }
@@ -5253,7 +5260,9 @@ async function loadRequests(fresh) {
     else body.append(tr);
     rows.set(request.id, tr);
   }
-  if (!rows.size) fill($('requests'), [], 'No requests in this period.');
+  const bounded = period.since || period.until;
+  const none = bounded ? 'No requests in this period.' : 'No requests yet.';
+  if (!rows.size) fill($('requests'), [], none);
   text('requests-count', rows.size ? `${number(rows.size)} shown` : '');
 }
 
@@ -5668,6 +5677,7 @@ def serve(
 ) -> None:
     """Serves the API (also without naming the command)."""
     os.umask(0o077)
+    secure_standard_files()
     keys, db = default_files(keys, db)
     config = ConfigFile(keys).current
     Ledger(db).close()
@@ -5676,6 +5686,19 @@ def serve(
     with contextlib.suppress(OSError):  # a full disk behind standard output
         greet(config, f"http://{host}:{port}")
     Server(keys, db, f"{host}:{port}", workers, threads).run()
+
+
+def secure_standard_files() -> None:
+    """A closed standard file is /dev/null from here on, or the next file that is
+    opened would get the log; and a log that nobody reads stops nobody."""
+    for fd in (0, 1, 2):
+        try:
+            kind = os.fstat(fd).st_mode
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            continue
+        if fd == 2 and (stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind)):
+            os.set_blocking(fd, False)
 
 
 def greet(config: Config, url: str) -> None:

@@ -1187,6 +1187,7 @@ class Ledger:
                 if self._read_db is None:
                     self._verify()
                     self._read_db = self._connect()
+                    self._read_db.execute("PRAGMA cache_size = -256")
                 return self._read_db.execute(sql, values).fetchall()
         except (sqlite3.Error, OSError) as error:
             self._read_db = None
@@ -2380,17 +2381,11 @@ class Connection:
         lines.append(f"Content-Length: {len(body)}")
         lines += [f"{name}: {value}" for name, value in headers.items()]
         lines += ["", ""]
-        try:
+        with self._or_closed():
             self._socket = self.pool.take()
             self.watch.attach(self._socket)
             self._socket.sendall("\r\n".join(lines).encode("latin-1") + body)
             self._sent = True
-        except (OSError, ValueError) as error:
-            self.release(reuse=False)
-            raise self.failure(error) from None
-        except BaseException:
-            self.release(reuse=False)
-            raise
 
     def ready(self, seconds: float) -> bool:
         """Whether something of the answer is here within `seconds`."""
@@ -2398,8 +2393,15 @@ class Connection:
         return not is_quiet(self._socket, seconds)
 
     def answer(self) -> HttpAnswer:
-        try:
+        """Waits for the answer's head; the answer owns this then."""
+        with self._or_closed():
             return HttpAnswer(Reply(self._socket), self)
+
+    @contextlib.contextmanager
+    def _or_closed(self) -> Iterator[None]:
+        """Whatever fails closes the connection."""
+        try:
+            yield
         except (OSError, ValueError) as error:
             self.release(reuse=False)
             raise self.failure(error) from None
@@ -2463,6 +2465,12 @@ class Pool:
     def give(self, sock: socket.socket) -> None:
         sock.settimeout(None)
         self._idle.append((sock, time.monotonic()))
+
+    def tidy(self) -> None:
+        """Closes what has been idle for too long; another thread may take the last."""
+        with contextlib.suppress(IndexError):
+            while time.monotonic() - self._idle[0][1] > UPSTREAM_IDLE:
+                self._idle.popleft()[0].close()
 
     def close(self) -> None:
         while self._idle:
@@ -3077,6 +3085,10 @@ class Upstreams:
             found = self._dialects.setdefault(upstream, found)
         return found
 
+    def tidy(self) -> None:
+        for dialect in list(self._dialects.values()):
+            dialect.pool.tidy()
+
     def close(self) -> None:
         for dialect in self._dialects.values():
             dialect.pool.close()
@@ -3468,6 +3480,7 @@ class Services:
         if wrong := self.config_file.refresh():
             self.log.note("config", reason=f"{wrong}; the last good one is kept")
         self.ledger.forget_keys()
+        self.upstreams.tidy()
         with contextlib.suppress(LedgerUnavailable):
             counts, self.refused = self.refused, Counter()
             self.ledger.tally(counts)
@@ -3504,7 +3517,7 @@ def identify(services: Services, header: str) -> tuple[Key, Account]:
 
 
 def create_app(
-    keys: str | os.PathLike | None = None,
+    keys: ConfigFile | str | os.PathLike | None = None,
     db: str | os.PathLike | None = None,
     capacity: int = 1 << 30,
 ) -> Flask:
@@ -3513,8 +3526,9 @@ def create_app(
     keys, db: the two files; by default PROXY_KEYS and PROXY_DB as on the command
     line. capacity: requests relayed at once. Raises ConfigError, LedgerUnavailable.
     """
-    keys, db = default_files(keys, db)
-    ledger_file = ConfigFile(keys)
+    config_file = keys if isinstance(keys, ConfigFile) else None
+    keys, db = default_files(config_file.path if config_file else keys, db)
+    config_file = config_file or ConfigFile(keys)
     ledger = Ledger(db)
     try:
         ledger.claim()
@@ -3522,7 +3536,7 @@ def create_app(
         ledger.close()
         raise
     services = Services(
-        ledger_file, ledger, Upstreams(), Watcher(), RequestLog(), capacity
+        config_file, ledger, Upstreams(), Watcher(), RequestLog(), capacity
     )
     app = Flask("proxy", static_folder=None)
     app.extensions["proxy"] = services
@@ -5583,7 +5597,9 @@ def linger(sock: socket.socket, seconds: float = 1.0) -> None:
 class Server(BaseApplication):
     """gunicorn in this process, with the settings that a streaming proxy needs."""
 
-    def __init__(self, keys: str, db: str, bind: str, workers: int, threads: int):
+    def __init__(
+        self, keys: ConfigFile, db: str, bind: str, workers: int, threads: int
+    ):
         self._files, self._bind = (keys, db), bind
         self._workers, self._threads = workers, threads
         super().__init__()
@@ -5609,13 +5625,19 @@ class Server(BaseApplication):
             "worker_tmp_dir": "/dev/shm" if os.path.isdir("/dev/shm") else None,
             "post_fork": bound_clients,
             "post_worker_init": drain_on_term,
-            "when_ready": lambda arbiter: gc.freeze(),
+            "when_ready": share_memory,
         }
         for name, value in settings.items():
             self.cfg.set(name, value)
 
     def load(self) -> Flask:
         return create_app(*self._files, capacity=self._threads)
+
+
+def share_memory(arbiter: Any) -> None:
+    """What is loaded by now, 10,000 keys too, stays one copy for all workers."""
+    gc.collect()
+    gc.freeze()
 
 
 def bound_clients(arbiter: Any, worker: Any) -> None:
@@ -5679,13 +5701,13 @@ def serve(
     os.umask(0o077)
     secure_standard_files()
     keys, db = default_files(keys, db)
-    config = ConfigFile(keys).current
+    config_file = ConfigFile(keys)
     Ledger(db).close()
     workers = workers or max(2, os.cpu_count() or 2)
     host = f"[{host}]" if ":" in host else host
     with contextlib.suppress(OSError):  # a full disk behind standard output
-        greet(config, f"http://{host}:{port}")
-    Server(keys, db, f"{host}:{port}", workers, threads).run()
+        greet(config_file.current, f"http://{host}:{port}")
+    Server(config_file, db, f"{host}:{port}", workers, threads).run()
 
 
 def secure_standard_files() -> None:

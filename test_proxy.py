@@ -1,0 +1,9577 @@
+"""The promises of proxy.py, in the order of the module, each as a test.
+
+Upstreams are real servers on loopback that misbehave on demand; what only shows
+across processes is tested against the real server. `-m long` runs the long versions,
+`-m bench` prints the main figures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import functools
+import gc
+import gzip
+import hashlib
+import hmac
+import io
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import sqlite3
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from html.parser import HTMLParser
+from http.client import (
+    HTTPConnection,
+    HTTPException,
+    HTTPResponse,
+    parse_headers,
+    responses,
+)
+from io import BytesIO
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any, Self, TypeVar
+from unittest.mock import MagicMock
+from urllib.parse import parse_qsl, quote
+
+import pytest
+import requests
+from werkzeug import exceptions as http_errors
+
+import proxy
+
+# Harness -----------------------------------------------------------------------------
+
+PROJECT = Path(__file__).resolve().parent  # where proxy.py stands
+SECRET = "sk-upstream-secret"  # the operator's key: no client may ever see it
+DEMO_KEY, TEAM_KEY, OTHER_KEY = "sk-demo", "sk-team", "sk-other"
+POOR_KEY, ADMIN_KEY = "sk-poor", "sk-admin"
+ACCESS_KEY = "AKLTEXAMPLEACCESSKEYID0000"
+SECRET_KEY = "ExampleSecretKey+/0123456789abcdefABCDEF=="
+POLL = 0.005  # seconds between two looks at a condition
+T = TypeVar("T")
+
+
+def wait_for(predicate: Callable[[], T], timeout: float = 5, what: str = "") -> T:
+    """Return the predicate's value as soon as it is true, or fail naming `what`."""
+    deadline = time.monotonic() + timeout
+    while not (value := predicate()):
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
+        time.sleep(POLL)
+    return value
+
+
+# -- Server --------------------------------------------------------------------------
+
+
+class Gone(ConnectionError):
+    """The peer left, or the test ended, while an answer was still to be sent."""
+
+
+class Connection:
+    """One accepted connection; `closed` is set once the peer has ended it."""
+
+    def __init__(self, sock: socket.socket, server: Upstream) -> None:
+        self.sock, self.server, self.input = sock, server, sock.makefile("rb")
+        self.closed = threading.Event()
+        self.closed_at: float | None = None
+
+    def read(self, size: int) -> bytes:
+        """Return exactly `size` bytes; raises Gone when the peer sends fewer."""
+        if len(data := self.input.read(size)) < size:
+            raise Gone
+        return data
+
+    def read_body(self, headers: Mapping[str, str]) -> bytes:
+        """Return a counted or chunked body (RFC 9112 §6.3, §7.1); raises Gone."""
+        if headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.read(int(headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.input.readline().split(b";")[0] or b"0", 16):
+            chunks.append(self.read(size))
+            assert self.read(2) == b"\r\n", "a chunk without its CRLF"
+        parse_headers(self.input)  # the trailers
+        return b"".join(chunks)
+
+    def peer_left(self) -> bool:
+        """Peek whether the peer has closed, half-closed or reset."""
+        try:
+            return not self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def wait(self, event: threading.Event | None, timeout: float = 1e9) -> None:
+        """Wait for the event or the time; raises Gone if the peer leaves first."""
+        event, deadline = event or threading.Event(), time.monotonic() + timeout
+        while not event.is_set() and (left := deadline - time.monotonic()) > 0:
+            if self.server.stopping.is_set() or self.peer_left():
+                raise Gone
+            event.wait(min(POLL, left))
+
+    def finish(self) -> None:
+        """Send FIN, read until the peer's end, free the socket."""
+        with suppress(OSError, ValueError):  # ValueError: `reset` has closed it
+            self.sock.shutdown(socket.SHUT_WR)
+            while self.input.read1(65536):
+                pass
+        self.closed_at = time.monotonic()
+        self.closed.set()
+        self.input.close()
+        self.sock.close()
+
+    def reset(self) -> None:
+        """End the connection with a RST."""
+        linger = struct.pack("ii", 1, 0)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.input.close()
+        self.sock.close()
+
+
+@dataclass
+class Request:
+    """One request as the upstream got it, and the way to answer it."""
+
+    method: str
+    path: str
+    query: str
+    headers: list[tuple[str, str]]
+    body: bytes
+    connection: Connection = field(repr=False)
+    at: float = field(default_factory=time.monotonic)  # when it was complete
+    keep: bool = True  # an answer that must end the connection sets False
+
+    def __post_init__(self) -> None:
+        self.closed = self.connection.closed  # set once the peer has left
+        self.wait = self.connection.wait
+        self.send = self.connection.sock.sendall
+
+    def header(self, name: str) -> str:
+        """Return a header's values joined by commas (RFC 9110 §5.3)."""
+        return ", ".join(v for k, v in self.headers if k.lower() == name.lower())
+
+    @cached_property
+    def json(self) -> Any:
+        """The parsed body, None where it is no JSON."""
+        with suppress(ValueError):
+            return json.loads(self.body)
+
+
+Answer = Callable[[Request], None]
+
+
+def read_request(connection: Connection) -> Request:
+    """Read one request with its whole body; raises Gone at the peer's end."""
+    if not (line := connection.input.readline()):
+        raise Gone
+    method, target, _ = line.decode("latin-1").split(" ")
+    headers = parse_headers(connection.input)
+    path, _, query = target.partition("?")
+    body = connection.read_body(headers)
+    keep = headers.get("Connection", "").lower() != "close"
+    pairs = list(headers.items())
+    return Request(method, path, query, pairs, body, connection, keep=keep)
+
+
+class Upstream:
+    """A server on loopback that answers by script and records what it was asked.
+
+    `script` is one answer for every request, or a list of answers consumed in order;
+    an entry None, and the end of the list, stand for the class's ordinary `answer`.
+    What goes wrong in an answer fails the test when the server is closed.
+    """
+
+    scheme, prefix, key = "", "/v1", SECRET
+
+    def __init__(self, script: Answer | Iterable[Answer | None] = ()) -> None:
+        self.script: Any = script if callable(script) else list(script)
+        self.requests: list[Request] = []
+        self.connections: list[Connection] = []
+        self.errors: list[Exception] = []
+        self.released, self.stopping = threading.Event(), threading.Event()
+        self.lock, self.threads = threading.Lock(), []
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.port = self.listener.getsockname()[1]
+        self._start(self._accept)
+
+    @property
+    def url(self) -> str:
+        """What `upstreams.NAME.url` in keys.json says, dialect included."""
+        return f"{self.scheme}http://127.0.0.1:{self.port}{self.prefix}"
+
+    @property
+    def closed(self) -> list[Connection]:
+        """The connections that the peer has ended."""
+        return [one for one in self.connections if one.closed.is_set()]
+
+    def wait_closed(self, count: int = 1, timeout: float = 5) -> list[Connection]:
+        """Wait until the peer has ended that many connections."""
+        wait_for(lambda: len(self.closed) >= count, timeout, f"{count} closed")
+        return self.closed
+
+    def wait_requests(self, count: int = 1, timeout: float = 5) -> list[Request]:
+        """Wait until that many requests have arrived."""
+        wait_for(lambda: len(self.requests) >= count, timeout, f"{count} requests")
+        return self.requests
+
+    def answer(self, request: Request) -> None:
+        """Answer a request that the script has nothing for."""
+        raise AssertionError(f"no answer scripted: {request.method} {request.path}")
+
+    def respond(self, request: Request) -> None:
+        """Answer one request by the script or the ordinary way."""
+        with self.lock:
+            one_for_all = callable(self.script) or not self.script
+            answer = self.script if one_for_all else self.script.pop(0)
+        (answer or self.answer)(request)
+
+    def _start(self, target: Callable[..., None], *args: Any) -> None:
+        self.threads.append(threading.Thread(target=target, args=args, daemon=True))
+        self.threads[-1].start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                sock, _ = self.listener.accept()
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.connections.append(Connection(sock, self))
+                self._start(self._serve, self.connections[-1])
+
+    def _serve(self, connection: Connection) -> None:
+        keep = True
+        try:
+            while keep:
+                request = read_request(connection)
+                self.requests.append(request)
+                self.respond(request)
+                keep = request.keep
+        except OSError:  # Gone is one: the peer may leave whenever it likes
+            pass
+        except Exception as error:
+            self.errors.append(error)
+        finally:
+            connection.finish()
+
+    def close(self) -> None:
+        """End every connection and thread."""
+        self.stopping.set()
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.threads[0].join()  # so that no connection is accepted any more
+        self.listener.close()
+        for connection in self.connections:
+            with suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(5)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        self.close()
+        if self.errors and kind is None:
+            raise self.errors[0]
+
+
+# -- Answers -------------------------------------------------------------------------
+
+JSON = ("Content-Type", "application/json")
+EVENTS = ("Content-Type", "text/event-stream; charset=utf-8")
+CHUNKED, CLOSE = ("Transfer-Encoding", "chunked"), ("Connection", "close")
+Headers = Iterable[tuple[str, str]]
+
+
+def head(status: int = 200, *headers: tuple[str, str]) -> bytes:
+    """Return a response's status line and headers."""
+    lines = [f"HTTP/1.1 {status} {responses.get(status, 'Unknown')}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def chunk(data: bytes) -> bytes:
+    """Return data as one chunk of a chunked body; no data is the terminal chunk."""
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def split(data: bytes, size: int | None) -> list[bytes]:
+    """Return data in pieces of `size` bytes."""
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+def json_answer(
+    obj: Any,
+    status: int = 200,
+    headers: Headers = (),
+    *,
+    gate: threading.Event | None = None,
+    cut: int | None = None,
+    lead: bytes = b"",
+) -> Answer:
+    """Answer JSON after the gate; `cut` closes after so many bytes of the body."""
+    body = lead + json.dumps(obj, ensure_ascii=False).encode()
+    start = head(status, JSON, ("Content-Length", str(len(body))), *headers)
+
+    def answer(request: Request) -> None:
+        if gate:
+            request.wait(gate)
+        request.keep &= cut is None
+        request.send(start + body[:cut])
+
+    return answer
+
+
+def sse_bytes(events: Iterable, newline: bytes = b"\n", done: bool = True) -> bytes:
+    """Serialise events: bytes as they are, text as data, anything else as JSON."""
+    parts = []
+    for event in [*events, "[DONE]"] if done else events:
+        text = event if isinstance(event, str | bytes) else json.dumps(event)
+        as_it_is = isinstance(text, bytes)
+        parts.append(text if as_it_is else b"data: " + text.encode() + newline * 2)
+    return b"".join(parts)
+
+
+def sse(
+    events: Iterable,
+    *,
+    chunked: bool = True,
+    pieces: int | None = None,
+    cut: int | None = None,
+    delay: float = 0,
+    newline: bytes = b"\n",
+    done: bool = True,
+    gate: threading.Event | None = None,
+    headers: Headers = (),
+) -> Answer:
+    """Answer a stream, one write an event, or `pieces` bytes a write, `delay` apart.
+
+    `cut` ends the connection after so many bytes of the body, chunked without its
+    terminal chunk. The gate is waited for between the first event and the rest.
+    """
+    blocks = [sse_bytes([one], newline, False) for one in events]
+    blocks += [sse_bytes([], newline)] if done else []
+    if pieces:
+        kept = blocks[: bool(gate)]
+        blocks = kept + split(b"".join(blocks[len(kept) :]), pieces)
+    if cut is not None:
+        starts = itertools.accumulate(map(len, blocks), initial=0)
+        blocks = [one[: max(0, cut - at)] for at, one in zip(starts, blocks)]
+    start = head(200, EVENTS, CHUNKED if chunked else CLOSE, *headers)
+
+    def answer(request: Request) -> None:
+        request.keep &= chunked and cut is None
+        request.send(start)
+        for number, block in enumerate(filter(None, blocks)):
+            if gate and number == 1:
+                request.wait(gate)
+            request.wait(None, delay if number else 0)
+            request.send(chunk(block) if chunked else block)
+        if chunked and cut is None:
+            request.send(chunk(b""))
+
+    return answer
+
+
+def raw(data: bytes, *, reset: bool = False) -> Answer:
+    """Send these bytes and end the connection, with FIN or RST."""
+
+    def answer(request: Request) -> None:
+        request.keep = False
+        request.send(data)
+        if reset:
+            request.connection.reset()
+
+    return answer
+
+
+def stall(
+    before_headers: bool = True,
+    gate: threading.Event | None = None,
+    then: Answer = raw(b""),
+) -> Answer:
+    """Be silent, with or without an event stream's headers, then answer `then`.
+
+    The gate, or `up.released`, or the peer's leaving ends it.
+    """
+
+    def answer(request: Request) -> None:
+        request.send(b"" if before_headers else head(200, EVENTS, CHUNKED))
+        request.wait(gate or request.connection.server.released)
+        then(request)
+
+    return answer
+
+
+PLAIN = head(200, JSON, CLOSE)  # a JSON answer that the close ends
+
+
+def trickle(data: bytes, interval: float, start: bytes = PLAIN) -> Answer:
+    """Send `start` at once (none: b""), then data byte by byte, then close."""
+
+    def answer(request: Request) -> None:
+        request.keep = False
+        request.send(start)
+        for piece in split(data, 1):
+            request.send(piece)
+            request.wait(None, interval)
+
+    return answer
+
+
+STREAM = head(200, EVENTS, CLOSE)
+MORE = b'data: {"choices": [{"index": 0, "delta": {"content": "more "}}]}\n\n'
+ENDLESS = {  # start, what is repeated, seconds between
+    "comments": (STREAM, b": keep-alive\n\n", 0.01),
+    "blanks": (PLAIN, b"\n", 0.01),
+    "events": (STREAM, MORE, 0.01),
+    "line": (STREAM + b'data: {"x": "', b"x" * 65536, 0),
+    "body": (PLAIN + b'{"x": "', b"x" * 65536, 0),
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"X-More: " + b"x" * 999 + b"\r\n", 0),
+    "informational": (b"", b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.001),
+}
+
+
+def endless(kind: str) -> Answer:
+    """Send one of `ENDLESS` until the peer leaves."""
+    start, repeated, interval = ENDLESS[kind]
+
+    def answer(request: Request) -> None:
+        request.send(start)
+        while True:
+            request.send(repeated)
+            request.wait(None, interval)
+
+    return answer
+
+
+def usage_of(prompt: int, completion: int, **more: Any) -> dict:
+    """Return a usage object as OpenAI has it."""
+    counts = {"prompt_tokens": prompt, "completion_tokens": completion}
+    return {**counts, "total_tokens": prompt + completion, **more}
+
+
+def completion(model: str, kind: str, choices: list, **more: Any) -> dict:
+    """Return what completions and their chunks have in common."""
+    about = {"id": "chatcmpl-1", "object": kind, "created": 1700000000, "model": model}
+    return {**about, "choices": choices, **more}
+
+
+def choice(part: str, value: dict, finish: str | None = None) -> dict:
+    """Return a choice whose `part` is `message` or `delta`."""
+    return {"index": 0, part: value, "logprobs": None, "finish_reason": finish}
+
+
+def chat_json(
+    text: str, model: str = "gpt-test", usage: dict | None = None,
+    finish: str = "stop", **message: Any,
+) -> dict:  # fmt: skip
+    """Return a completion; its words are its tokens unless `usage` says otherwise."""
+    said = choice("message", {"role": "assistant", "content": text, **message}, finish)
+    usage = usage or usage_of(5, len(text.split()))
+    return completion(model, "chat.completion", [said], usage=usage)
+
+
+def chat_chunk(model: str, delta: dict, finish: str | None = None, **more: Any) -> dict:
+    """Return one chunk with one choice."""
+    choices = [choice("delta", delta, finish)]
+    return completion(model, "chat.completion.chunk", choices, **more)
+
+
+def chat_chunks(
+    text: str, model: str = "gpt-test", usage: dict | None = None,
+    finish: str | None = "stop", include_usage_chunk: bool = True,
+) -> list[dict]:  # fmt: skip
+    """Return the events of a streamed answer, a word a chunk, without [DONE].
+
+    `finish=None` leaves the finish chunk out.
+    """
+    more = {"usage": None} if include_usage_chunk else {}
+    deltas = [{"role": "assistant", "content": ""}]
+    deltas += [{"content": word} for word in re.findall(r"\s*\S+|\s+", text)]
+    events = [chat_chunk(model, delta, **more) for delta in deltas]
+    events += [chat_chunk(model, {}, finish, **more)] if finish else []
+    if include_usage_chunk:
+        usage = usage or usage_of(5, len(text.split()))
+        events.append(completion(model, "chat.completion.chunk", [], usage=usage))
+    return events
+
+
+# -- Providers -----------------------------------------------------------------------
+
+
+class FakeVolcengine(Upstream):
+    """JiMeng's signed submit-and-poll; it checks every signature itself.
+
+    `states` are the answers to a task's polls, the last for ever: `("generating",)`
+    never finishes. Faults go into the script: `[None, volc_error(50429)]` is a good
+    submit and a refused poll. Without `force_single` a task makes four images.
+    """
+
+    scheme, prefix, key = "jimeng+", "", f"{ACCESS_KEY}:{SECRET_KEY}"
+    states: tuple[str, ...] = ("in_queue", "generating", "done")
+
+    def __init__(self, script: Answer | Iterable[Answer | None] = ()) -> None:
+        self.tasks: dict[str, list] = {}  # task id: links, states to come
+        self.refused: list[str] = []  # codes of requests whose signature was wrong
+        super().__init__(script)
+
+    @property
+    def submits(self) -> int:
+        """How many tasks were asked for, refused ones included."""
+        return sum("SubmitTask" in one.query for one in self.requests)
+
+    @property
+    def polls(self) -> int:
+        """How often a result was asked for, refused polls included."""
+        return sum("GetResult" in one.query for one in self.requests)
+
+    def respond(self, request: Request) -> None:
+        """Check the signature before anything else."""
+        code = volc_fault(request, *self.key.split(":"))
+        self.refused += [code] if code else []
+        (volc_denied(code) if code else super().respond)(request)
+
+    def answer(self, request: Request) -> None:
+        """Make a task or report on one."""
+        action, version = re.findall(r"Action=(\w+)&Version=([\d-]+)", request.query)[0]
+        assert version == "2022-08-31", version
+        submit = action == "CVSync2AsyncSubmitTask"
+        assert submit or action == "CVSync2AsyncGetResult", action
+        data = (self._submit if submit else self._result)(request.json)
+        json_answer(volc_body(10000, data, "Success"))(request)
+
+    def _submit(self, body: dict) -> dict:
+        assert body["req_key"] and body["prompt"], "a submit needs both"
+        assert ("width" in body) == ("height" in body), "both or none"
+        with self.lock:
+            task = str(7392616336519610409 + len(self.tasks))
+            images = 1 if body.get("force_single") else 4
+            links = [volc_image(task, number) for number in range(images)]
+            self.tasks[task] = [links, *self.states]
+        return {"task_id": task}
+
+    def _result(self, body: dict) -> dict:
+        links, *states = self.tasks.get(body["task_id"], [[], "not_found"])
+        if states[1:]:
+            del self.tasks[body["task_id"]][1]
+        wanted = json.loads(body.get("req_json", "{}")).get("return_url")
+        urls = links if wanted and states[0] == "done" else None
+        return {"binary_data_base64": None, "image_urls": urls, "status": states[0]}
+
+
+def volc_image(task: str, number: int = 0) -> str:
+    """Return the link that `FakeVolcengine` delivers for a task."""
+    return f"https://img.example/{task}/{number}.jpeg?x-expires=86400&sig=a%2Bb"
+
+
+def volc_body(code: int, data: dict | None, message: str) -> dict:
+    """Return the vendor's business envelope."""
+    about = {"status": code, "request_id": "2025061718460554C9", "time_elapsed": "9ms"}
+    return {"code": code, "data": data, "message": message, **about}
+
+
+VOLC_STATUS = {50400: 401, 50429: 429, 50430: 429, 50500: 500, 50501: 500}
+
+
+def volc_error(code: int, status: int | None = None) -> Answer:
+    """Answer a business error with the vendor's HTTP status: 400, even for 5052x."""
+    body = volc_body(code, None, f"Vendor Message {code}")
+    return json_answer(body, status or VOLC_STATUS.get(code, 400))
+
+
+def volc_denied(code: str = "SignatureDoesNotMatch", status: int = 401) -> Answer:
+    """Answer as the vendor's front does, before any service is reached."""
+    error = {"CodeN": 100010, "Code": code, "Message": f"{code}: {ACCESS_KEY}"}
+    about = {"RequestId": "20260101120000", "Service": "cv", "Region": "cn-north-1"}
+    return json_answer({"ResponseMetadata": {**about, "Error": error}}, status)
+
+
+SIGNED = "content-type;host;x-content-sha256;x-date"
+CREDENTIAL = re.compile(
+    r"HMAC-SHA256 Credential=([^/,]+)/(\d{8})/cn-north-1/cv/request, ?"
+    rf"SignedHeaders={SIGNED}, ?Signature=([0-9a-f]{{64}})"
+)
+
+
+def volc_canonical(query: str, headers: Mapping[str, str], body: bytes) -> str:
+    """Return the canonical request of a POST to `/`; header names in lower case."""
+    pairs = sorted(parse_qsl(query, keep_blank_values=True))
+    encoded = "&".join(f"{quote(k, '-_.~')}={quote(v, '-_.~')}" for k, v in pairs)
+    lines = [f"{name}:{headers.get(name, '').strip()}" for name in SIGNED.split(";")]
+    digest = hashlib.sha256(body).hexdigest()
+    return "\n".join(["POST", "/", encoded, *lines, "", SIGNED, digest])
+
+
+def volc_signing_key(secret: str, day: str) -> bytes:
+    """Return the key that the raw secret makes for one UTC day, `YYYYMMDD`."""
+    key = secret.encode()
+    for part in (day, "cn-north-1", "cv", "request"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    return key
+
+
+def volc_signature(secret: str, query: str, headers: Mapping, body: bytes) -> str:
+    """Return the signature that a request with these headers must carry."""
+    date = headers["x-date"]
+    hashed = hashlib.sha256(volc_canonical(query, headers, body).encode()).hexdigest()
+    text = f"HMAC-SHA256\n{date}\n{date[:8]}/cn-north-1/cv/request\n{hashed}"
+    key = volc_signing_key(secret, date[:8])
+    return hmac.digest(key, text.encode(), "sha256").hex()
+
+
+def volc_fault(request: Request, access: str, secret: str) -> str | None:
+    """Return the vendor's code for what is wrong with a signature, None if nothing."""
+    headers = {name.lower(): value for name, value in request.headers}
+    match = CREDENTIAL.fullmatch(headers.get("authorization", ""))
+    date = headers.get("x-date", "")
+    moments = (time.gmtime(time.time() - ago) for ago in range(-60, 61))
+    fresh = date in [time.strftime("%Y%m%dT%H%M%SZ", moment) for moment in moments]
+    if not match or not fresh or match[2] != date[:8]:
+        return "SignatureDoesNotMatch"
+    if match[1] != access:
+        return "InvalidAccessKey"
+    digest = hashlib.sha256(request.body).hexdigest()
+    signature = volc_signature(secret, request.query, headers, request.body)
+    found = request.method, request.path, headers.get("x-content-sha256"), match[3]
+    good = found == ("POST", "/", digest, signature)
+    return None if good else "SignatureDoesNotMatch"
+
+
+def deepseek_error(status: int, message: str = "Insufficient Balance") -> Answer:
+    """Answer an error as DeepSeek does: its code tells nothing, no Retry-After."""
+    code = "invalid_request_error"
+    error = {"message": message, "type": code, "param": None, "code": code}
+    return json_answer({"error": error}, status)
+
+
+class FakeDeepSeek(Upstream):
+    """DeepSeek's chat with the ways in which it differs from OpenAI's.
+
+    Thinks unless told not to; words are tokens; only `max_tokens` limits them.
+    """
+
+    scheme = "deepseek+"
+    ids = ("deepseek-flash", "deepseek-v4-pro")
+    thought, text = "Let me see.", "Hello from the deep."
+    prompt, cached, waits = 20, 8, 2  # tokens, cached ones, keep-alives while queued
+
+    def answer(self, request: Request) -> None:
+        """Answer one of the three calls."""
+        models = [{"id": name, "object": "model"} for name in self.ids]
+        cash = [{"currency": "USD", "total_balance": "110.00"}]
+        routes = {
+            "/chat/completions": self._chat,
+            "/models": json_answer({"object": "list", "data": models}),
+            "/user/balance": json_answer({"is_available": True, "balance_infos": cash}),
+        }
+        if request.header("Authorization") != f"Bearer {self.key}":
+            message = f"Authentication Fails, Your api key: ****{self.key[-4:]}"
+            return deepseek_error(401, message)(request)
+        route = request.path.removeprefix(self.prefix)
+        routes.get(route, deepseek_error(404, "Not Found"))(request)
+
+    def _chat(self, request: Request) -> None:
+        body = request.json
+        thinks = body.get("thinking", {}).get("type", "enabled") == "enabled"
+        if refusal := self._refusal(body, thinks):
+            return deepseek_error(400, refusal)(request)
+        thought = self.thought.split() if thinks else []
+        whole = [*thought, *self.text.split()]
+        words = whole[: body.get("max_tokens", 8192)]
+        finish = "stop" if words == whole else "length"
+        answer = self._stream if body.get("stream") else self._complete
+        said = words[: len(thought)], words[len(thought) :]
+        answer(body["model"], *said, finish)(request)
+
+    def _refusal(self, body: dict, thinks: bool) -> str | None:
+        form = body.get("response_format", {}).get("type")
+        roles = [message["role"] for message in body["messages"]]
+        calls = [message for message in body["messages"] if "tool_calls" in message]
+        forgot = not all("reasoning_content" in message for message in calls)
+        reasons = {
+            "Model Not Exist": body.get("model") not in self.ids,
+            "unknown variant `developer`": "developer" in roles,
+            "This response_format type is unavailable now": form == "json_schema",
+            "Missing `reasoning_content` field": thinks and forgot,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    def _usage(self, thought: list[str], said: list[str]) -> dict:
+        return usage_of(
+            self.prompt,
+            len(thought) + len(said),
+            prompt_cache_hit_tokens=self.cached,
+            prompt_cache_miss_tokens=self.prompt - self.cached,
+            completion_tokens_details={"reasoning_tokens": len(thought)},
+        )
+
+    def _complete(self, model: str, thought: list, said: list, finish: str) -> Answer:
+        more = {"reasoning_content": " ".join(thought)} if thought else {}
+        usage = self._usage(thought, said)
+        answer = chat_json(" ".join(said), model, usage, finish, **more)
+        return json_answer(answer, lead=b"\n" * self.waits)
+
+    def _stream(self, model: str, thought: list, said: list, finish: str) -> Answer:
+        deltas = [{"role": "assistant", "content": None, "reasoning_content": ""}]
+        deltas += [{"content": None, "reasoning_content": w + " "} for w in thought]
+        deltas += [{"content": w + " ", "reasoning_content": None} for w in said]
+        last = {"content": "", "reasoning_content": None}
+        events = [b": keep-alive\n\n"] * self.waits
+        events += [chat_chunk(model, delta) for delta in deltas]
+        usage = self._usage(thought, said)
+        return sse([*events, chat_chunk(model, last, finish, usage=usage)])
+
+
+def image_url(number: int = 0) -> str:
+    """Return a link that `FakeImages` delivers."""
+    return f"https://ark.example/{number}.jpeg?X-Tos-Expires=86400"
+
+
+def image_error(code: str, status: int = 400) -> Answer:
+    """Answer Ark's error; with status 200 it looks like a success."""
+    return json_answer({"error": {"code": code, "message": f"Failed: {code}"}}, status)
+
+
+def image_answer(*urls: str | None) -> Answer:
+    """Answer links; None is a single image that failed."""
+    refused = {"error": {"code": "OutputImageSensitiveContentDetected", "message": ""}}
+    data = [{"url": url} if url else refused for url in urls]
+    usage = {"generated_images": sum(map(bool, urls))}
+    return json_answer({"created": 1700000000, "data": data, "usage": usage})
+
+
+class FakeImages(Upstream):
+    """An OpenAI-style images API; odd outcomes are `image_` answers in a script."""
+
+    scheme, prefix = "images+", "/api/v3"
+    smallest = 3_686_400  # pixels that Seedream 4.5 and 5.0 want
+
+    def answer(self, request: Request) -> None:
+        """Deliver one link for each of `n`."""
+        if request.header("Authorization") != f"Bearer {self.key}":
+            return image_error("AuthenticationError", 401)(request)
+        body = request.json
+        assert request.path == f"{self.prefix}/images/generations" and body["prompt"]
+        size = re.fullmatch(r"(\d+)x(\d+)", body.get("size", ""))
+        strict = size and re.search("-(4-5|5-0)-", body["model"])
+        if strict and int(size[1]) * int(size[2]) < self.smallest:
+            return image_error("InvalidParameter")(request)
+        image_answer(*map(image_url, range(body.get("n", 1))))(request)
+
+
+# -- Gateway -------------------------------------------------------------------------
+
+
+def merged(base: dict, over: Mapping[str, Any]) -> dict:
+    """Return base with over laid upon it, object by object; None removes."""
+    result = {**base, **over}
+    for name in base.keys() & over.keys():
+        if isinstance(base[name], dict) and isinstance(over[name], dict):
+            result[name] = merged(base[name], over[name])
+    return {name: value for name, value in result.items() if value is not None}
+
+
+def keys_file(
+    tmp_path: Path, upstream_url: str, key: str = SECRET, **overrides: Any
+) -> Path:
+    """Write keys.json with one upstream, `main`, and return its path.
+
+    Overrides are merged into the file, object by object; None removes an entry.
+    """
+    price = {"price": {"input": 1, "cached": 0.1, "output": 2}, "max_output": 1000}
+    image = {"price": {"image": 0.04}}
+    off, on = ({"thinking": {"type": kind}} for kind in ("disabled", "enabled"))
+    flash = {"upstream": "main/deepseek-flash", **price}
+    config = {
+        "limits": {"rate": "1000/minute", "concurrent": 100},
+        "accounts": {
+            "demo": {"credits": 1, "models": ["echo"], "keys": {"readme": DEMO_KEY}},
+            "team": {"credits": 100, "keys": {"main": TEAM_KEY}},
+            "other": {"credits": 1, "keys": {"main": OTHER_KEY}},
+            "poor": {"credits": 0, "keys": {"main": POOR_KEY}},
+            "boss": {"credits": 1, "keys": {"main": ADMIN_KEY}, "admin": True},
+        },
+        "upstreams": {
+            "main": {"url": upstream_url, "key": key},
+            "echo": {"url": "echo:"},
+        },
+        "models": {
+            "chat": {"upstream": "main/gpt-test", "about": "Chat", **price},
+            "deepseek-chat": {**flash, "defaults": off},
+            "deepseek-r1": {**flash, "defaults": on},
+            "embed": {"upstream": "main/embed-test", "price": {"input": 0.02}},
+            "flat": {"upstream": "main/flat-test", "price": {"request": 0.01}},
+            "jimeng-image": {"upstream": "main/jimeng_t2i_v40", **image},
+            "seedream": {"upstream": "main/doubao-seedream-4-5-251128", **image},
+            "echo": {"upstream": "echo/echo", "price": {"input": 1, "output": 1}},
+        },
+    }
+    path = tmp_path / "keys.json"
+    path.touch(0o600)
+    path.write_text(json.dumps(merged(config, overrides), indent=2))
+    return path
+
+
+def free_port() -> int:
+    """Return a loopback port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def processes() -> Iterator[tuple[int, int, int]]:
+    """Yield pid, parent and group of every process that runs (zombies do not)."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent, group = stat.read_text().rpartition(")")[2].split()[:3]
+            if state not in "ZX":
+                yield int(stat.parent.name), int(parent), int(group)
+
+
+class Gateway:
+    """The real server in a session of its own; `start` works again after `stop`."""
+
+    def __init__(
+        self, keys: Path, db: Path | None = None, *, workers: int = 1, threads: int = 8,
+        constants: Mapping[str, Any] | None = None,
+        env: Mapping[str, str] | None = None, project: Path = PROJECT,
+    ) -> None:  # fmt: skip
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.project, self.log_file = project, keys.parent / f"gateway-{self.port}.log"
+        self.env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
+        changes = [f"proxy.{name} = {v!r}" for name, v in (constants or {}).items()]
+        code = ["import proxy, sys", *changes, "sys.exit(proxy.main(sys.argv[1:]))"]
+        options = {"keys": keys, "db": db or keys.parent / "proxy.db"}
+        options |= {"host": "127.0.0.1", "port": self.port}
+        options |= {"workers": workers, "threads": threads}
+        words = [word for name, v in options.items() for word in (f"--{name}", str(v))]
+        self.command = [sys.executable, "-c", "\n".join(code), "serve", *words]
+
+    def start(self) -> Self:
+        """Start the server and wait until /healthz answers."""
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, cwd=self.project, env=self.env, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        try:
+            wait_for(self._healthy, 20, f"{self.url}/healthz")
+        except BaseException as error:
+            self.kill_group()
+            error.add_note(self.log())
+            raise
+        return self
+
+    def _healthy(self) -> bool:
+        assert self.process.poll() is None, "the gateway ended at its start"
+        with suppress(OSError):
+            ask = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+            return raw_http(self.port, ask, 2).startswith(b"HTTP/1.1 200")
+        return False
+
+    @property
+    def master_pid(self) -> int:
+        """The process that was started (gunicorn's arbiter), and its group."""
+        return self.process.pid
+
+    def members(self) -> list[int]:
+        """Return the pids of the master and all that came of it, while they run."""
+        return [pid for pid, _, group in processes() if group == self.master_pid]
+
+    def workers(self) -> list[int]:
+        """Return the pids of the master's children that run."""
+        return [pid for pid, parent, _ in processes() if parent == self.master_pid]
+
+    def wait_workers(self, count: int, timeout: float = 10) -> list[int]:
+        """Wait for exactly that many workers; they run, but may not serve yet."""
+        wait_for(lambda: len(self.workers()) == count, timeout, f"{count} workers")
+        return self.workers()
+
+    def kill(self, pid: int, sig: int = signal.SIGKILL) -> None:
+        """Send a signal to one process of this gateway; after SIGKILL it is gone."""
+        assert pid in self.members(), f"{pid} is not of this gateway"
+        os.kill(pid, sig)
+        if sig == signal.SIGKILL:
+            wait_for(lambda: pid not in self.members(), what=f"the end of {pid}")
+
+    def log(self) -> str:
+        """Return what the server has written to stdout and stderr, all starts."""
+        return self.log_file.read_text(errors="replace")
+
+    def stop(self, grace: float = 10) -> int:
+        """End the server, politely first; returns its exit status."""
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(grace)
+        return self.kill_group()
+
+    def kill_group(self) -> int:
+        """Kill the master and every orphan of it; returns the exit status."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.master_pid, signal.SIGKILL)
+        wait_for(lambda: not self.members(), what="the end of the group")
+        return self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+
+# -- Clients -------------------------------------------------------------------------
+
+
+def client() -> requests.Session:
+    """Return a session that takes nothing from the environment."""
+    session = requests.Session()
+    session.trust_env = False
+    return session
+
+
+def chat(
+    url: str, key: str | None, stream: bool = False, timeout: float = 20, **body: Any
+) -> requests.Response:
+    """Ask for a chat completion of model `chat`, unless the body says otherwise."""
+    messages = [{"role": "user", "content": "Say hello"}]
+    whole = {"model": "chat", "messages": messages, **body}
+    whole |= {"stream": True} if stream else {}
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    more = {"headers": headers, "stream": stream, "timeout": timeout}
+    return client().post(f"{url}/v1/chat/completions", json=whole, **more)
+
+
+def raw_http(port: int, data: bytes, timeout: float = 5, finish: bool = False) -> bytes:
+    """Send bytes (then FIN, with `finish`); return all that comes until the end.
+
+    The end is the server's close or reset, or `timeout` seconds in all.
+    """
+    deadline, received = time.monotonic() + timeout, bytearray()
+    with socket.create_connection(("127.0.0.1", port), timeout) as sock:
+        with suppress(OSError):  # a time-out is one
+            sock.sendall(data)
+            if finish:
+                sock.shutdown(socket.SHUT_WR)
+            while (left := deadline - time.monotonic()) > 0:
+                sock.settimeout(left)
+                if not (piece := sock.recv(65536)):
+                    break
+                received += piece
+    return bytes(received)
+
+
+def sse_events(data: bytes) -> list[str]:
+    """Return the data of each event, by the rules of the WHATWG's SSE section.
+
+    An event that no empty line ends is none.
+    """
+    events, lines = [], []
+    text = data.decode("utf-8", "replace").removeprefix("\ufeff")
+    for line in re.split(r"\r\n|\n|\r", text)[:-1]:
+        name, _, value = line.partition(":")
+        if name == "data":
+            lines.append(value.removeprefix(" "))
+        elif not line and lines:
+            events.append("\n".join(lines))
+            lines = []
+    return events
+
+
+# Fixtures ----------------------------------------------------------------------------
+
+@pytest.fixture
+def ledgers():
+    """Ledger files of a test: after it, nothing is open and everything re-sums."""
+    made = []
+    yield made
+    for keys, db in made:
+        config = proxy.ConfigFile(keys).current
+        ledger = proxy.Ledger(db)
+        wait_for(lambda: not ledger.read("SELECT 1 FROM requests WHERE state = 0"),
+                         5, "a hold is left open")
+        assert ledger.check(lambda id: config.account(id).credits) == []
+        ledger.close()
+
+
+@pytest.fixture
+def files(tmp_path, ledgers):
+    """files(upstream_url, **overrides) -> (keys.json, proxy.db), checked after the test."""
+    def make(url="http://127.0.0.1:9", **overrides):
+        keys = keys_file(tmp_path, url, **overrides)
+        db = tmp_path / "proxy.db"
+        ledgers.append((keys, db))
+        return keys, db
+    return make
+
+
+@pytest.fixture
+def app(files):
+    """app(upstream_url, **overrides) -> the Flask app in this process (test_client())."""
+    made = []
+    def make(url="http://127.0.0.1:9", **overrides):
+        keys, db = files(url, **overrides)
+        made.append(proxy.create_app(keys, db))
+        return made[-1]
+    yield make
+    for each in made:
+        each.extensions["proxy"].close()
+
+
+@pytest.fixture
+def gateway(files):
+    """gateway(upstream_url, workers=.., threads=.., constants={..}, **overrides) -> running Gateway."""
+    made = []
+    def make(url="http://127.0.0.1:9", workers=1, threads=64, constants={}, env={}, **overrides):
+        keys, db = files(url, **overrides)
+        made.append(Gateway(keys, db, workers=workers, threads=threads,
+                                    constants=constants, env=env).start())
+        return made[-1]
+    yield make
+    for each in made:
+        each.stop()
+
+
+# Units, in the order of the module ---------------------------------------------------
+
+LIMITS = proxy.parse_limits({"rate": "1000/minute", "concurrent": 100}, "limits")
+TEAM = proxy.Account("team", LIMITS, credits=1000)  # micro-credits
+KEY = proxy.Key("key_main", "main", "team", "0" * 64, "sk-…")
+SECOND_KEY = proxy.Key("key_second", "second", "team", "1" * 64, "sk-…")
+
+
+def declared(id: str) -> int:
+    """Micro-credits that keys.json grants, in these tests."""
+    return TEAM.credits if id == TEAM.id else 0
+
+
+def admit(
+    ledger: proxy.Ledger, micro: int = 100, tokens: int = 0, price: int = 0,
+    account: proxy.Account = TEAM, key: proxy.Key = KEY,
+) -> proxy.Lease:  # fmt: skip
+    """Hold `micro` credits, and `price` of them for each of `tokens`."""
+    quote = proxy.Quote(micro * proxy.PICO, price * proxy.PICO, tokens)
+    id = proxy.new_request_id()
+    return ledger.admit(id, key, account, quote, "chat", "chat/completions", False)
+
+
+def charge(micro: int, status: int = 200) -> proxy.Charge:
+    return proxy.Charge(status, micro, input=1)
+
+
+def sums(ledger: proxy.Ledger) -> tuple[int, int, int]:
+    """Return what team has spent, held and lost."""
+    return ledger.read("SELECT spent, held, lost FROM accounts WHERE id = 'team'")[0]
+
+
+def alter(ledger: proxy.Ledger, sql: str) -> None:
+    """Run one statement as another program would."""
+    with closing(sqlite3.connect(ledger.path, isolation_level=None)) as db:
+        db.execute(sql)
+
+
+@pytest.fixture
+def make_ledger(tmp_path: Path) -> Iterator[Callable[..., proxy.Ledger]]:
+    """make_ledger(name) -> a ledger that is closed after the test, and not checked."""
+    made = []
+
+    def make(name: str = "proxy.db") -> proxy.Ledger:
+        made.append(proxy.Ledger(tmp_path / name))
+        made[-1].claim()
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def ledger(make_ledger: Callable[..., proxy.Ledger]) -> Iterator[proxy.Ledger]:
+    """A ledger that has no hold left and re-sums after the test."""
+    ledger = make_ledger()
+    yield ledger
+    assert ledger.read("SELECT id FROM requests WHERE state = 0") == []
+    assert ledger.check(declared) == []
+
+
+# Errors ------------------------------------------------------------------------------
+
+NO_RETRY, RETRY_SOON = {"x-should-retry": "false"}, {"Retry-After": "5"}
+ENVELOPES = [
+    (proxy.BadRequest("m", param="n"), 400, "invalid_request_error", "invalid_request"),
+    (proxy.Unauthorized(), 401, "authentication_error", "unauthorized"),
+    (proxy.InsufficientCredits("m"), 402, "insufficient_quota", "insufficient_credits"),
+    (proxy.NotFound("m"), 404, "invalid_request_error", "not_found"),
+    (proxy.TooLarge("m"), 413, "invalid_request_error", "request_too_large"),
+    (
+        proxy.UnsupportedMediaType("m"), 415, "invalid_request_error",
+        "unsupported_media_type",
+    ),
+    (proxy.RateLimited("m", 3), 429, "rate_limit_error", "rate_limit_exceeded"),
+    (proxy.ProxyError("m"), 500, "api_error", "internal_error"),
+    (proxy.UpstreamFailed("m"), 503, "api_error", "provider_unavailable"),
+    (proxy.Overloaded("m", 1), 503, "api_error", "overloaded"),
+    (proxy.LedgerUnavailable("m"), 503, "api_error", "ledger_unavailable"),
+    (proxy.Refused(422, "m", "c", "p"), 422, "invalid_request_error", "c"),
+    (
+        proxy.Refused(404, "m", None, None), 404, "invalid_request_error",
+        "invalid_request",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error, status, type, code", ENVELOPES)
+def test_every_error_knows_its_envelope(
+    error: proxy.ProxyError, status: int, type: str, code: str
+) -> None:
+    told = json.loads(error.envelope())
+    assert list(told) == ["error"]
+    assert list(told["error"]) == ["message", "type", "param", "code"]
+    assert (error.status, told["error"]["type"]) == (status, type)
+    assert (told["error"]["code"], told["error"]["param"]) == (code, error.param)
+    assert told["error"]["message"]
+
+
+@pytest.mark.parametrize("text", ["half \ud83d a pair", "\udcff"])
+def test_an_envelope_is_utf8_whatever_its_texts(text: str) -> None:
+    error = proxy.Refused(400, text, text, text)
+    assert json.loads(error.envelope().decode())["error"]["param"]
+
+
+@pytest.mark.parametrize(
+    "wait, told",
+    [(-5, "1"), (0, "1"), (0.2, "1"), (1, "1"), (1.01, "2"), (59.5, "60"), (9e9, "60")],
+)
+def test_retry_after_is_whole_seconds_from_1_to_60(wait: float, told: str) -> None:
+    assert proxy.RateLimited("m", wait).headers == {"Retry-After": told}
+
+
+@pytest.mark.parametrize(
+    "error, headers",
+    [
+        (proxy.UpstreamFailed("m"), NO_RETRY),
+        (proxy.UpstreamFailed("m", 5), RETRY_SOON),
+        (proxy.LedgerUnavailable("m"), RETRY_SOON),
+    ],
+)
+def test_a_503_says_whether_a_repeat_helps(error: Any, headers: dict) -> None:
+    assert error.headers == headers
+
+
+def test_what_went_wrong_inside_is_not_told() -> None:
+    for error in (
+        proxy.UpstreamFailed("10.0.0.1 refused"),
+        proxy.LedgerUnavailable("EIO"),
+    ):
+        assert error.reason not in error.envelope().decode()
+
+
+@pytest.mark.parametrize(
+    "error, status, code",
+    [
+        (http_errors.NotFound(), 404, "not_found"),
+        (http_errors.MethodNotAllowed(["POST"]), 405, "method_not_allowed"),
+        (http_errors.RequestEntityTooLarge(), 413, "request_too_large"),
+        (http_errors.RequestURITooLarge(), 414, "request_too_large"),
+        (http_errors.UnsupportedMediaType(), 415, "unsupported_media_type"),
+        (http_errors.RequestHeaderFieldsTooLarge(), 431, "request_too_large"),
+        (http_errors.BadRequest(), 400, "invalid_request"),
+        (http_errors.InternalServerError(), 500, "internal_error"),
+    ],
+)
+def test_the_frameworks_refusals_become_ours(
+    error: http_errors.HTTPException, status: int, code: str
+) -> None:
+    ours = proxy.from_http(error)
+    assert (ours.status, ours.code) == (status, code)
+
+
+# Configuration -----------------------------------------------------------------------
+
+
+def planted(path: str = "", value: Any = None) -> dict:
+    """Return a small good keys.json with `value` at a dotted path."""
+    whole = {
+        "limits": {"rate": "60/minute", "concurrent": 10},
+        "accounts": {"team": {"credits": 5, "keys": {"main": "sk-team"}}},
+        "upstreams": {"main": {"url": "http://127.0.0.1:9/v1", "key": "secret"}},
+        "models": {"chat": {"upstream": "main/gpt", "price": {"input": 1}}},
+    }
+    node, (*parents, last) = whole, path.split(".")
+    for name in parents:
+        node = node.setdefault(name, {})
+    node |= {last: value} if last else {}
+    return whole
+
+
+@pytest.fixture
+def config_path(tmp_path: Path) -> Path:
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps(planted()))
+    return path
+
+
+def load(path: Path, document: Any) -> proxy.Config:
+    """Return what the program makes of this document on disk."""
+    path.write_text(json.dumps(document))
+    return proxy.ConfigFile(path).current
+
+
+NAN, INFINITY = float("nan"), float("inf")
+NO_AMOUNTS = [-1, -0.1, True, None, "5", [], {}, 1e-7, 10**10, NAN, INFINITY]
+NO_LISTS = {  # path: values that are refused there, under that path
+    "colour": [1],
+    "limits": [[], None, 5, "60/minute"],
+    "limits.colour": [1],
+    "limits.rate": [
+        60, None, True, [], {}, "", "60", "60/fortnight", "0/minute", "-1/minute",
+        "1.5/minute", "10001/minute", "60/minute;oops", "5/1000 years",
+    ],
+    "limits.concurrent": [0, -1, 1.5, True, "10", None, 10**6],
+    "accounts": [[], None, "team"],
+    "accounts.team": [[], None, 5],
+    "accounts.team.colour": [1],
+    "accounts.team.credits": NO_AMOUNTS,
+    "accounts.team.models": ["chat", {}, ["nope"], [["chat"]], [{}], [None], [5]],
+    "accounts.team.admin": [1, 0, "yes", None],
+    "accounts.team.limits": [[], None],
+    "accounts.team.limits.rate": ["often", 5],
+    "accounts.team.limits.concurrent": [0, "1"],
+    "accounts.team.limits.colour": [1],
+    "accounts.team.keys": [["sk-team"], None, "sk-team"],
+    "accounts.team.keys.main": [
+        5, None, [], "", "abc", "sk team", "sk,team", "sk-tëam", "x" * 201,
+        "sha256:", "sha256:abc", "sha256:" + "g" * 64, "sha256:" + "0" * 65,
+    ],
+    "accounts.team.keys.a\tb": ["sk-other"],
+    "accounts.a\nb": [{}],
+    "accounts. a": [{}],
+    "upstreams": [[], None],
+    "upstreams.main": [[], None, "http://127.0.0.1:9"],
+    "upstreams.main.colour": [1],
+    "upstreams.main.url": [
+        5, None, [], {}, "", "127.0.0.1", "ftp://host", "https://", "wat+https://host",
+        "https://user:word@host", "https://host?q=1", "https://host#f",
+        "https://host:99999", "https://[::1",
+    ],
+    "upstreams.main.key": [5, None, [], "two\nlines", "schlüssel"],
+    "models": [[], None],
+    "models.chat": [[], None, "main/gpt"],
+    "models.chat.colour": [1],
+    "models.chat.upstream": [
+        5, None, {}, [], "main", "main/", "/gpt", "nope/gpt", ["main/gpt", 5],
+        ["main/gpt", "nope/gpt"], [["main/gpt"]],
+    ],
+    "models.chat.about": [5, None, []],
+    "models.chat.defaults": [
+        [], None, "x", {"model": "other"}, {"n": 4}, {"best_of": 4},
+    ],
+    "models.chat.max_output": [0, -1, 1.5, True, "8", None, 10**8],
+    "models.chat.price": [{}, [], None, 1],
+    "models.chat.price.colour": [1],
+    "models.chat.price.input": NO_AMOUNTS,
+    "models.chat.price.image": [-1, "1"],
+    "models.a\nb": [{"upstream": "main/gpt", "price": {"input": 1}}],
+}  # fmt: skip
+REFUSALS = [(path, value) for path, values in NO_LISTS.items() for value in values]
+
+
+@pytest.mark.parametrize("path, value", REFUSALS)
+def test_a_refused_value_is_named_by_its_path(
+    config_path: Path, path: str, value: Any
+) -> None:
+    with pytest.raises(proxy.ConfigError) as refused:
+        load(config_path, planted(path, value))
+    assert str(refused.value).startswith((f"{path}:", f"{path} ("))
+
+
+@pytest.mark.parametrize(
+    "path, missing",
+    [
+        ("upstreams.main", "upstreams.main.url"),
+        ("models.chat", "models.chat.upstream"),
+    ],
+)
+def test_a_missing_field_is_named_by_its_path(
+    config_path: Path, path: str, missing: str
+) -> None:
+    with pytest.raises(proxy.ConfigError, match=re.escape(f"{missing}: is required")):
+        load(config_path, planted(path, {}))
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "line 1"),
+        (b"{", "line 1"),
+        (b'{\n  "limits": {},\n}', "line 3"),
+        (b'{"limits": {}', "line 1"),
+        (b'{"limits": {}} {}', "line 1"),
+        (b"[]", "must be an object"),
+        (b'"text"', "must be an object"),
+        (b'{"limits": {}, "limits": {}}', "twice"),
+        (b'{"accounts": {"a": {}, "a": {}}}', "twice"),
+        (b"\xff\xfe{\x00}\x00", "UTF-8"),
+        (b"\xef\xbb\xbf{}", "BOM"),
+        (b"[" * 100_000, "keys.json"),
+        (b'{"limits": {"concurrent": ' + b"9" * 5000 + b"}}", "keys.json"),
+    ],
+)
+def test_a_file_that_is_no_good_json_is_refused_with_the_reason(
+    config_path: Path, data: bytes, reason: str
+) -> None:
+    config_path.write_bytes(data)
+    with pytest.raises(proxy.ConfigError, match="keys.json") as refused:
+        proxy.ConfigFile(config_path)
+    assert reason in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_defaults_are_json_that_can_be_forwarded(
+    config_path: Path, number: str
+) -> None:
+    text = json.dumps(planted("models.chat.defaults", {"temperature": "?"}))
+    config_path.write_text(text.replace('"?"', number))
+    with pytest.raises(proxy.ConfigError):
+        proxy.ConfigFile(config_path)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(proxy.ConfigError, match="keys.json: No such file"):
+        proxy.ConfigFile(tmp_path / "keys.json")
+
+
+def test_one_key_cannot_be_two_accounts(config_path: Path) -> None:
+    hashed = "sha256:" + hashlib.sha256(b"sk-team").hexdigest()
+    for same in "sk-team", hashed:
+        with pytest.raises(proxy.ConfigError, match="accounts.b.keys.k: .* twice"):
+            load(config_path, planted("accounts.b.keys.k", same))
+
+
+def test_the_sample_is_accepted_without_any_provider_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ["DEEPSEEK_API_KEY", "JIMENG_ACCESS_KEY", "JIMENG_SECRET_KEY"]
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    config = proxy.ConfigFile(PROJECT / "keys.json").current
+    assert {"deepseek-chat", "deepseek-r1", "jimeng-image", "echo"} <= {*config.models}
+    assert {*config.missing()} == {*names}
+    assert config.demo == ("sk-demo", "echo")
+
+
+def test_names_are_taken_from_the_environment(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROXY_TEST_KEY", "from-outside")
+    monkeypatch.delenv("PROXY_TEST_UNSET", raising=False)
+    whole = planted("upstreams.main.key", "$PROXY_TEST_KEY:$PROXY_TEST_UNSET")
+    config = load(config_path, whole)
+    upstream = config.models["chat"].routes[0][0]
+    assert (upstream.key, upstream.missing) == ("from-outside:", ("PROXY_TEST_UNSET",))
+    assert config.missing() == {"PROXY_TEST_UNSET": ["chat"]}
+    assert "from-outside" not in repr(config)
+
+
+@pytest.mark.parametrize("form", [str.lower, str.upper])
+def test_a_key_and_its_hash_are_the_same_key(config_path: Path, form: Callable) -> None:
+    digest = form(hashlib.sha256(b"sk-team").hexdigest())
+    hashed = load(config_path, planted("accounts.team.keys.main", f"sha256:{digest}"))
+    plain = load(config_path, planted())
+    assert [*hashed.keys] == [*plain.keys]
+    assert [key.hash for key in hashed.keys.values()] == [digest.lower()]
+
+
+@pytest.mark.parametrize(
+    "credits, micro",
+    [
+        (0, 0),
+        (1, 10**6),
+        (0.1, 10**5),
+        (0.000001, 1),
+        (1.5, 1_500_000),
+        (10**9, 10**15),
+    ],
+)
+def test_credits_are_exact_integers(
+    config_path: Path, credits: float, micro: int
+) -> None:
+    config = load(config_path, planted("accounts.team.credits", credits))
+    assert config.account("team").credits == micro
+
+
+def test_prices_are_exact_and_cached_input_costs_as_input_unless_said(
+    config_path: Path,
+) -> None:
+    price = {"input": 0.3, "output": 1.2, "request": 0.01, "image": 0.04}
+    exact = load(config_path, planted("models.chat.price", price)).models["chat"].price
+    assert exact == proxy.Price(300_000, 300_000, 1_200_000, 4 * 10**10, 10**10)
+
+
+def test_an_accounts_limits_complete_the_common_ones(config_path: Path) -> None:
+    config = load(config_path, planted("accounts.team.limits", {"concurrent": 3}))
+    limits = config.account("team").limits
+    assert (limits.rate, limits.concurrent) == ("60/minute", 3)
+    assert config.account("made at run time").limits == config.limits
+
+
+def test_several_upstreams_keep_their_order(config_path: Path) -> None:
+    whole = planted("models.chat.upstream", ["spare/a", "main/b/c"])
+    whole["upstreams"]["spare"] = {"url": "https://spare.example"}
+    routes = load(config_path, whole).models["chat"].routes
+    assert [(one.name, one.port, id) for one, id in routes] == [
+        ("spare", 443, "a"),
+        ("main", 9, "b/c"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"models": None},
+        {"models": ["echo", "chat"]},
+        {"admin": True},
+        {"keys": {"k": "sha256:" + "0" * 64}},
+    ],
+)
+def test_only_a_key_that_reaches_nothing_but_echo_is_shown_as_demo(
+    tmp_path: Path, change: dict
+) -> None:
+    demo = {"credits": 1, "models": ["echo"], "keys": {"readme": DEMO_KEY}} | change
+    path = keys_file(tmp_path, "http://127.0.0.1:9", accounts={"demo": None})
+    whole = json.loads(path.read_text())
+    whole["accounts"]["demo"] = {k: v for k, v in demo.items() if v is not None}
+    assert load(path, whole).demo is None
+
+
+def write_half(path: Path) -> None:
+    path.write_text(json.dumps(planted())[:100])
+
+
+def make_unreadable(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+SPOILS: dict[str, Callable[[Path], Any]] = {
+    "broken": lambda path: path.write_text("{oops"),
+    "empty": lambda path: path.write_text(""),
+    "half written": write_half,
+    "deleted": lambda path: path.unlink(),
+    "unreadable": make_unreadable,
+    "refused": lambda path: path.write_text(
+        json.dumps(planted("limits.rate", "often"))
+    ),
+    "strange": lambda path: path.write_text(
+        json.dumps(planted("accounts.team.models", [["chat"]]))
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
+def test_a_spoilt_file_keeps_the_last_good_one_and_says_so_once(
+    config_path: Path, spoil: Callable[[Path], Any]
+) -> None:
+    file = proxy.ConfigFile(config_path)
+    good = file.current
+    spoil(config_path)
+    reasons = [file.refresh() for _ in range(3)]
+    assert reasons[0] and reasons[1:] == [None, None]
+    assert file.current is good
+
+
+def test_a_file_mended_after_it_was_spoilt_is_taken(config_path: Path) -> None:
+    file = proxy.ConfigFile(config_path)
+    config_path.write_text("")
+    assert file.refresh()
+    config_path.write_text(json.dumps(planted("accounts.new.keys.k", "sk-new")))
+    assert file.refresh() is None
+    assert "new" in file.current.accounts
+
+
+def test_a_replaced_file_of_the_same_size_is_read(
+    config_path: Path, tmp_path: Path
+) -> None:
+    file = proxy.ConfigFile(config_path)
+    stat, other = config_path.stat(), tmp_path / "other"
+    other.write_text(config_path.read_text().replace("team", "crew"))
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    other.replace(config_path)
+    assert file.refresh() is None
+    assert [*file.current.accounts] == ["crew"]
+
+
+# Ledger ------------------------------------------------------------------------------
+
+
+def test_a_hold_settles_once(ledger: proxy.Ledger) -> None:
+    lease = admit(ledger, 100)
+    assert sums(ledger) == (0, 100, 0)
+    ledger.settle(lease, charge(30))
+    ledger.settle(lease, charge(50))
+    ledger.release(lease, proxy.Charge(499))
+    assert sums(ledger) == (30, 0, 0)
+    assert ledger.read("SELECT state, cost FROM requests") == [(proxy.SETTLED, 30)]
+    assert ledger.read("SELECT requests, cost FROM usage") == [(1, 30)]
+
+
+def test_a_hold_is_released_once_and_free(ledger: proxy.Ledger) -> None:
+    lease = admit(ledger, 100)
+    ledger.release(lease, proxy.Charge(503))
+    ledger.settle(lease, charge(50))
+    assert sums(ledger) == (0, 0, 0)
+    assert ledger.read("SELECT state, status FROM requests") == [(proxy.RELEASED, 503)]
+    assert ledger.read("SELECT * FROM usage") == []
+
+
+def test_what_was_held_and_not_spent_is_available_to_the_micro_credit(
+    ledger: proxy.Ledger,
+) -> None:
+    for hold, cost in (333, 1), (333, 0), (1, 1), (0, 0), (998, 998):
+        ledger.settle(admit(ledger, hold), charge(cost))
+    assert sums(ledger) == (1000, 0, 0)
+    with pytest.raises(proxy.InsufficientCredits):
+        admit(ledger, 1)
+
+
+def test_a_grant_adds_to_what_keys_json_declares(ledger: proxy.Ledger) -> None:
+    ledger.grant("team", 500, "thanks")
+    ledger.settle(admit(ledger, 1500), charge(1500))
+    with pytest.raises(proxy.InsufficientCredits):
+        admit(ledger, 1)
+
+
+@pytest.mark.parametrize(
+    "fixed, token, tokens, choices, micro",
+    [
+        (0, 0, 0, 1, 0),
+        (1, 0, 0, 1, 1),
+        (10**6, 0, 0, 1, 1),
+        (10**6 + 1, 0, 0, 1, 2),
+        (0, 300_000, 10, 1, 3),
+        (1, 300_000, 10, 1, 4),
+        (0, 300_000, 10, 4, 12),
+        (400_000, 300_000, 1, 2, 1),
+    ],
+)
+def test_a_hold_is_rounded_up_once(
+    fixed: int, token: int, tokens: int, choices: int, micro: int
+) -> None:
+    assert proxy.Quote(fixed, token, tokens, choices).hold(tokens) == micro
+
+
+@pytest.mark.parametrize(
+    "fixed, token, tokens, choices, available, affordable",
+    [
+        (0, 10**6, 100, 1, 1000, 100),
+        (0, 10**6, 100, 1, 99, 99),
+        (0, 10**6, 100, 1, 1, 1),
+        (0, 10**6, 100, 1, 0, -1),
+        (0, 10**6, 100, 3, 100, 33),
+        (0, 10**6, 100, 3, 2, -1),
+        (50 * 10**6, 10**6, 100, 1, 50, -1),
+        (50 * 10**6, 10**6, 100, 1, 51, 1),
+        (50 * 10**6, 10**6, 100, 1, 49, -1),
+        (50 * 10**6 + 1, 10**6, 100, 1, 51, -1),
+        (50 * 10**6, 0, 100, 1, 50, 100),
+        (50 * 10**6, 10**6, 0, 1, 50, 0),
+        (50 * 10**6, 0, 0, 1, 49, -1),
+        (0, 0, 100, 1, 0, 100),
+        (0, 300_000, 100, 1, 1, 3),
+    ],
+)
+def test_output_is_capped_to_what_the_account_can_pay(
+    fixed: int, token: int, tokens: int, choices: int, available: int, affordable: int
+) -> None:
+    quote = proxy.Quote(fixed, token, tokens, choices)
+    assert quote.affordable(available) == affordable
+    assert affordable < 0 or quote.hold(affordable) <= available
+
+
+def test_a_lease_says_how_many_tokens_its_hold_pays_for(ledger: proxy.Ledger) -> None:
+    lease = admit(ledger, 400, tokens=4096, price=1)
+    assert (lease.tokens, lease.hold) == (600, 1000)
+    ledger.release(lease, proxy.Charge(503))
+
+
+def test_402_when_not_one_token_fits_and_nothing_is_written(
+    ledger: proxy.Ledger,
+) -> None:
+    other = admit(ledger, 600)
+    with pytest.raises(proxy.InsufficientCredits):
+        admit(ledger, 400, tokens=4096, price=1)
+    assert ledger.read("SELECT count(*) FROM requests") == [(1,)]
+    lease = admit(ledger, 399, tokens=4096, price=1)
+    assert (lease.tokens, lease.hold) == (1, 400)
+    ledger.release(other, proxy.Charge(503))
+    ledger.release(lease, proxy.Charge(503))
+
+
+def test_what_is_free_needs_no_credits(ledger: proxy.Ledger) -> None:
+    poor = proxy.Account("poor", LIMITS)
+    lease = admit(ledger, 0, tokens=50, account=poor)
+    assert (lease.hold, lease.tokens) == (0, 50)
+    ledger.settle(lease, charge(0))
+
+
+@pytest.mark.parametrize(
+    "elsewhere, hold, cost, spent, lost",
+    [
+        (0, 100, 100, 100, 0),
+        (0, 100, 150, 150, 0),
+        (900, 100, 150, 100, 50),
+        (880, 100, 150, 120, 30),
+        (0, 1000, 10**12, 1000, 10**12 - 1000),
+    ],
+)
+def test_a_cost_above_the_hold_is_charged_as_far_as_the_account_can_pay(
+    ledger: proxy.Ledger, elsewhere: int, hold: int, cost: int, spent: int, lost: int
+) -> None:
+    other, lease = admit(ledger, elsewhere), admit(ledger, hold)
+    ledger.settle(lease, charge(cost))
+    assert sums(ledger) == (spent, elsewhere, lost)
+    ledger.release(other, proxy.Charge(503))
+
+
+def test_a_key_has_so_many_leases_at_once(ledger: proxy.Ledger) -> None:
+    limits = proxy.parse_limits({"concurrent": 3}, "limits")
+    team = proxy.Account("team", limits, credits=1000)
+    leases = [admit(ledger, account=team) for _ in range(3)]
+    with pytest.raises(proxy.RateLimited) as refused:
+        admit(ledger, account=team)
+    assert refused.value.headers == {"Retry-After": "1"}
+    leases.append(admit(ledger, account=team, key=SECOND_KEY))
+    ledger.settle(leases.pop(0), charge(1))
+    leases.append(admit(ledger, account=team))
+    for lease in leases:
+        ledger.release(lease, proxy.Charge(503))
+
+
+def test_fifty_threads_over_two_ledgers_never_overspend(
+    ledger: proxy.Ledger, make_ledger: Callable[..., proxy.Ledger]
+) -> None:
+    both, barrier = [ledger, make_ledger()], threading.Barrier(50)
+
+    def ask(number: int) -> int:
+        barrier.wait(5)
+        worker = both[number % 2]
+        try:
+            lease = admit(worker, 100)
+        except proxy.InsufficientCredits:
+            return 0
+        worker.settle(lease, charge(number + 1))
+        return number + 1
+
+    with ThreadPoolExecutor(50) as pool:
+        costs = [*pool.map(ask, range(50))]
+    assert sums(ledger) == (sum(costs), 0, 0)
+    left = 1000 - sum(costs)
+    ledger.settle(admit(ledger, left), charge(left))
+    assert sums(ledger) == (1000, 0, 0)
+
+
+def test_fifty_holds_at_once_are_as_many_as_the_account_can_pay(
+    ledger: proxy.Ledger,
+) -> None:
+    barrier = threading.Barrier(50)
+
+    def ask(_: int) -> proxy.Lease:
+        barrier.wait(5)
+        return admit(ledger, 300)
+
+    with ThreadPoolExecutor(50) as pool:
+        asked = [pool.submit(ask, number) for number in range(50)]
+    refusals = [one.exception() for one in asked if one.exception()]
+    assert {type(one) for one in refusals} == {proxy.InsufficientCredits}
+    assert (len(refusals), sums(ledger)) == (47, (0, 900, 0))
+    for lease in [one.result() for one in asked if not one.exception()]:
+        ledger.release(lease, proxy.Charge(503))
+
+
+def test_a_write_that_fails_takes_no_other_with_it(ledger: proxy.Ledger) -> None:
+    entered, gate = threading.Event(), threading.Event()
+
+    def occupy(db: sqlite3.Connection) -> None:
+        entered.set()
+        gate.wait(5)
+
+    def fail(db: sqlite3.Connection) -> None:
+        raise ArithmeticError
+
+    def note(name: str) -> Callable[[sqlite3.Connection], Any]:
+        return lambda db: db.execute("INSERT INTO meta VALUES (?, '')", (name,))
+
+    with ThreadPoolExecutor(6) as pool:
+        pool.submit(ledger.write, occupy)
+        entered.wait(5)
+        pool.submit(ledger.write, fail)
+        names = [f"note-{number}" for number in range(4)]
+        notes = [pool.submit(ledger.write, note(name)) for name in names]
+        wait_for(lambda: len(ledger._queue) == 5, what="five writes that wait")
+        gate.set()
+    told = {name for name, one in zip(names, notes) if one.exception() is None}
+    rows = ledger.read("SELECT name FROM meta WHERE name LIKE 'note-%'")
+    assert told == {name for (name,) in rows}
+
+
+# Ledger: workers
+
+WORKER = """
+import sys, time, proxy
+ledger = proxy.Ledger(sys.argv[1])
+ledger.claim()
+limits = proxy.parse_limits({}, "limits")
+account = proxy.Account("team", limits, credits=1000)
+key = proxy.Key("key_main", "main", "team", "0" * 64, "sk-")
+quote = proxy.Quote(700 * proxy.PICO, 0, 0)
+ledger.admit("req_dead", key, account, quote, "chat", "chat/completions", False)
+print(ledger.slot, flush=True)
+time.sleep(60)
+"""
+
+
+@contextmanager
+def other_worker(db: str) -> Iterator[tuple[subprocess.Popen, int]]:
+    """A process with a slot and a hold of 700, and its slot; killed at the end."""
+    command = [sys.executable, "-c", WORKER, db]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE) as process:
+        try:
+            yield process, int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def test_a_dead_workers_holds_are_swept_and_a_living_ones_are_not(
+    ledger: proxy.Ledger,
+) -> None:
+    with other_worker(ledger.path) as (process, slot):
+        ledger.sweep()
+        assert (slot, sums(ledger)) == (2, (0, 700, 0))
+        process.kill()
+        process.wait()
+        ledger.sweep()
+        assert sums(ledger) == (0, 0, 0)
+    assert ledger.read("SELECT state, cost FROM requests") == [(proxy.RELEASED, 0)]
+    ledger.settle(admit(ledger, 1000), charge(1000))
+
+
+def test_who_claims_a_dead_workers_slot_clears_it(
+    ledger: proxy.Ledger, make_ledger: Callable[..., proxy.Ledger]
+) -> None:
+    with other_worker(ledger.path) as (process, slot):
+        process.kill()
+        process.wait()
+        assert sums(ledger) == (0, 700, 0)
+        assert make_ledger().slot == slot
+    assert sums(ledger) == (0, 0, 0)
+
+
+def test_a_late_settlement_of_a_swept_hold_charges_nothing(
+    ledger: proxy.Ledger,
+) -> None:
+    dead = proxy.Ledger(ledger.path)
+    dead.claim()
+    lease = admit(dead, 700)
+    dead.close()
+    ledger.sweep()
+    ledger.settle(lease, charge(700))
+    assert sums(ledger) == (0, 0, 0)
+
+
+def test_closing_another_ledger_of_the_process_keeps_the_slot(
+    ledger: proxy.Ledger, make_ledger: Callable[..., proxy.Ledger]
+) -> None:
+    lease = admit(ledger)
+    proxy.Ledger(ledger.path).close()
+    other = make_ledger()
+    other.sweep()
+    assert (ledger.slot, other.slot) == (1, 2)
+    assert sums(ledger) == (0, 100, 0)
+    ledger.release(lease, proxy.Charge(503))
+
+
+# Ledger: the file
+
+
+def test_all_files_are_their_owners_alone(tmp_path: Path, ledger: proxy.Ledger) -> None:
+    ledger.release(admit(ledger), proxy.Charge(503))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    names = ["proxy.db", "proxy.db-lock", "proxy.db-shm", "proxy.db-wal"]
+    assert modes == dict.fromkeys(names, 0o600)
+
+
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def lose_all(path: Path) -> None:
+    for suffix in "", "-wal", "-shm":
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+
+
+def replace_by_another(path: Path) -> None:
+    other = proxy.Ledger(path.parent / "other.db")
+    other.close()
+    os.replace(other.path, path)
+
+
+def replace_by_nothing(path: Path) -> None:
+    empty = path.parent / "empty"
+    empty.touch()
+    empty.replace(path)
+
+
+def overwrite(path: Path) -> None:
+    for each in path, Path(f"{path}-wal"):
+        if each.exists():
+            each.write_bytes(b"\xff" * each.stat().st_size)
+
+
+DAMAGE = [lose, lose_all, replace_by_another, replace_by_nothing, overwrite]
+
+
+# Pages that SQLite has cached hide an overwritten file from its writer, not from
+# the reader that authenticates: that one is tested with the application.
+@pytest.mark.parametrize("damage", DAMAGE[:-1])
+def test_a_ledger_damaged_while_running_is_unavailable_never_fresh(
+    make_ledger: Callable[..., proxy.Ledger], damage: Callable[[Path], None]
+) -> None:
+    ledger = make_ledger()
+    ledger.settle(admit(ledger), charge(100))
+    damage(Path(ledger.path))
+    before = os.path.exists(ledger.path)
+    for attempt in (
+        lambda: admit(ledger),
+        lambda: ledger.find_key("0" * 64),
+        lambda: ledger.check(declared),
+    ):
+        with pytest.raises(proxy.LedgerUnavailable):
+            attempt()
+    assert os.path.exists(ledger.path) == before
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_ledger_is_refused_at_the_start(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "proxy.db"
+    proxy.Ledger(path).close()
+    damage(path)
+    before = path.exists()
+    with pytest.raises(proxy.LedgerUnavailable):
+        proxy.Ledger(path).claim()
+    assert path.exists() == before
+
+
+@pytest.mark.parametrize("data", [b"", b"no ledger" * 1000])
+def test_a_file_that_was_never_a_ledger_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "proxy.db"
+    path.write_bytes(data)
+    with pytest.raises(proxy.LedgerUnavailable):
+        proxy.Ledger(path).claim()
+    assert path.read_bytes() == data
+
+
+def test_a_ledger_put_back_is_taken_again_without_a_restart(
+    ledger: proxy.Ledger, tmp_path: Path
+) -> None:
+    os.rename(ledger.path, tmp_path / "away")
+    with pytest.raises(proxy.LedgerUnavailable):
+        admit(ledger)
+    os.rename(tmp_path / "away", ledger.path)
+    ledger.settle(admit(ledger), charge(100))
+    assert sums(ledger) == (100, 0, 0)
+
+
+def test_a_copy_taken_while_it_is_written_adds_up(
+    ledger: proxy.Ledger, tmp_path: Path
+) -> None:
+    ledger.settle(admit(ledger), charge(7))
+    with closing(sqlite3.connect(ledger.path)) as db:
+        db.execute("VACUUM INTO ?", (str(tmp_path / "copy.db"),))
+    copy = proxy.Ledger(tmp_path / "copy.db")
+    assert (copy.check(declared), sums(copy)) == ([], (7, 0, 0))
+    copy.close()
+
+
+@contextmanager
+def full_disk(ledger: proxy.Ledger) -> Iterator[None]:
+    """No file of this process grows beyond the ledger's log (EFBIG instead)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = os.stat(ledger.path + "-wal").st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_admits_nothing_and_is_recovered_from(ledger: proxy.Ledger) -> None:
+    ledger.release(admit(ledger), proxy.Charge(503))
+    with full_disk(ledger), pytest.raises(proxy.LedgerUnavailable):
+        admit(ledger)
+    ledger.settle(admit(ledger), charge(100))
+    assert sums(ledger) == (100, 0, 0)
+
+
+def test_a_settlement_that_could_not_be_written_is_retried_once_it_can(
+    ledger: proxy.Ledger,
+) -> None:
+    lease = admit(ledger)
+    with full_disk(ledger):
+        with pytest.raises(proxy.LedgerUnavailable):
+            ledger.settle(lease, charge(60))
+        ledger.resolve_later(lease, charge(60))
+        with pytest.raises(proxy.LedgerUnavailable):
+            ledger.retry()
+    ledger.retry()
+    ledger.retry()
+    assert sums(ledger) == (60, 0, 0)
+
+
+def test_a_ledger_locked_by_another_program_is_unavailable_until_it_is_not(
+    monkeypatch: pytest.MonkeyPatch, ledger: proxy.Ledger
+) -> None:
+    monkeypatch.setattr(proxy, "LEDGER_TIMEOUT", 1.1)
+    ledger._close_writer()  # so that it opens with the shorter time
+    with closing(sqlite3.connect(ledger.path, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        with pytest.raises(proxy.LedgerUnavailable):
+            admit(ledger)
+        db.execute("ROLLBACK")
+    ledger.release(admit(ledger), proxy.Charge(503))
+
+
+def test_a_writer_that_hangs_in_another_process_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch, ledger: proxy.Ledger
+) -> None:
+    monkeypatch.setattr(proxy, "LEDGER_TIMEOUT", 0.05)
+    hanging = proxy.FileLock(ledger.path + "-lock")
+    assert hanging.take(0)
+    with pytest.raises(proxy.LedgerUnavailable):
+        admit(ledger)
+    hanging.close()
+    ledger.release(admit(ledger), proxy.Charge(503))
+
+
+# Ledger: durability
+
+
+SYNC = b"fdatasync"
+
+
+@pytest.fixture
+def syncs(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """`SYNC` for each os.fdatasync, between what a test adds."""
+    found: list[bytes] = []
+    real = os.fdatasync
+
+    def fdatasync(fd: int) -> None:
+        found.append(SYNC)
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    return found
+
+
+def test_a_settlement_is_flushed_after_its_commit(
+    ledger: proxy.Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    real = os.fdatasync
+
+    def fdatasync(fd: int) -> None:
+        with closing(sqlite3.connect(ledger.path)) as db:
+            found.append(db.execute("SELECT state, cost FROM requests").fetchall())
+        assert os.readlink(f"/proc/self/fd/{fd}") == ledger.path + "-wal"
+        real(fd)
+
+    lease = admit(ledger)
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    ledger.settle(lease, charge(5))
+    assert found == [[(proxy.SETTLED, 5)]]
+
+
+def test_holds_and_releases_wait_for_no_disk(
+    ledger: proxy.Ledger, syncs: list[bytes]
+) -> None:
+    ledger.release(admit(ledger), proxy.Charge(503))
+    assert syncs == []
+
+
+def test_settlements_that_wait_together_share_one_flush(
+    ledger: proxy.Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, flushes, real = threading.Event(), [], os.fdatasync
+
+    def fdatasync(fd: int) -> None:
+        flushes.append(fd)
+        gate.wait(5)
+        real(fd)
+
+    leases = [admit(ledger, 10) for _ in range(20)]
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    settled = "SELECT count(*) FROM requests WHERE state = 1"
+    with ThreadPoolExecutor(20) as pool:
+        ends = [pool.submit(ledger.settle, leases[0], charge(1))]
+        wait_for(lambda: flushes, what="the first flush")
+        ends += [pool.submit(ledger.settle, lease, charge(1)) for lease in leases[1:]]
+        wait_for(lambda: ledger.read(settled) == [(20,)], what="all commits")
+        assert not any(end.done() for end in ends)
+        gate.set()
+    assert [end.result() for end in ends] == [None] * 20
+    assert len(flushes) == 2
+
+
+def test_a_flush_that_fails_is_made_good_in_the_file_itself(
+    ledger: proxy.Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    lease = admit(ledger)
+    monkeypatch.setattr(os, "fdatasync", fail)
+    ledger.settle(lease, charge(60))
+    # Without its log the file holds the charge: SQLite has written and flushed it.
+    with closing(sqlite3.connect(f"file:{ledger.path}?immutable=1", uri=True)) as db:
+        assert db.execute("SELECT spent FROM accounts").fetchall() == [(60,)]
+    assert sums(ledger) == (60, 0, 0)
+
+
+# Ledger: proof
+
+
+def verdict(ledger: proxy.Ledger) -> list[str]:
+    """Return what `check` finds, also where it cannot read on."""
+    try:
+        return ledger.check(declared)
+    except proxy.LedgerUnavailable as error:
+        return [error.reason]
+
+
+TAMPERING = [
+    "UPDATE accounts SET spent = spent + 1",
+    "UPDATE accounts SET spent = spent - 1 WHERE id = 'team'",
+    "UPDATE accounts SET held = held + 1",
+    "UPDATE accounts SET held = 0",
+    "UPDATE accounts SET granted = granted + 1",
+    "UPDATE accounts SET lost = lost + 1",
+    "UPDATE requests SET cost = cost + 1 WHERE state = 1",
+    "UPDATE requests SET lost = lost + 1 WHERE state = 1",
+    "UPDATE requests SET hold = hold + 1 WHERE state = 0",
+    "UPDATE requests SET state = 2 WHERE state = 1",
+    "UPDATE requests SET account = 'other' WHERE state = 1",
+    "DELETE FROM requests WHERE state = 1",
+    "DELETE FROM requests WHERE state = 0",
+    "UPDATE grants SET amount = amount + 1",
+    "DELETE FROM grants",
+    "UPDATE usage SET cost = cost + 1",
+    "UPDATE usage SET account = 'other'",
+    "DELETE FROM usage",
+    "DELETE FROM accounts WHERE id = 'team'",
+    "DELETE FROM accounts WHERE id = 'saver'",
+]
+
+
+@pytest.mark.parametrize("sql", TAMPERING)
+def test_check_finds_tampering(
+    make_ledger: Callable[..., proxy.Ledger], sql: str
+) -> None:
+    ledger = make_ledger()
+    ledger.grant("team", 500, "")
+    ledger.grant("saver", 500, "")
+    ledger.settle(admit(ledger), charge(40))
+    admit(ledger, 200)
+    assert ledger.check(declared) == []
+    alter(ledger, sql)
+    assert ledger.check(declared) != []
+
+
+def test_check_finds_an_account_that_was_overspent(
+    make_ledger: Callable[..., proxy.Ledger],
+) -> None:
+    ledger = make_ledger()
+    ledger.settle(admit(ledger, 900), charge(900))
+    assert ledger.check(lambda id: 899) != []
+
+
+def test_check_finds_a_file_that_is_damaged(
+    make_ledger: Callable[..., proxy.Ledger],
+) -> None:
+    ledger = make_ledger()
+    for _ in range(300):
+        ledger.release(admit(ledger), proxy.Charge(503))
+    alter(ledger, "PRAGMA wal_checkpoint(TRUNCATE)")
+    with open(ledger.path, "r+b") as file:
+        file.seek(os.path.getsize(ledger.path) - 4096)
+        file.write(b"\xff" * 4096)
+    assert verdict(ledger) != []
+
+
+# Limits ------------------------------------------------------------------------------
+
+
+class Clock:
+    """Monotonic seconds that a test sets."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    return clock
+
+
+def window(ledger: proxy.Ledger) -> proxy.LedgerStorage:
+    return proxy.LedgerStorage(ledger=ledger)
+
+
+@pytest.mark.parametrize(
+    "hits",
+    [
+        [(0, 1), (0, 1), (0, 1), (0, 0)],
+        [(0, 1), (1, 1), (2, 1), (59.999, 0), (60, 1), (60.5, 0), (61, 1), (61, 0)],
+        [(0, 1), (0, 1), (0, 1), (30, 0), (59, 0), (60, 1), (60, 1), (60, 1), (60, 0)],
+        [(59, 1), (59, 1), (59, 1), (61, 0), (118.999, 0), (119, 1)],
+    ],
+)
+def test_a_window_is_exact_at_its_edge(
+    ledger: proxy.Ledger, clock: Clock, hits: list[tuple[float, int]]
+) -> None:
+    storage = window(ledger)
+    for at, fits in hits:
+        clock.now = 1000 + at
+        assert storage.acquire_entry("k", 3, 60) == bool(fits), at
+
+
+def test_a_window_agrees_with_its_definition_at_any_times(
+    ledger: proxy.Ledger, clock: Clock
+) -> None:
+    storage, passed, pick = window(ledger), deque(), random.Random(7)
+    for _ in range(400):
+        clock.now += pick.choice([0, 0.25, 1, 5, 20])
+        recent = [at for at in passed if at > clock.now - 60]
+        fits = storage.acquire_entry("k", 10, 60)
+        assert fits == (len(recent) < 10)
+        passed.extend([clock.now] * fits)
+
+
+def test_workers_share_a_window(
+    ledger: proxy.Ledger, make_ledger: Callable[..., proxy.Ledger]
+) -> None:
+    first, second = window(ledger), window(make_ledger())
+    asked = [each.acquire_entry("k", 5, 60) for each in [first, second] * 5]
+    assert asked == [True] * 5 + [False] * 5
+
+
+def test_threads_share_a_window(ledger: proxy.Ledger) -> None:
+    storage = window(ledger)
+    with ThreadPoolExecutor(20) as pool:
+        asked = [pool.submit(storage.acquire_entry, "k", 60, 60) for _ in range(200)]
+    assert sum(one.result() for one in asked) == 60
+
+
+def test_each_key_has_its_own_window(ledger: proxy.Ledger) -> None:
+    storage = window(ledger)
+    assert [storage.acquire_entry(key, 1, 60) for key in "aabb"] == [1, 0, 1, 0]
+
+
+def test_a_window_survives_a_restart(make_ledger: Callable[..., proxy.Ledger]) -> None:
+    assert window(make_ledger()).acquire_entry("k", 1, 60)
+    assert not window(make_ledger()).acquire_entry("k", 1, 60)
+
+
+def test_a_window_ends_with_the_boot_whose_clock_it_is_in(
+    make_ledger: Callable[..., proxy.Ledger],
+) -> None:
+    first = make_ledger()
+    assert window(first).acquire_entry("k", 1, 60)
+    alter(first, "UPDATE meta SET value = 'another' WHERE name = 'boot'")
+    assert window(make_ledger()).acquire_entry("k", 1, 60)
+
+
+@pytest.mark.parametrize("jump", [-3600, 3600])
+def test_the_wall_clock_changes_no_window_and_no_lease(
+    ledger: proxy.Ledger, monkeypatch: pytest.MonkeyPatch, jump: int
+) -> None:
+    storage, real = window(ledger), time.time
+    assert storage.acquire_entry("k", 1, 60)
+    lease = admit(ledger)
+    monkeypatch.setattr(time, "time", lambda: real() + jump)
+    assert not storage.acquire_entry("k", 1, 60)
+    ledger.sweep()
+    assert sums(ledger) == (0, 100, 0)
+    ledger.settle(lease, charge(100))
+
+
+def test_a_window_says_when_it_began_and_how_full_it_is(
+    ledger: proxy.Ledger, clock: Clock
+) -> None:
+    storage = window(ledger)
+    assert storage.get_moving_window("k", 3, 60) == (1000, 0)
+    for clock.now in 1001, 1002:
+        storage.acquire_entry("k", 3, 60)
+    for _ in range(2):
+        assert storage.get_moving_window("k", 3, 60) == (1001, 2)
+
+
+# Usage and price ---------------------------------------------------------------------
+
+
+def make_call(path: str = "chat/completions", **body: Any) -> proxy.Call:
+    messages = {"messages": [{"role": "user", "content": "hi"}]}
+    whole = {
+        "model": "chat",
+        **(messages if path == "chat/completions" else {}),
+        **body,
+    }
+    return proxy.parse_call(path, json.dumps(whole).encode())
+
+
+def make_model(price: dict, **more: Any) -> proxy.Model:
+    upstream = proxy.parse_upstream("u", {"url": "https://u.example"}, "upstreams.u")
+    value = {"upstream": "u/id", "price": price, "max_output": 1000, **more}
+    return proxy.parse_model("chat", value, "models.chat", {"u": upstream})
+
+
+@pytest.mark.parametrize(
+    "path, body, tokens, choices",
+    [
+        ("chat/completions", {}, 1000, 1),
+        ("chat/completions", {"max_tokens": None, "n": None}, 1000, 1),
+        ("chat/completions", {"max_tokens": 5}, 5, 1),
+        ("chat/completions", {"max_completion_tokens": 7}, 7, 1),
+        ("chat/completions", {"max_tokens": 5, "max_completion_tokens": 7}, 7, 1),
+        ("chat/completions", {"max_tokens": 5000}, 5000, 1),
+        ("chat/completions", {"n": 3}, 1000, 3),
+        ("completions", {"prompt": "a", "best_of": 4}, 1000, 4),
+        ("completions", {"prompt": "a", "best_of": 4, "n": 2}, 1000, 4),
+        ("completions", {"prompt": ["a", "b", "c"]}, 1000, 3),
+        ("completions", {"prompt": ["a", "b", "c"], "n": 2}, 1000, 6),
+        ("completions", {"prompt": [1, 2, 3]}, 1000, 1),
+        ("completions", {"prompt": [[1, 2], [3]]}, 1000, 2),
+        ("completions", {"prompt": []}, 1000, 1),
+        ("responses", {"input": "a", "max_output_tokens": 9}, 9, 1),
+        ("responses", {"input": "a"}, 1000, 1),
+        ("embeddings", {"input": ["a", "b"], "max_tokens": 9}, 0, 1),
+        ("images/generations", {"prompt": "a"}, 0, 1),
+        ("what/ever", {}, 1000, 1),
+    ],
+)
+def test_the_worst_case_counts_every_output_token(
+    path: str, body: dict, tokens: int, choices: int
+) -> None:
+    quote = proxy.quote(make_call(path, **body), make_model({"output": 2}))
+    assert (quote.tokens, quote.choices, quote.token) == (tokens, choices, 2 * 10**6)
+
+
+@pytest.mark.parametrize(
+    "data",
+    ['"😀"', '"\\ud83d\\ude00"', '"\\u0041"', '"\\u00e9"', '"\\/"', "[1e15, 1e15]"],
+)
+def test_the_worst_case_of_the_input_is_a_token_a_byte(data: str) -> None:
+    whole = b'{"model": "chat", "input": %s}' % data.encode()
+    call = proxy.parse_call("embeddings", whole)
+    quote = proxy.quote(call, make_model({"input": 0.5}))
+    assert quote.fixed == 500_000 * max(len(whole), len(proxy.to_json(call.body)))
+
+
+@pytest.mark.parametrize(
+    "price, body, micro",
+    [
+        ({"request": 0.01}, {}, 10_000),
+        ({"request": 0.01}, {"n": 3}, 10_000),
+        ({"image": 0.04}, {}, 40_000),
+        ({"image": 0.04}, {"n": 4}, 160_000),
+    ],
+)
+def test_the_worst_case_has_every_image_and_the_request(
+    price: dict, body: dict, micro: int
+) -> None:
+    call = make_call("images/generations", prompt="a", **body)
+    assert proxy.quote(call, make_model(price)).hold(0) == micro
+
+
+def test_dearer_cached_input_is_held_as_such() -> None:
+    call = make_call()
+    quote = proxy.quote(call, make_model({"input": 1, "cached": 3}))
+    assert quote.fixed == call.size * 3 * 10**6
+
+
+@pytest.mark.parametrize(
+    "price, usage, micro",
+    [
+        ({"input": 0.3}, (1,), 1),
+        ({"input": 0.3}, (10,), 3),
+        ({"input": 0.3}, (11,), 4),
+        ({"input": 0.3, "output": 0.3}, (1, 0, 1), 1),
+        ({"input": 0.3, "output": 1.2}, (1000, 0, 1000), 1500),
+        ({"input": 0.3, "cached": 0.006, "output": 1.2}, (1000, 1000, 0), 6),
+        ({"input": 0.3, "cached": 0.006, "output": 1.2}, (1001, 1000, 0), 7),
+        ({"input": 0.3, "output": 1.2}, (1000, 1000, 0), 300),
+        ({"image": 0.04}, (9, 0, 9, 2), 80_000),
+        ({"request": 0.01, "output": 1}, (5, 0, 5), 10_005),
+        ({"input": 1, "output": 1}, (0, 0, 0), 0),
+        ({"input": 0.000001}, (1,), 1),
+    ],
+)
+def test_a_cost_is_rounded_up_once(price: dict, usage: tuple, micro: int) -> None:
+    price = make_model(price).price
+    assert proxy.cost(proxy.Usage(*usage), price) == micro
+
+
+TOLD = {"prompt_tokens": 20, "completion_tokens": 5}
+TOLD_ANEW = {"input_tokens": 20, "output_tokens": 5}
+
+
+@pytest.mark.parametrize(
+    "usage, counts",
+    [
+        (TOLD, (20, 0, 5)),
+        (TOLD_ANEW, (20, 0, 5)),
+        ({**TOLD, "prompt_cache_hit_tokens": 8}, (20, 8, 5)),
+        ({**TOLD, "prompt_tokens_details": {"cached_tokens": 8}}, (20, 8, 5)),
+        ({**TOLD_ANEW, "input_tokens_details": {"cached_tokens": 8}}, (20, 8, 5)),
+        ({**TOLD, "prompt_tokens_details": {"cached_tokens": None}}, (20, 0, 5)),
+        ({**TOLD, "prompt_tokens_details": None}, (20, 0, 5)),
+        ({**TOLD, "prompt_tokens_details": "none"}, (20, 0, 5)),
+        ({**TOLD, "prompt_cache_hit_tokens": 0}, (20, 0, 5)),
+        ({**TOLD, "prompt_cache_hit_tokens": 99}, (20, 20, 5)),
+        ({"prompt_tokens": 0, "completion_tokens": 0}, (0, 0, 0)),
+        ({"prompt_tokens": 20}, (20, 0, 0)),
+        ({"completion_tokens": 5}, (0, 0, 5)),
+        ({"prompt_tokens": 20, "completion_tokens": None}, (20, 0, 0)),
+        ({"prompt_tokens": proxy.MAX_TOKENS}, (proxy.MAX_TOKENS, 0, 0)),
+    ],
+)
+def test_usage_is_read_under_either_naming(usage: dict, counts: tuple) -> None:
+    assert proxy.read_usage({"usage": usage}) == proxy.Usage(*counts)
+    assert proxy.read_usage({"response": {"usage": usage}}) == proxy.Usage(*counts)
+
+
+ABSURD = [-1, 1.0, 0.5, True, False, "20", 10**12, proxy.MAX_TOKENS + 1, [], {}, NAN]
+
+
+@pytest.mark.parametrize("count", ABSURD)
+@pytest.mark.parametrize(
+    "name", ["prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"]
+)
+def test_absurd_usage_is_not_believed(name: str, count: Any) -> None:
+    assert proxy.read_usage({"usage": {name: count}}) is None
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, True, "8", 10**12])
+def test_absurd_cached_usage_is_not_believed(count: Any) -> None:
+    for more in (
+        {"prompt_cache_hit_tokens": count},
+        {"prompt_tokens_details": {"cached_tokens": count}},
+    ):
+        assert proxy.read_usage({"usage": TOLD | more}) is None
+
+
+@pytest.mark.parametrize("usage", [None, [], "20", 5, True, {}, {"total_tokens": 9}])
+def test_missing_usage_is_none(usage: Any) -> None:
+    assert proxy.read_usage({"usage": usage}) is None
+    assert proxy.read_usage({"response": usage}) is None
+
+
+PART = [{"type": "text", "text": "hello"}, {"type": "image_url", "image_url": {}}, 5]
+
+
+@pytest.mark.parametrize(
+    "path, body, input",
+    [
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "9 letters"}]},
+            3,
+        ),
+        ("chat/completions", {"messages": [{"role": "user", "content": "😀"}] * 2}, 2),
+        ("chat/completions", {"messages": [{"role": "user", "content": PART}]}, 2),
+        ("chat/completions", {"messages": [{"role": "user", "content": None}]}, 0),
+        ("completions", {"prompt": "12"}, 1),
+        ("responses", {"input": "123456"}, 2),
+        ("what/ever", {"messages": ["text", 5, None]}, 0),
+        ("what/ever", {}, 1),
+    ],
+)
+def test_an_estimate_counts_the_texts_and_says_so(
+    path: str, body: dict, input: int
+) -> None:
+    usage = proxy.estimate(make_call(path, **body), 9)
+    assert usage == proxy.Usage(input, 0, 3, estimated=True)
+
+
+def test_only_delivered_images_count() -> None:
+    data = [{"url": "https://i"}, {"b64_json": "aGk="}, {"error": {}}, {"url": None}, 5]
+    assert proxy.count_images({"data": data}) == 2
+    assert proxy.count_images({"data": "x"}) == 0
+
+
+# Wire --------------------------------------------------------------------------------
+
+BAD_JSON = [
+    b"", b"{", b"nope", b"null", b"5", b'"text"', b"[]", b'[{"model": "echo"}]',
+    b'{"a": NaN}', b'{"a": Infinity}', b'{"a": -Infinity}', b'{"a": 1e999}',
+    b'{"a": -1e999}', b'{"a": 01}', b'{"a": +1}', b'{"a": 1,}', b"{'a': 1}",
+    b'{"a": 1} {"a": 1}', b'{"a": 1, "a": 2}', b'{"b": {"a": 1, "a": 1}}',
+    b'{"b": [{"a": 1, "a": 1}]}', b'\xef\xbb\xbf{"a": 1}', '{"a": 1}'.encode("utf-16"),
+    '{"a": 1}'.encode("utf-16-le"), '{"a": 1}'.encode("utf-32"), b'{"a": "\xff"}',
+    b'{"a": "\xed\xa0\x80"}', b'{"a": "\xc0\x80"}', b'{"a": "\x00"}', b'{"a": 1}\x00',
+    b'{"a": "\n"}', b'{"a": "\\x41"}', b'{"a": ' + b"9" * 5000 + b"}",
+    b'{"a": ' + b"[" * 100_000, b'{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+    b'{"a": ' * 5000 + b"1" + b"}" * 5000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", BAD_JSON)
+def test_bad_json_is_a_bad_request(data: bytes) -> None:
+    with pytest.raises(proxy.BadRequest) as refused:
+        proxy.parse_json(data)
+    assert len(refused.value.envelope()) < 500
+
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+NO_COUNTS = [True, False, -1, 0, 1.5, 1.0, "1", [], {}, 10**40]
+BAD_FIELDS = {
+    "model": [None, "", 5, True, [], {}, "x" * 201],
+    "messages": [None, [], {}, "hi", 5, ["hi"], [None], [[]]],
+    "stream": [1, 0, "true", [], {}],
+    "stream_options": ["usage", 5, [], True],
+    "background": [True],
+    "max_tokens": NO_COUNTS,
+    "max_completion_tokens": NO_COUNTS,
+    "max_output_tokens": NO_COUNTS,
+    "n": [*NO_COUNTS, 129],
+    "best_of": [*NO_COUNTS, 129],
+}
+
+
+@pytest.mark.parametrize(
+    "name, value", [(name, value) for name, vs in BAD_FIELDS.items() for value in vs]
+)
+def test_a_wrong_type_is_a_bad_request_naming_the_field(name: str, value: Any) -> None:
+    whole = {"model": "chat", "messages": MESSAGES, name: value}
+    with pytest.raises(proxy.BadRequest) as refused:
+        proxy.parse_call("chat/completions", json.dumps(whole).encode())
+    assert (refused.value.status, refused.value.param) == (400, name)
+
+
+def test_null_is_as_good_as_missing() -> None:
+    call = make_call(stream=None, max_tokens=None, n=None, stream_options=None)
+    assert (call.stream, call.wants_usage, call.choices) == (False, False, 1)
+
+
+def test_an_ordinary_body_passes_as_it_is() -> None:
+    body = {
+        "temperature": 0.7,
+        "seed": 2**63,
+        "user": "😀\u2028",
+        "tools": [{"a": -0.0}],
+    }
+    call = make_call(**body)
+    assert json.loads(proxy.to_json(call.body)) == call.body
+    assert {name: call.body[name] for name in body} == body
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "", "..", "../admin", "chat/..", "chat/../completions", "./chat", "/chat",
+        "chat//completions", "Chat/completions", "chat/COMPLETIONS", "chat.completions",
+        "chat completions", "chat\\completions", "chat%2fcompletions", "chat?x",
+        "chat#x", "chat/", "chät", "chat\n",
+        "chat\r\nHost: x", "http://x", "-chat", "chat-", "chat/-x",
+    ],
+)  # fmt: skip
+def test_a_strange_path_is_not_found(path: str) -> None:
+    with pytest.raises(proxy.NotFound):
+        proxy.parse_call(path, json.dumps({"model": "chat"}).encode())
+
+
+@pytest.mark.parametrize("path", ["rerank", "audio/speech", "v2/chat-1/a_b", "a/b/c/d"])
+def test_any_plain_path_is_relayed(path: str) -> None:
+    assert proxy.parse_call(path, b'{"model": "chat"}').path == path
+
+
+def environ(data: bytes, length: Any = "", kind: str = "application/json") -> dict:
+    """Return a WSGI environment as a server makes it."""
+    about = {"CONTENT_TYPE": kind, "wsgi.input": BytesIO(data)}
+    return about | ({"CONTENT_LENGTH": str(length)} if length != "" else {})
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data",
+        "application/jsonp", "text/json", "application", "application/json-seq",
+    ],
+)  # fmt: skip
+def test_415_for_any_other_content_type(kind: str) -> None:
+    with pytest.raises(proxy.UnsupportedMediaType):
+        proxy.read_body(environ(b"{}", 2, kind))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["application/json", "Application/JSON; charset=utf-8", "application/json ;x"],
+)
+def test_json_may_have_parameters(kind: str) -> None:
+    assert proxy.read_body(environ(b"{}", 2, kind)) == b"{}"
+
+
+@pytest.mark.parametrize("length", ["", 11, 10**30])
+def test_413_for_a_long_body_announced_or_not(length: Any) -> None:
+    with pytest.raises(proxy.TooLarge):
+        proxy.read_body(environ(b"x" * 11, length), limit=10)
+
+
+def test_a_body_of_just_the_limit_passes() -> None:
+    assert proxy.read_body(environ(b"x" * 10, 10), limit=10) == b"x" * 10
+    assert proxy.read_body(environ(b"x" * 10), limit=10) == b"x" * 10
+
+
+def test_a_body_shorter_than_announced_is_a_bad_request() -> None:
+    with pytest.raises(proxy.BadRequest, match="shorter"):
+        proxy.read_body(environ(b'{"model": "echo"}', 100))
+
+
+def test_an_error_of_the_servers_parser_is_a_bad_request() -> None:
+    class Broken:
+        def read(self, size: int) -> bytes:
+            raise OSError("invalid chunk")
+
+    with pytest.raises(proxy.BadRequest):
+        proxy.read_body({"CONTENT_TYPE": "application/json", "wsgi.input": Broken()})
+
+
+EVENTS_SENT = ["one", "zwei 😀👩‍👩‍👧 é", '{"a": "\\n"}', "th\nree", "[DONE]"]
+
+
+def lines_of(newline: bytes) -> bytes:
+    """Return EVENTS_SENT with comments, ids and a two-line event among them."""
+    lines = [": hello", "", "data: one", "", ": ping 😀", "", "event: message", "id: 7"]
+    lines += [f"data:{EVENTS_SENT[1]}", "", f"data: {EVENTS_SENT[2]}", "retry: 10", ""]
+    lines += [
+        "data: th",
+        ": between",
+        "data: ree",
+        "",
+        ": bye",
+        "",
+        "data: [DONE]",
+        "",
+        "",
+    ]
+    return newline.join(line.encode() for line in lines)
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 4096])
+def test_a_stream_in_any_pieces_is_the_same_events(size: int, newline: bytes) -> None:
+    stream, buffer = lines_of(newline), proxy.EventBuffer()
+    blocks = [buffer.feed(piece) for piece in split(stream, size)]
+    whole = b"".join(blocks)
+    assert whole.rstrip(b"\r\n") == stream.rstrip(b"\r\n")
+    assert sse_events(whole) == EVENTS_SENT
+    events = [event for block in blocks for event in proxy.split_events(block)]
+    data = [proxy.event_data(event).decode() for event in events]
+    assert [text for text in data if text] == EVENTS_SENT
+    assert buffer.flush() == b""
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
+def test_a_stream_cut_anywhere_yields_only_whole_events(newline: bytes) -> None:
+    stream = lines_of(newline)
+    for cut in range(len(stream)):
+        passed = sse_events(proxy.EventBuffer().feed(stream[:cut]))
+        assert passed == EVENTS_SENT[: len(passed)]
+
+
+def test_an_event_passes_as_soon_as_it_is_whole() -> None:
+    buffer = proxy.EventBuffer()
+    assert buffer.feed(b"data: a\n\nda") == b"data: a\n\n"
+    assert buffer.feed(b"ta: b\n") == b""
+    assert buffer.feed(b"\n") == b"data: b\n\n"
+
+
+def test_a_comment_line_waits_for_nothing() -> None:
+    buffer = proxy.EventBuffer()
+    assert buffer.feed(b": keep-alive\n") == b": keep-alive\n"
+    assert buffer.feed(b"\ndata: a\n\n") == b"\ndata: a\n\n"
+
+
+@pytest.mark.parametrize(
+    "rest, flushed",
+    [
+        (b"data: [DONE]", b"data: [DONE]\n\n"),
+        (b"data: [DONE]\r\n", b"data: [DONE]\n\n"),
+        (b'data: {"a": 1}\n', b'data: {"a": 1}\n\n'),
+        (b'data: {"a": ', b""),
+        (b"data: [DO", b""),
+        (b"", b""),
+    ],
+)
+def test_a_last_event_without_its_blank_line_is_kept_if_it_is_whole(
+    rest: bytes, flushed: bytes
+) -> None:
+    buffer = proxy.EventBuffer()
+    assert buffer.feed(b"data: x\n\n" + rest) == b"data: x\n\n"
+    assert buffer.flush() == flushed
+
+
+@pytest.mark.parametrize("piece", [b"x" * 65536, b"x\n" * 32768])
+def test_an_event_over_a_megabyte_fails(piece: bytes) -> None:
+    buffer = proxy.EventBuffer()
+    for _ in range(proxy.MAX_EVENT // len(piece)):
+        assert buffer.feed(piece) == b""
+    with pytest.raises(proxy.UpstreamFailed):
+        buffer.feed(piece)
+
+
+LINE = b"data: " + b"x" * 193 + b"\n"
+
+
+@pytest.mark.parametrize(
+    "start, piece", [(b"data: ", b"x" * 200), (b": ", b"x" * 200), (b"", LINE)]
+)
+def test_a_large_event_in_small_pieces_is_searched_once(
+    start: bytes, piece: bytes
+) -> None:
+    buffer, spent = proxy.EventBuffer(), time.thread_time()
+    passed = buffer.feed(start) + b"".join(buffer.feed(piece) for _ in range(2500))
+    assert passed + buffer.feed(b"\n\n") == start + piece * 2500 + b"\n\n"
+    assert time.thread_time() - spent < 3  # it takes 0.1; searched anew 12
+
+
+# Application -------------------------------------------------------------------------
+
+CHAT = "/v1/chat/completions"
+HELLO = {"model": "echo", "messages": [{"role": "user", "content": "Hello out there"}]}
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.fixture
+def ask(app: Callable) -> Callable:
+    """ask(method, path, key, ...) -> the answer of an app with the usual keys."""
+    test_client = app().test_client()
+
+    def ask(method: str, path: str, key: str | None = TEAM_KEY, **more: Any) -> Any:
+        headers = bearer(key) if key else {}
+        return test_client.open(path, method=method, headers=headers, **more)
+
+    ask.services = test_client.application.extensions["proxy"]
+    return ask
+
+
+def code_of(answer: Any) -> tuple[int, str]:
+    """Return an answer's status and code, having looked at its envelope."""
+    assert answer.mimetype == "application/json"
+    assert [*answer.json["error"]] == ["message", "type", "param", "code"]
+    return answer.status_code, answer.json["error"]["code"]
+
+
+def test_401_is_one_identical_answer(app: Callable) -> None:
+    served = app()
+    services = served.extensions["proxy"]
+    text, key = services.ledger.make_key("team", "gone")
+    services.ledger.revoke(key)
+    headers = [None, "", "Bearer", "Bearer ", "Bearer x", f"Basic {TEAM_KEY}", TEAM_KEY]
+    headers += ["Bearer sk-unknown", f"Bearer {text}", f"Bearer {TEAM_KEY} more"]
+    headers += [f"Bearer {TEAM_KEY}, Bearer {TEAM_KEY}", f"Bearer {TEAM_KEY},"]
+    headers += [
+        "Bearer sk-\xff\xfe",
+        "Bearer " + "x" * 5000,
+        "Bearer '; DROP TABLE keys",
+    ]
+    told = set()
+    for header in headers:
+        more = {"HTTP_AUTHORIZATION": header} if header is not None else {}
+        answer = served.test_client().post(CHAT, json=HELLO, environ_overrides=more)
+        about = {k: v for k, v in answer.headers.items() if k != "x-request-id"}
+        told.add((*code_of(answer), answer.data, *about.items()))
+    assert len(told) == 1
+    assert told.pop()[:2] == (401, "unauthorized")
+
+
+def test_two_authorization_headers_are_no_key(app: Callable) -> None:
+    twice = [("Authorization", f"Bearer {TEAM_KEY}")] * 2
+    answer = app().test_client().post(CHAT, json=HELLO, headers=twice)
+    assert code_of(answer) == (401, "unauthorized")
+
+
+@pytest.mark.parametrize("form", ["Bearer %s", "bearer %s", "BEARER   %s "])
+def test_a_key_is_known_by_its_hash(app: Callable, form: str) -> None:
+    digest = hashlib.sha256(b"sk-hashed-key").hexdigest()
+    accounts = {"team": {"keys": {"hashed": f"sha256:{digest}"}}}
+    headers = {"Authorization": form % "sk-hashed-key"}
+    answer = app(accounts=accounts).test_client().get("/v1/models", headers=headers)
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["made", "declared"])
+def test_a_revoked_key_is_refused_at_once(ask: Callable, made: bool) -> None:
+    ledger, config = ask.services.ledger, ask.services.config
+    text, key = ledger.make_key("team", "made")
+    if not made:
+        text, key = TEAM_KEY, config.keys[proxy.key_id(proxy.sha256(TEAM_KEY))]
+    assert ask("GET", "/v1/models", text).status_code == 200
+    ledger.revoke(key)
+    assert code_of(ask("GET", "/v1/models", text)) == (401, "unauthorized")
+
+
+def test_a_model_one_may_not_use_looks_like_one_that_is_not_there(
+    ask: Callable,
+) -> None:
+    def told(model: str) -> list[str]:
+        body = {**HELLO, "model": model}
+        ways = [ask("POST", CHAT, DEMO_KEY, json=body)]
+        ways += [ask("GET", f"/v1/models/{model}", DEMO_KEY)]
+        assert {code_of(way) for way in ways} == {(404, "model_not_found")}
+        return [way.text.replace(model, "MODEL") for way in ways]
+
+    assert told("chat") == told("nope")
+
+
+def test_the_models_are_those_the_account_may_use(ask: Callable) -> None:
+    mine, all = ask("GET", "/v1/models", DEMO_KEY).json, ask("GET", "/v1/models").json
+    assert mine["object"] == "list"
+    assert [model["id"] for model in mine["data"]] == ["echo"]
+    assert {"chat", "echo", "embed"} <= {model["id"] for model in all["data"]}
+    one = ask("GET", "/v1/models/chat").json
+    assert one in all["data"]
+    assert {"id": "chat", "object": "model"}.items() <= one.items()
+    assert {*one} >= {"id", "object", "created", "owned_by"}
+
+
+ANSWERS = [  # method, path, status, code
+    ("GET", "/nothing", 404, "not_found"),
+    ("GET", "/v2/models", 404, "not_found"),
+    ("POST", "/v1/", 404, "not_found"),
+    ("POST", "/v1/chat/../admin", 404, "not_found"),
+    ("POST", "/v1/Chat/Completions", 404, "not_found"),
+    ("POST", "/v1//chat/completions", 404, "not_found"),
+    ("POST", "/v1/chat//completions", 404, "not_found"),
+    ("GET", "/v1//models", 404, "not_found"),
+    ("GET", CHAT, 405, "method_not_allowed"),
+    ("DELETE", CHAT, 405, "method_not_allowed"),
+    ("POST", "/healthz", 405, "method_not_allowed"),
+    ("TRACE", "/healthz", 405, "method_not_allowed"),
+    ("PUT", "/v1/models", 405, "method_not_allowed"),
+]
+
+
+@pytest.mark.parametrize("method, path, status, code", ANSWERS)
+def test_what_is_not_served_is_told_in_the_envelope(
+    ask: Callable, method: str, path: str, status: int, code: str
+) -> None:
+    answer = ask(method, path, json=HELLO)
+    assert code_of(answer) == (status, code)
+    assert answer.headers["x-request-id"].startswith("req_")
+    assert ("Allow" in answer.headers) == (status == 405)
+
+
+@pytest.mark.parametrize(
+    "more, status, code",
+    [
+        ({"data": b"{}"}, 415, "unsupported_media_type"),
+        ({"data": b"{", "content_type": "application/json"}, 400, "invalid_request"),
+        (
+            {"data": b"", "content_type": "application/json"}, 400, "invalid_request",
+        ),
+        (
+            {
+                "data": b"{}", "content_type": "application/json",
+                "environ_overrides": {"CONTENT_LENGTH": str(proxy.MAX_BODY + 1)},
+            },
+            413,
+            "request_too_large",
+        ),
+        ({"json": {**HELLO, "max_tokens": True}}, 400, "invalid_request"),
+        ({"json": {**HELLO, "model": "../../etc/passwd"}}, 404, "model_not_found"),
+        ({"json": {**HELLO, "model": "echo\x00"}}, 404, "model_not_found"),
+    ],
+)  # fmt: skip
+def test_a_refused_request_is_told_in_the_envelope_and_free(
+    ask: Callable, more: dict, status: int, code: str
+) -> None:
+    assert code_of(ask("POST", CHAT, **more)) == (status, code)
+    assert ask.services.ledger.read("SELECT * FROM requests") == []
+
+
+@pytest.mark.parametrize("model", ["echo", "chat"])
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_half_a_surrogate_pair_is_a_bad_request_and_leaves_no_hold(
+    ask: Callable, model: str, stream: str
+) -> None:
+    data = """{"model": "%s", "stream": %s, "messages": [
+        {"role": "user", "content": "half \\ud83d a pair"}]}""" % (model, stream)
+    answer = ask("POST", CHAT, data=data, content_type="application/json")
+    assert code_of(answer) == (400, "invalid_request")
+    assert ask.services.ledger.read("SELECT id FROM requests WHERE state != 2") == []
+
+
+@pytest.mark.parametrize("opening, closing", [(b"[", b"]"), (b'{"a":', b"}")])
+def test_no_depth_of_nesting_is_an_error_of_ours(
+    ask: Callable, opening: bytes, closing: bytes
+) -> None:
+    start = json.dumps(HELLO).encode()[:-1] + b', "x": '
+    seen = set()
+    for depth in range(880, 1000):
+        data = start + opening * depth + b"1" + closing * depth + b"}"
+        answer = ask("POST", CHAT, data=data, content_type="application/json")
+        seen.add(answer.status_code)
+    assert seen == {200, 400}
+
+
+def test_an_exception_in_a_view_is_a_500_that_tells_nothing(
+    ask: Callable, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the prompt was: sesame")
+
+    monkeypatch.setattr(proxy, "parse_call", fail)
+    answer = ask("POST", CHAT, json=HELLO)
+    assert code_of(answer) == (500, "internal_error")
+    ask.services.log.flush()
+    log = capfd.readouterr().err
+    assert "RuntimeError" in log and answer.headers["x-request-id"] in log
+    assert "sesame" not in answer.text + log
+
+
+@pytest.mark.parametrize(
+    "method, path, key",
+    [
+        ("GET", "/healthz", None),
+        ("GET", "/v1/models", TEAM_KEY),
+        ("GET", "/v1/models", None),
+        ("GET", "/nothing", None),
+        ("DELETE", CHAT, None),
+        ("POST", CHAT, TEAM_KEY),
+        ("POST", CHAT, POOR_KEY),
+    ],
+)
+def test_every_answer_has_its_own_request_id(
+    ask: Callable, method: str, path: str, key: str | None
+) -> None:
+    ids = {ask(method, path, key, json=HELLO).headers["x-request-id"] for _ in range(3)}
+    assert len(ids) == 3
+
+
+def test_healthz_needs_no_key(ask: Callable) -> None:
+    answer = ask("GET", "/healthz", None)
+    assert (answer.status_code, answer.mimetype) == (200, "application/json")
+
+
+def rates(answer: Any) -> list[str]:
+    """Return the values of the x-ratelimit headers: limit, remaining, reset."""
+    kinds = "limit", "remaining", "reset"
+    return [answer.headers[f"x-ratelimit-{kind}-requests"] for kind in kinds]
+
+
+def test_429_after_the_keys_rate_and_the_headers_count_down(app: Callable) -> None:
+    accounts = {"team": {"limits": {"rate": "2/minute"}, "keys": {"second": "sk-2nd"}}}
+    asking = app(accounts=accounts).test_client()
+    answers = [
+        asking.post(CHAT, json=HELLO, headers=bearer(TEAM_KEY)) for _ in range(4)
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 429, 429]
+    assert [rates(answer)[:2] for answer in answers] == [
+        ["2", "1"], ["2", "0"], ["2", "0"], ["2", "0"],
+    ]  # fmt: skip
+    assert all(0 < float(rates(answer)[2].rstrip("s")) <= 60 for answer in answers)
+    assert code_of(answers[3]) == (429, "rate_limit_exceeded")
+    assert 55 <= int(answers[3].headers["Retry-After"]) <= 60
+    assert asking.post(CHAT, json=HELLO, headers=bearer("sk-2nd")).status_code == 200
+
+
+@pytest.mark.parametrize("rate", ["1/second", "1/minute", "1/hour", "1/day"])
+def test_retry_after_stays_between_1_and_60(app: Callable, rate: str) -> None:
+    accounts = {"team": {"limits": {"rate": rate}}}
+    asking = app(accounts=accounts).test_client()
+    answers = [
+        asking.post(CHAT, json=HELLO, headers=bearer(TEAM_KEY)) for _ in range(2)
+    ]
+    assert answers[1].status_code == 429
+    assert 1 <= int(answers[1].headers["Retry-After"]) <= 60
+    assert "Retry-After" not in answers[0].headers
+
+
+def test_looking_at_models_eats_nothing_of_the_keys_rate(ask: Callable) -> None:
+    before = rates(ask("POST", CHAT, json=HELLO))
+    rates(ask("GET", "/v1/models"))
+    after = rates(ask("POST", CHAT, json=HELLO))
+    assert int(before[1]) - int(after[1]) == 1
+
+
+def test_refused_bodies_count_as_requests_of_the_key(ask: Callable) -> None:
+    first, second = (ask("POST", CHAT, json={"model": 5}) for _ in range(2))
+    assert int(rates(first)[1]) - int(rates(second)[1]) == 1
+
+
+def test_402_when_the_account_cannot_pay(ask: Callable) -> None:
+    answer = ask("POST", CHAT, POOR_KEY, json=HELLO)
+    assert code_of(answer) == (402, "insufficient_credits")
+
+
+def test_a_changed_file_is_in_use_within_a_second(
+    app: Callable, tmp_path: Path
+) -> None:
+    asking, path = app().test_client(), tmp_path / "keys.json"
+
+    def known() -> bool:
+        answer = asking.get("/v1/models", headers=bearer("sk-new"))
+        return answer.status_code == 200
+
+    assert not known()
+    whole = json.loads(path.read_text())
+    whole["accounts"]["new"] = {"keys": {"k": "sk-new"}}
+    path.write_text(json.dumps(whole))
+    wait_for(known, 1, "the new key")
+
+
+def test_a_broken_file_is_logged_once_and_the_last_good_one_serves(
+    app: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(proxy, "UPKEEP_INTERVAL", 60)  # this test does the upkeep
+    served, path = app(), tmp_path / "keys.json"
+    good = path.read_text()
+    path.write_text('{"limits":\n{"rate": oops}}')
+    for _ in range(3):
+        served.extensions["proxy"].tidy()
+    answer = served.test_client().get("/v1/models", headers=bearer(TEAM_KEY))
+    path.write_text(good)  # for the check after the test
+    log = capfd.readouterr().err
+    assert answer.status_code == 200
+    assert log.count("event=config") == 1 and "line 2" in log
+
+
+def test_the_last_byte_leaves_after_the_charge_is_on_disk(
+    ask: Callable, syncs: list[bytes]
+) -> None:
+    answer = ask("POST", CHAT, json={**HELLO, "stream": True})
+    for piece in answer.response:
+        syncs.append(piece)
+    answer.close()
+    before, after = b"".join(syncs).split(SYNC)
+    assert b"Hello" in before and b"[DONE]" not in before
+    assert after.count(b"[DONE]") == 1
+
+
+def test_a_json_answer_leaves_after_the_charge_is_on_disk(
+    ask: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled, real = [], os.fdatasync
+    count = "SELECT count(*) FROM requests WHERE state = 1"
+
+    def fdatasync(fd: int) -> None:
+        settled.extend(ask.services.ledger.read(count))
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    assert ask("POST", CHAT, json=HELLO).status_code == 200
+    assert settled == [(1,)]
+
+
+def test_a_ledger_that_cannot_be_written_is_never_a_free_call(ask: Callable) -> None:
+    assert ask("POST", CHAT, json=HELLO).status_code == 200
+    with full_disk(ask.services.ledger):
+        answer = ask("POST", CHAT, json=HELLO)
+    assert code_of(answer) == (503, "ledger_unavailable")
+    assert answer.headers["Retry-After"] == "5"
+    wait_for(lambda: ask("POST", CHAT, json=HELLO).status_code == 200, 2, "recovery")
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_ledger_is_a_503_and_never_a_401(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    db = tmp_path / "proxy.db"
+    served = proxy.create_app(keys_file(tmp_path, "http://127.0.0.1:9"), db)
+    services = served.extensions["proxy"]
+    text, _ = services.ledger.make_key("team", "made at run time")
+    damage(db)
+    asking = served.test_client()
+    answers = [asking.post(CHAT, json=HELLO, headers=bearer(text)) for _ in range(2)]
+    services.close()
+    assert {code_of(answer) for answer in answers} == {(503, "ledger_unavailable")}
+
+
+def test_an_app_made_before_a_fork_serves_nothing(
+    ask: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ask.services, "pid", 1)
+    assert code_of(ask("POST", CHAT, json=HELLO)) == (503, "ledger_unavailable")
+
+
+# Command line ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(files: Callable, capsys: pytest.CaptureFixture) -> Callable:
+    """run(words...) -> exit status, standard output, standard error."""
+    keys, db = files()
+
+    def run(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = proxy.main([*words, "--keys", str(keys), "--db", str(db)])
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    run.keys, run.db = keys, db
+    return run
+
+
+def refused_in_one_line(outcome: tuple[int, str, str]) -> str:
+    """Return the one line that a failed command said."""
+    status, out, err = outcome
+    assert status == 1 and out == "" and err.count("\n") == 1, outcome
+    return err
+
+
+def test_keys_add_prints_the_key_alone(run: Callable) -> None:
+    status, out, err = run("keys", "add", "alice", "--credits", "5")
+    assert (status, err) == (0, "")
+    assert re.fullmatch(r"sk-[\w-]{40,}\n", out)
+
+
+def test_an_added_key_works_and_pays_from_its_credits(
+    run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = run("keys", "add", "alice", "--name", "laptop", "--credits", "0.5")[1].strip()
+    served = proxy.create_app(run.keys, run.db)
+    answer = served.test_client().post(CHAT, json=HELLO, headers=bearer(key))
+    served.extensions["proxy"].close()
+    assert answer.status_code == 200
+    _, out, _ = run("credits", "show", "alice", "--json")
+    spent = answer.json["usage"]["total_tokens"]
+    assert json.loads(out) == [
+        {
+            "account": "alice", "granted": 0.5, "spent": spent / 10**6, "held": 0,
+            "available": (500_000 - spent) / 10**6,
+        }
+    ]  # fmt: skip
+
+
+def test_keys_list_never_shows_a_key(run: Callable) -> None:
+    new = run("keys", "add", "alice", "--name", "laptop")[1].strip()
+    for form in [], ["--json"]:
+        status, out, _ = run("keys", "list", *form)
+        assert status == 0
+        for key in new, TEAM_KEY, DEMO_KEY, OTHER_KEY, proxy.sha256(new):
+            assert key not in out
+        assert "laptop" in out and "keys.json" in out and "proxy.db" in out
+
+
+def test_keys_list_names_each_key_with_its_account(run: Callable) -> None:
+    run("keys", "add", "alice", "--name", "laptop", "--admin")
+    rows = json.loads(run("keys", "list", "--json")[1])
+    about = {(row["account"], row["name"]): row for row in rows}
+    assert about["team", "main"]["source"] == "keys.json"
+    assert about["alice", "laptop"]["source"] == "proxy.db"
+    assert about["alice", "laptop"]["admin"] is True
+    assert about["boss", "main"]["admin"] is True
+    assert all(re.fullmatch("key_[0-9a-f]{16}", row["id"]) for row in rows)
+
+
+def test_keys_revoke_ends_a_key_of_either_file(run: Callable) -> None:
+    key = run("keys", "add", "alice")[1].strip()
+    served = proxy.create_app(run.keys, run.db)
+    for each in key, TEAM_KEY:
+        id = proxy.key_id(proxy.sha256(each))
+        assert run("keys", "revoke", id)[0] == 0
+        answer = served.test_client().get("/v1/models", headers=bearer(each))
+        assert answer.status_code == 401
+    served.extensions["proxy"].close()
+    rows = json.loads(run("keys", "list", "--json")[1])
+    assert sum(row["revoked"] is not None for row in rows) == 2
+
+
+def test_keys_revoke_of_an_unknown_id_fails(run: Callable) -> None:
+    assert "no such key" in refused_in_one_line(run("keys", "revoke", "key_nothing"))
+
+
+def test_credits_add_up_exactly(run: Callable) -> None:
+    run("keys", "add", "alice")
+    for amount in "0.1", "0.2", "0.000001":
+        assert run("credits", "add", "alice", amount, "--note", "thanks")[0] == 0
+    _, out, _ = run("credits", "show", "alice", "--json")
+    assert json.loads(out)[0]["granted"] == 0.300001
+    _, out, _ = run("credits", "show")
+    assert "0.300001" in out and "team" in out
+
+
+@pytest.mark.parametrize(
+    "amount", ["lots", "", "nan", "inf", "0.0000001", "1e10", "0x5"]
+)
+def test_a_bad_amount_is_refused(run: Callable, amount: str) -> None:
+    assert "AMOUNT" in refused_in_one_line(run("credits", "add", "team", amount))
+    rows = json.loads(run("credits", "show", "team", "--json")[1])
+    assert rows[0]["granted"] == 100
+
+
+@pytest.mark.parametrize("words", [("credits", "add", "team", "-5"), ("nonsense",)])
+def test_a_wrong_command_line_is_told_and_ends_with_2(
+    run: Callable, words: tuple
+) -> None:
+    status, out, err = run(*words)
+    assert (status, out) == (2, "") and "Error:" in err and "Traceback" not in err
+
+
+def test_credits_go_to_accounts_that_exist(run: Callable) -> None:
+    assert "nobody" in refused_in_one_line(run("credits", "add", "nobody", "5"))
+    assert "nobody" not in run("credits", "show")[1]
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "a\x00b", "", " a", "x" * 101])
+def test_names_with_control_characters_are_refused(run: Callable, name: str) -> None:
+    for words in ("keys", "add", name), ("keys", "add", "alice", "--name", name):
+        line = refused_in_one_line(run(*words))
+        assert "\x1b" not in line
+    assert "alice" not in run("credits", "show")[1]
+
+
+def test_a_key_with_bad_credits_is_not_made(run: Callable) -> None:
+    assert "--credits" in refused_in_one_line(
+        run("keys", "add", "alice", "--credits", "lots")
+    )
+    assert "alice" not in run("keys", "list")[1]
+
+
+def test_usage_shows_requests_by_day_and_model(run: Callable) -> None:
+    served = proxy.create_app(run.keys, run.db)
+    for _ in range(2):
+        served.test_client().post(CHAT, json=HELLO, headers=bearer(TEAM_KEY))
+    served.extensions["proxy"].close()
+    (row,) = json.loads(run("usage", "team", "--json")[1])
+    assert (row["model"], row["requests"]) == ("echo", 2)
+    assert (row["input_tokens"], row["output_tokens"]) == (6, 6)
+    assert row["credits"] == 0.000012
+    assert row["day"] == time.strftime("%Y-%m-%d", time.gmtime())
+    assert json.loads(run("usage", "other", "--json")[1]) == []
+    assert "echo" in run("usage")[1] and "0.000012" in run("usage", "--days", "1")[1]
+
+
+def test_check_passes_a_good_ledger_with_warnings(
+    run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PROXY_TEST_UNSET", raising=False)
+    whole = json.loads(run.keys.read_text())
+    whole["upstreams"]["main"]["key"] = "$PROXY_TEST_UNSET"
+    run.keys.write_text(json.dumps(whole))
+    run.keys.chmod(0o644)
+    status, out, _ = run("check")
+    assert status == 0
+    assert "PROXY_TEST_UNSET" in out and "chmod 600" in out and "adds up" in out
+
+
+def test_check_works_beside_a_running_server(run: Callable) -> None:
+    served = proxy.create_app(run.keys, run.db)
+    answer = served.test_client().post(
+        CHAT, json={**HELLO, "stream": True}, headers=bearer(TEAM_KEY)
+    )
+    pieces = iter(answer.response)
+    next(pieces)
+    assert run("check")[0] == 0
+    assert b"[DONE]" in b"".join(pieces)
+    answer.close()
+    assert run("check")[0] == 0
+    served.extensions["proxy"].close()
+
+
+def test_check_fails_a_ledger_that_does_not_add_up(run: Callable) -> None:
+    run("keys", "add", "alice", "--credits", "1")
+    ledger = proxy.Ledger(run.db)
+    alter(ledger, "UPDATE accounts SET granted = granted + 1")
+    status, out, _ = run("check")
+    alter(ledger, "UPDATE accounts SET granted = granted - 1")
+    ledger.close()
+    assert status == 1 and "alice" in out and "granted" in out
+
+
+@pytest.mark.parametrize("command", [["check"], ["keys", "list"], ["serve"]])
+def test_a_refused_keys_json_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, command: list[str]
+) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps(planted("models.chat.price.input", -1)))
+    status = proxy.main([*command, "--keys", str(path)])
+    line = refused_in_one_line((status, *capsys.readouterr()))
+    assert "models.chat.price.input" in line
+    assert not (tmp_path / "proxy.db").exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("command", [["check"], ["keys", "list"], ["serve"]])
+def test_a_damaged_ledger_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    command: list[str], damage: Callable[[Path], None],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(proxy.Server, "run", lambda self: None)
+    keys, db = keys_file(tmp_path, "http://127.0.0.1:9"), tmp_path / "proxy.db"
+    proxy.Ledger(db).close()
+    damage(db)
+    status = proxy.main([*command, "--keys", str(keys), "--db", str(db)])
+    _, err = capsys.readouterr()
+    assert status == 1 and err.count("\n") == 1 and "Ledger" in err
+
+
+def test_a_folder_that_is_not_there_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    keys = keys_file(tmp_path, "http://127.0.0.1:9")
+    status = proxy.main(
+        ["check", "--keys", str(keys), "--db", f"{tmp_path}/no/proxy.db"]
+    )
+    assert refused_in_one_line((status, *capsys.readouterr()))
+
+
+def test_the_ledger_stands_beside_the_keys_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PROXY_DB", raising=False)
+    monkeypatch.setenv("PROXY_KEYS", str(keys_file(tmp_path, "http://127.0.0.1:9")))
+    assert proxy.main(["keys", "list"]) == 0
+    assert (tmp_path / "proxy.db").exists()
+    monkeypatch.setenv("PROXY_DB", str(tmp_path / "elsewhere.db"))
+    assert proxy.main(["keys", "list"]) == 0
+    assert (tmp_path / "elsewhere.db").exists()
+
+
+def test_the_greeting_has_a_curl_line_for_the_demo_key_only(
+    run: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    config = proxy.ConfigFile(run.keys).current
+    proxy.greet(config, "http://127.0.0.1:8000")
+    out = capsys.readouterr().out
+    assert f"curl http://127.0.0.1:8000{CHAT}" in out and DEMO_KEY in out
+    for secret in TEAM_KEY, ADMIN_KEY, SECRET:
+        assert secret not in out
+
+
+# Relay and dialects ------------------------------------------------------------------
+
+# -- Stage ---------------------------------------------------------------------------
+
+TOKENS = {"price": {"input": 1, "cached": 0.1, "output": 2}, "max_output": 1000}
+IMAGE = {"price": {"image": 0.04}}
+UNSET = "PROXY_TEST_UNSET_KEY"
+
+
+class NoTls(Upstream):
+    """A server that answers a TLS hello in plain text."""
+
+    def _serve(self, connection: Connection) -> None:
+        connection.sock.sendall(head(400))
+        connection.finish()
+
+
+class Stage:
+    """One upstream of each dialect, with a keys.json that reaches them all."""
+
+    def __init__(self, path: Path) -> None:
+        self.main, self.spare = Upstream(), Upstream()
+        self.deep, self.volc, self.ark = FakeDeepSeek(), FakeVolcengine(), FakeImages()
+        self.upstreams = [self.main, self.spare, self.deep, self.volc, self.ark]
+        self.no_tls = NoTls()
+        tls = self.no_tls.url.replace("http:", "https:")
+        self.keys, self.db = path / "keys.json", path / "proxy.db"
+        keys_file(
+            path,
+            self.main.url,
+            limits={"rate": "10000/second"},
+            accounts={"thin": {"credits": 0.001, "keys": {"main": "sk-thin"}}},
+            upstreams={
+                "spare": {"url": self.spare.url, "key": "sk-spare"},
+                "deep": {"url": self.deep.url, "key": self.deep.key},
+                "volc": {"url": self.volc.url, "key": self.volc.key},
+                "ark": {"url": self.ark.url, "key": self.ark.key},
+                "dead": {"url": f"http://127.0.0.1:{free_port()}/v1"},
+                "lost": {"url": "http://nowhere.invalid/v1"},
+                "tls": {"url": tls},
+                "unset": {"url": self.main.url, "key": f"${UNSET}"},
+                "wrong": {"url": self.volc.url, "key": f"{ACCESS_KEY}:{'x' * 40}"},
+                "stranger": {"url": self.volc.url, "key": f"AKLTSTRANGER:{SECRET_KEY}"},
+            },
+            models={
+                "two": {"upstream": ["main/gpt-test", "spare/gpt-spare"], **TOKENS},
+                "dead-first": {"upstream": ["dead/x", "spare/gpt-spare"], **TOKENS},
+                "unset-first": {"upstream": ["unset/x", "spare/gpt-spare"], **TOKENS},
+                **{name: {"upstream": f"{name}/x", **TOKENS} for name in NOWHERE},
+                "mild": {"upstream": "main/m", **TOKENS, "defaults": MILD},
+                "picture": {"upstream": "main/dall-e", **IMAGE},
+                "deepseek-chat": {"upstream": "deep/deepseek-flash"},
+                "deepseek-r1": {"upstream": "deep/deepseek-v4-pro"},
+                "deepseek-coder": {"upstream": "deep/deepseek-flash", **TOKENS},
+                "jimeng-image": {"upstream": "volc/jimeng_t2i_v40"},
+                "wrong": {"upstream": "wrong/jimeng_t2i_v40", **IMAGE},
+                "stranger": {"upstream": "stranger/jimeng_t2i_v40", **IMAGE},
+                "seedream": {"upstream": "ark/doubao-seedream-4-5-251128"},
+                "seedream-4": {"upstream": "ark/doubao-seedream-4-0-250828", **IMAGE},
+                "any-image": {"upstream": "ark/flux", **IMAGE},
+                "two-images": {"upstream": ["volc/jimeng_t2i_v40", "ark/x"], **IMAGE},
+            },
+        )
+
+    def reset(self) -> None:
+        """Forget what the last test scripted and recorded."""
+        for up in self.upstreams:
+            up.script, up.requests[:], up.errors[:] = [], [], []
+            up.released = threading.Event()
+        self.volc.tasks.clear()
+        self.volc.states = FakeVolcengine.states
+
+    def rows(self, where: str = "1", *values: Any) -> list[sqlite3.Row]:
+        """Return the ledger's requests, oldest first."""
+        db = sqlite3.connect(f"file:{self.db}?mode=ro", uri=True, timeout=5)
+        db.row_factory = sqlite3.Row
+        try:
+            order = f"SELECT * FROM requests WHERE {where} ORDER BY rowid"
+            return db.execute(order.replace("rowid", "id"), values).fetchall()
+        finally:
+            db.close()
+
+    def row(self, response: Any) -> sqlite3.Row:
+        """Return the receipt of one answer."""
+        return self.rows("id = ?", response.headers["x-request-id"])[0]
+
+    def wait_idle(self, timeout: float = 2) -> None:
+        """Wait until every slot is free."""
+        wait_for(lambda: not self.rows("state = 0"), timeout, "a hold is left open")
+
+    def end_test(self) -> None:
+        """Assert that no hold is open and that no fake upstream was misused."""
+        for up in self.upstreams:
+            up.released.set()
+        self.wait_idle()
+        assert [error for up in self.upstreams for error in up.errors] == []
+
+    def close(self) -> None:
+        """End the upstreams and prove the ledger."""
+        for up in [*self.upstreams, self.no_tls]:
+            up.close()
+        config, ledger = proxy.ConfigFile(self.keys).current, proxy.Ledger(self.db)
+        assert ledger.check(lambda id: config.account(id).credits) == []
+        ledger.close()
+
+
+NOWHERE = ("dead", "lost", "tls", "unset")
+MILD = {"temperature": 0.2, "stop": ["a"], "thinking": {"type": "disabled", "x": 1}}
+SAY_HELLO = [{"role": "user", "content": "Say hello"}]
+
+
+class InProcess(Stage):
+    """The stage with its app in this process."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.app = proxy.create_app(self.keys, self.db)
+
+    def post(self, path: str, body: dict, key: str = TEAM_KEY, **headers: str) -> Any:
+        """Post JSON to /v1/<path>; the answer is read to its end, and closed."""
+        headers = {"Authorization": f"Bearer {key}", **headers}
+        client = self.app.test_client(use_cookies=False)
+        url = f"/v1/{path}"
+        return client.post(url, json=body, headers=headers, buffered=True)
+
+    def chat(self, model: str = "chat", key: str = TEAM_KEY, **body: Any) -> Any:
+        """Ask for a chat completion."""
+        body = {"model": model, "messages": SAY_HELLO, **body}
+        return self.post("chat/completions", body, key)
+
+    def close(self) -> None:
+        self.app.extensions["proxy"].close()
+        super().close()
+
+
+@pytest.fixture(scope="module")
+def in_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
+    stage = InProcess(tmp_path_factory.mktemp("stage"))
+    yield stage
+    stage.close()
+
+
+@pytest.fixture
+def stage(in_process: InProcess, monkeypatch: pytest.MonkeyPatch):
+    """The app in this process, with short waits and nothing scripted."""
+    for name in ("JIMENG_FIRST_POLL", "JIMENG_POLL", "WATCH_INTERVAL"):
+        monkeypatch.setattr(proxy, name, 0.01)
+    in_process.reset()
+    yield in_process
+    in_process.end_test()
+
+
+SHORT_WAITS = {"JIMENG_FIRST_POLL": 0.02, "JIMENG_POLL": 0.02, "COMMENT_INTERVAL": 0.05}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """The stage with its app behind a real gunicorn, `.url`."""
+    stage = Stage(tmp_path_factory.mktemp("served"))
+    with Gateway(stage.keys, stage.db, threads=32, constants=SHORT_WAITS) as gateway:
+        stage.url, stage.port, stage.log = gateway.url, gateway.port, gateway.log
+        yield stage
+    stage.close()
+
+
+@pytest.fixture
+def real(served: Stage) -> Iterator[Stage]:
+    """The app behind gunicorn, nothing scripted."""
+    served.reset()
+    yield served
+    served.end_test()
+
+
+def said(response: Any) -> str:
+    """Return the text of a completion."""
+    return response.json["choices"][0]["message"]["content"]
+
+
+def error_of(response: Any) -> dict:
+    """Return the envelope's error, whose members are OpenAI's and no other."""
+    document = response.json
+    assert list(document) == ["error"] and response.mimetype == "application/json"
+    assert list(document["error"]) == ["message", "type", "param", "code"]
+    return document["error"]
+
+
+def documents(data: bytes) -> list[Any]:
+    """Return the events of a stream, parsed; [DONE] is "DONE"."""
+    events = sse_events(data)
+    return [json.loads({"[DONE]": '"DONE"'}.get(one, one)) for one in events]
+
+
+def stream_text(data: bytes, part: str = "content") -> str:
+    """Return a stream's text."""
+    choices = [one["choices"] for one in documents(data)[:-1]]
+    return "".join(c[0]["delta"].get(part) or "" for c in choices if c)
+
+
+def retry_of(response: Any) -> str | None:
+    """Return what a client is told of repeating: "no", or the seconds to wait."""
+    told = [response.headers.get(n) for n in ("x-should-retry", "Retry-After")]
+    assert told.count(None) == 1, "exactly one of the two"
+    return "no" if told[0] == "false" else told[1]
+
+
+# -- Relay: JSON ---------------------------------------------------------------------
+
+UNKNOWN = {"x_list": [1, 2.50, None, True], "x_é": {"deep": "\U0001f600"}, "big": 2**60}
+
+
+def test_an_answer_keeps_all_but_the_models_name(stage):
+    answer = {**UNKNOWN, **chat_json("hi", id="x", tool_calls=[{"function": {}}])}
+    stage.main.script = [json_answer(answer)]
+    response = stage.chat()
+    assert response.status_code == 200 and response.mimetype == "application/json"
+    assert response.json == {**answer, "model": "chat"}
+
+
+def test_a_request_keeps_all_but_the_models_name_and_the_cap(stage):
+    stage.main.script = [json_answer(chat_json("hi"))]
+    body = {**UNKNOWN, "tools": [{"type": "function"}], "user": None, "n": 1}
+    stage.chat(**body)
+    sent = stage.main.requests[0]
+    more = {"model": "gpt-test", "messages": SAY_HELLO, "max_tokens": 1000}
+    assert (sent.method, sent.path) == ("POST", "/v1/chat/completions")
+    assert sent.json == {**body, **more}
+
+
+@pytest.mark.parametrize(
+    "own", [{}, {"temperature": 0.9}, {"thinking": {"type": "enabled"}}, {"stop": []}]
+)
+def test_defaults_stand_where_the_client_sent_none(stage, own):
+    stage.main.script = [json_answer(chat_json("hi", "m"))]
+    assert stage.chat("mild", **own).json["model"] == "mild"
+    sent = stage.main.requests[0].json
+    assert {name: sent[name] for name in MILD} == {**MILD, **own}
+
+
+@pytest.mark.parametrize(
+    "path, asked, cap",
+    [
+        ("chat/completions", {}, {"max_tokens": 1000}),
+        ("chat/completions", {"max_tokens": None}, {"max_tokens": 1000}),
+        ("chat/completions", {"max_tokens": 7}, {"max_tokens": 7}),
+        (
+            "chat/completions",
+            {"max_completion_tokens": 7},
+            {"max_completion_tokens": 7},
+        ),
+        ("chat/completions", {"max_tokens": 5000}, {"max_tokens": 5000}),
+        ("completions", {}, {"max_tokens": 1000}),
+        ("responses", {}, {"max_output_tokens": 1000}),
+        ("responses", {"max_output_tokens": 9}, {"max_output_tokens": 9}),
+        ("embeddings", {}, {}),
+    ],
+)
+def test_the_cap_is_written_under_the_name_of_the_path(stage, path, asked, cap):
+    stage.main.script = [json_answer(chat_json("hi"))]
+    stage.post(path, {"model": "chat", "messages": SAY_HELLO, "prompt": "x", **asked})
+    sent = stage.main.requests[0]
+    found = {name: sent.json[name] for name in proxy.CAPS if sent.json.get(name)}
+    assert sent.path == f"/v1/{path}" and found == cap
+
+
+@pytest.mark.parametrize("name", [None, *proxy.CAPS[:2]])
+def test_the_cap_falls_to_what_the_account_can_pay(stage, name):
+    stage.main.script = [json_answer(chat_json("hi", usage=usage_of(0, 0)))]
+    asked = {name: 900} if name else {}
+    response = stage.chat(key="sk-thin", **asked)
+    cap = stage.main.requests[0].json[name or "max_tokens"]
+    assert response.status_code == 200 and 350 < cap < 500
+    assert 1000 - 2 <= stage.row(response)["hold"] <= 1000
+
+
+NESTED = {"prompt_tokens_details": {"cached_tokens": 400}}
+RESPONSES_USAGE = {
+    "input_tokens": 1000,
+    "output_tokens": 10,
+    "input_tokens_details": {"cached_tokens": 400},
+}
+
+
+@pytest.mark.parametrize(
+    "usage, cost, counts",
+    [
+        (usage_of(1000, 10), 1020, (1000, 0, 10)),
+        (usage_of(1000, 10, **NESTED), 660, (1000, 400, 10)),
+        (usage_of(1000, 10, prompt_cache_hit_tokens=400), 660, (1000, 400, 10)),
+        (usage_of(1000, 10, prompt_cache_hit_tokens=0, **NESTED), 1020, (1000, 0, 10)),
+        (usage_of(1000, 10, prompt_tokens_details=None), 1020, (1000, 0, 10)),
+        (RESPONSES_USAGE, 660, (1000, 400, 10)),
+        (usage_of(1, 0, prompt_cache_hit_tokens=1), 1, (1, 1, 0)),  # 0.1, rounded up
+        (usage_of(11, 0, prompt_cache_hit_tokens=11), 2, (11, 11, 0)),
+        (usage_of(0, 0), 0, (0, 0, 0)),
+        ({"prompt_tokens": 1000}, 1000, (1000, 0, 0)),
+    ],
+)
+def test_reported_usage_is_charged_to_the_micro_credit(stage, usage, cost, counts):
+    stage.main.script = [json_answer(chat_json("hi", usage=usage))]
+    row = stage.row(stage.chat())
+    assert (row["cost"], row["status"], row["estimated"]) == (cost, 200, 0)
+    assert (row["input"], row["cached"], row["output"]) == counts
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        None,
+        {},
+        "free",
+        [],
+        usage_of(-5, 1),
+        usage_of(5, True),
+        usage_of(10**9, 1),
+        usage_of(5, 1.5),
+        usage_of(5, 1, prompt_cache_hit_tokens=-1),
+        {"prompt_tokens": "7"},
+    ],
+)
+def test_usage_that_cannot_be_believed_is_estimated(stage, usage):
+    answer = chat_json("word " * 10)
+    stage.main.script = [json_answer({**answer, "usage": usage})]
+    response = stage.chat()
+    row = stage.row(response)
+    assert row["estimated"] == 1 and response.json["usage"] == usage
+    assert row["output"] == -(-50 // 4) and 3 <= row["input"] <= 20
+    assert row["cost"] == row["input"] + 2 * row["output"]
+
+
+VECTOR = {
+    "object": "list",
+    "data": [{"embedding": [0.1, -2e-05]}],
+    "model": "embed-test",
+}
+PICTURES = {"created": 1, "data": [{"url": "https://a"}, {"b64_json": "eA=="}, {}]}
+TEXT = completion("gpt-test", "text_completion", [{"text": "hi", "index": 0}])
+RESPONSE = {"object": "response", "model": "gpt-test", "usage": RESPONSES_USAGE}
+
+
+@pytest.mark.parametrize(
+    "path, model, answer, cost",
+    [
+        ("embeddings", "embed", {**VECTOR, "usage": {"prompt_tokens": 1000}}, 20),
+        ("completions", "chat", {**TEXT, "usage": usage_of(4, 3)}, 10),
+        ("responses", "chat", RESPONSE, 660),
+        ("rerank", "embed", {"results": [], "usage": {"prompt_tokens": 50}}, 1),
+        ("chat/completions", "flat", chat_json("hi", "flat-test"), 10_000),
+        ("images/generations", "picture", PICTURES, 80_000),
+        ("images/generations", "picture", {"created": 1, "data": []}, 0),
+    ],
+)
+def test_other_paths_are_relayed_and_charged(stage, path, model, answer, cost):
+    stage.main.script = [json_answer(answer)]
+    body = {"model": model, "input": "x", "prompt": "x", "messages": SAY_HELLO, "n": 3}
+    response = stage.post(path, body)
+    renamed = {**answer, **({"model": model} if "model" in answer else {})}
+    assert (response.status_code, response.json) == (200, renamed)
+    assert stage.main.requests[0].path == f"/v1/{path}"
+    assert stage.row(response)["cost"] == cost
+
+
+def test_a_model_inside_an_unknown_field_keeps_its_name(stage):
+    answer = {"x_route": {"model": "inner"}, **chat_json("hi")}
+    stage.main.script = [json_answer(answer)]
+    assert stage.chat().json == {**answer, "model": "chat"}
+
+
+@pytest.mark.parametrize(
+    "text", ['"model": "gpt-test"', '{"model": "x"}', '\\"model\\": "gpt-test"']
+)
+def test_text_that_looks_like_the_models_name_is_untouched(stage, text):
+    events = [
+        chat_chunk("gpt-test", {"content": text}),
+        chat_chunk("gpt-test", {}, "stop"),
+    ]
+    stage.main.script = [json_answer(chat_json(text)), sse(events)]
+    assert said(stage.chat()) == text
+    assert stream_text(stage.chat(stream=True).data) == text
+
+
+# -- Relay: headers ------------------------------------------------------------------
+
+TO_UPSTREAM = {"host", "accept", "accept-encoding", "content-type", "content-length"}
+TO_UPSTREAM |= {"user-agent", "authorization"}
+TO_CLIENT = {"content-type", "content-length", "x-request-id", "x-accel-buffering"}
+TO_CLIENT |= {f"x-ratelimit-{n}-requests" for n in ("limit", "remaining", "reset")}
+TO_CLIENT |= {"cache-control"}
+FROM_CLIENT = {
+    "Cookie": "session=client-secret",
+    "X-Api-Key": "client-secret",
+    "X-Forwarded-For": "client-secret",
+    "OpenAI-Organization": "client-secret",
+    "User-Agent": "client-secret",
+    "Accept-Encoding": "gzip, client-secret",
+    "Accept": "client-secret/json",
+    "Connection": "client-secret",
+    "Referer": "https://client-secret/",
+}
+FROM_UPSTREAM = [
+    ("Set-Cookie", "a=of-upstream; Path=/"),
+    ("Server", "of-upstream"),
+    ("x-request-id", "of-upstream"),
+    ("x-ratelimit-limit-requests", "of-upstream"),
+    ("Access-Control-Allow-Origin", "of-upstream"),
+    ("openai-organization", "of-upstream"),
+    ("Location", "https://of-upstream/"),
+    ("Cache-Control", "of-upstream"),
+    ("X-Accel-Redirect", "/of-upstream"),
+]
+TELLING_ANSWERS = {
+    False: json_answer(chat_json("hi"), headers=FROM_UPSTREAM),
+    True: sse(chat_chunks("hi"), headers=FROM_UPSTREAM),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_header_of_the_client_reaches_the_upstream(stage, stream):
+    stage.main.script = [TELLING_ANSWERS[stream], TELLING_ANSWERS[stream]]
+    body = {"model": "chat", "messages": SAY_HELLO, "stream": stream}
+    for _ in range(2):  # a cookie of the first answer would come with the second
+        assert stage.post("chat/completions", body, **FROM_CLIENT).data
+    for sent in stage.main.requests:
+        assert {name.lower() for name, _ in sent.headers} <= TO_UPSTREAM
+        assert "client-secret" not in str(sent.headers) + sent.body.decode()
+        assert "of-upstream" not in str(sent.headers)
+        assert TEAM_KEY not in str(sent.headers)
+        assert sent.header("Authorization") == f"Bearer {SECRET}"
+        assert sent.header("Accept-Encoding") == "identity"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_header_of_the_upstream_reaches_the_client(stage, stream):
+    stage.main.script = [TELLING_ANSWERS[stream]]
+    response = stage.chat(stream=stream)
+    assert response.status_code == 200 and response.data
+    assert {name.lower() for name, _ in response.headers} <= TO_CLIENT
+    assert "of-upstream" not in str(response.headers)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_are_never_followed(stage, status, stream):
+    away = ("Location", f"{stage.spare.url}/chat/completions")
+    stage.main.script = [json_answer({}, status, [away])]
+    response = stage.chat(stream=stream)
+    assert (response.status_code, retry_of(response)) == (503, "no")
+    assert len(stage.main.requests) == 1 and not stage.spare.requests
+
+
+def test_the_environments_proxies_and_netrc_are_ignored(stage, monkeypatch, tmp_path):
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login x password netrc-secret")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, stage.spare.url)
+    stage.main.script = [json_answer(chat_json("hi"))]
+    assert stage.chat().status_code == 200 and not stage.spare.requests
+    assert stage.main.requests[0].header("Authorization") == f"Bearer {SECRET}"
+
+
+# -- Relay: failures -----------------------------------------------------------------
+
+RETRY_7, RETRY_DATE = ("Retry-After", "7"), ("Retry-After", "Fri, 01 Jan 2027 00:00:00")
+GZIP, HTML = ("Content-Encoding", "gzip"), ("Content-Type", "text/html")
+ZIPPED = bytes.fromhex("1f8b0800000000000003abae0500")
+
+
+def typed(data: bytes, kind: str = "application/json", status: int = 200) -> Answer:
+    """Answer these bytes under this content type."""
+    size = ("Content-Length", str(len(data)))
+    return raw(head(status, ("Content-Type", kind), size, CLOSE) + data)
+
+
+FAILURES = {
+    "401": (deepseek_error(401, f"Bad key {SECRET}"), "no"),
+    "402": (json_answer({}, 402), "no"),
+    "403": (json_answer({}, 403), "no"),
+    "429": (json_answer({}, 429), "2"),
+    "429 with Retry-After": (json_answer({}, 429, [RETRY_7]), "7"),
+    "429 with a date": (json_answer({}, 429, [RETRY_DATE]), "2"),
+    "429 with an age": (json_answer({}, 429, [("Retry-After", "86400")]), "60"),
+    "503": (json_answer({}, 503, [RETRY_7]), "7"),
+    "529": (json_answer({}, 529), "2"),
+    "500": (json_answer({"error": {"message": SECRET}}, 500), "2"),
+    "502": (typed(b"<html>", "text/html", 502), "2"),
+    "204": (raw(head(204, CLOSE)), "no"),
+    "201": (json_answer(chat_json("hi"), 201), "no"),
+    "418": (json_answer({}, 418), "no"),
+    "103 for ever": (endless("informational"), "no"),
+    "HTML": (typed(b"<html>hello", "text/html"), "no"),
+    "plain text": (typed(b"{}", "text/plain"), "no"),
+    "no content type": (raw(head(200, CLOSE, ("Content-Length", "2")) + b"{}"), "no"),
+    "broken JSON": (typed(b'{"choices": ['), "no"),
+    "an array": (typed(b"[]"), "no"),
+    "null": (typed(b"null"), "no"),
+    "an empty body": (typed(b""), "no"),
+    "deep nesting": (typed(b"[" * 100_000), "no"),
+    "no UTF-8": (typed(b'{"a": "\xff\xfe\xfa"}'), "no"),
+    "UTF-16": (typed(json.dumps(chat_json("hi")).encode("utf-16")), "no"),
+    "compressed": (raw(head(200, JSON, GZIP, CLOSE) + ZIPPED), "no"),
+    "an error in a 200": (json_answer({"error": {"message": SECRET}}), "no"),
+    "a text error in a 200": (json_answer({"error": SECRET}), "no"),
+    "a cut body": (json_answer(chat_json("hi"), cut=40), "no"),
+    "a cut chunked body": (
+        raw(head(200, JSON, CHUNKED) + chunk(b'{"choices": []}')), "no"
+    ),
+    "no answer": (raw(b""), "no"),
+    "a reset": (raw(b"", reset=True), "no"),
+    "a reset in the body": (raw(PLAIN + b'{"a": ', reset=True), "no"),
+    "half a head": (raw(b"HTTP/1.1 200 OK\r\nContent-Ty"), "no"),
+    "no HTTP": (raw(b"SSH-2.0-OpenSSH_9.2\r\n"), "no"),
+    "endless headers": (endless("headers"), "no"),
+    "a bad chunk": (raw(head(200, JSON, CHUNKED) + b"zz\r\n{}"), "no"),
+    "an answer over MAX_ANSWER": (endless("body"), "no"),
+}  # fmt: skip
+
+
+def assert_unavailable(stage: Stage, response: Any, retry: str) -> None:
+    """Assert a 503 that tells nothing of the upstream and costs nothing."""
+    error = error_of(response)
+    assert (response.status_code, error["code"]) == (503, "provider_unavailable")
+    assert error["type"] == "api_error" and retry_of(response) == retry
+    assert SECRET not in response.text and SECRET[-4:] not in response.text
+    row = stage.row(response)
+    assert (row["state"], row["cost"], row["status"]) == (proxy.RELEASED, 0, 503)
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_whatever_fails_upstream_is_a_free_503(stage, name):
+    answer, retry = FAILURES[name]
+    stage.main.script = [answer]
+    assert_unavailable(stage, stage.chat(), retry)
+    assert len(stage.main.requests) == 1
+
+
+@pytest.mark.parametrize("start", [b"", PLAIN], ids=["sized", "until the end"])
+def test_a_json_answer_cut_anywhere_is_a_503(stage, start):
+    body = json.dumps(chat_json("hi", x="\U0001f600")).encode()
+    sized = head(200, JSON, ("Content-Length", str(len(body))))
+    cuts = range(len(body))
+    stage.main.script = [raw((start or sized) + body[:n]) for n in cuts]
+    assert {stage.chat().status_code for _ in cuts} == {503}
+
+
+@pytest.mark.parametrize(
+    "name", ["401", "429", "500", "HTML", "no answer", "an error in a 200"]
+)
+def test_a_stream_that_never_began_fails_with_a_status(stage, name):
+    answer, retry = FAILURES[name]
+    stage.main.script = [answer]
+    assert_unavailable(stage, stage.chat(stream=True), retry)
+
+
+@pytest.mark.parametrize(
+    "model, retry", [("dead", "2"), ("lost", "2"), ("unset", "no")]
+)
+def test_an_upstream_that_cannot_be_reached_is_a_free_503(
+    stage, monkeypatch, model, retry
+):
+    known = socket.getaddrinfo
+
+    def resolve(host: str, *rest: Any, **more: Any) -> list:
+        if host == "nowhere.invalid":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return known(host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    response = stage.chat(model)
+    assert_unavailable(stage, response, retry)
+    assert UNSET not in response.text
+
+
+def test_an_upstream_without_tls_is_a_free_503(stage):
+    response = stage.chat("tls")
+    assert_unavailable(stage, response, retry_of(response))
+
+
+def test_a_model_without_its_key_says_so(stage):
+    assert "not configured" in error_of(stage.chat("unset"))["message"]
+
+
+SECRET_TOLD = f"Bad key {SECRET}, yours ends in {SECRET[-4:]}"
+PASSED = {
+    "OpenAI": (
+        {
+            "error": {
+                "message": "No",
+                "type": "x",
+                "param": "top_p",
+                "code": "bad_value",
+            }
+        },
+        ("No", "top_p", "bad_value"),
+    ),
+    "llama.cpp": (
+        {"error": {"code": 400, "message": "Too long", "type": "exceed"}},
+        ("Too long", None, "invalid_request"),
+    ),
+    "vLLM": (
+        {"object": "error", "message": "Why", "type": "B", "param": None, "code": 400},
+        ("Why", None, "invalid_request"),
+    ),
+    "text": ({"error": "Denied"}, ("Denied", None, "invalid_request")),
+    "FastAPI": ({"detail": "Gone"}, ("Gone", None, "invalid_request")),
+    "nothing": ({}, ("The provider refused this.", None, "invalid_request")),
+    "a list": ([], ("The provider refused this.", None, "invalid_request")),
+    "odd types": (
+        {"error": {"message": "M", "param": 5, "code": {}}},
+        ("M", None, "invalid_request"),
+    ),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [400, 404, 413, 422])
+@pytest.mark.parametrize("name", PASSED)
+def test_the_clients_own_mistakes_pass_free_of_charge(stage, name, status, stream):
+    answer, told = PASSED[name]
+    stage.main.script = [json_answer(answer, status)]
+    response = stage.chat(stream=stream)
+    error = error_of(response)
+    assert response.status_code == status and error["type"] == "invalid_request_error"
+    assert (error["message"], error["param"], error["code"]) == told
+    row = stage.row(response)
+    assert (row["state"], row["cost"], row["status"]) == (proxy.RELEASED, 0, status)
+
+
+def test_fastapis_list_of_details_is_told(stage):
+    detail = [{"loc": ["body", "messages"], "msg": "Field required", "type": "missing"}]
+    stage.main.script = [json_answer({"detail": detail}, 422)]
+    assert "Field required" in error_of(stage.chat())["message"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"error": {"message": SECRET_TOLD, "code": SECRET, "param": SECRET}},
+        {"error": SECRET_TOLD},
+        {"detail": SECRET_TOLD},
+        {"detail": [{"msg": SECRET_TOLD}]},
+        {"message": SECRET_TOLD},
+    ],
+)
+def test_the_operators_key_is_cut_out_of_a_message(stage, answer):
+    stage.main.script = [json_answer(answer, 400)]
+    response = stage.chat()
+    assert response.status_code == 400 and "Bad key" in response.text
+    assert SECRET not in response.text and SECRET[-4:] not in response.text
+
+
+@pytest.mark.parametrize(
+    "answer, status, asked",
+    [
+        (json_answer({}, 429), 200, 1),
+        (json_answer({}, 503), 200, 1),
+        (json_answer({}, 529), 200, 1),
+        (json_answer({}, 401), 200, 1),
+        (json_answer({}, 500), 503, 0),
+        (json_answer({}, 400), 400, 0),
+        (json_answer(chat_json("hi"), cut=40), 503, 0),
+        (raw(b""), 503, 0),
+        (typed(b"<html>", "text/html"), 503, 0),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_next_upstream_is_asked_while_nothing_can_be_generated(
+    stage, answer, status, asked, stream
+):
+    stage.main.script = [answer]
+    stage.spare.script = [json_answer(chat_json("from the spare", "gpt-spare"))]
+    response = stage.chat("two", stream=stream)
+    assert response.status_code == status
+    assert len(stage.main.requests) == 1 and len(stage.spare.requests) == asked
+    assert [one.json["model"] for one in stage.spare.requests] == ["gpt-spare"] * asked
+    assert ("from the spare" in response.text) == bool(asked)
+    assert SECRET not in str([one.headers for one in stage.spare.requests])
+
+
+@pytest.mark.parametrize("model", ["dead-first", "unset-first"])
+def test_an_upstream_that_cannot_be_asked_is_passed_over(stage, model):
+    stage.spare.script = [json_answer(chat_json("hi", "gpt-spare"))]
+    assert stage.chat(model).json["model"] == model and not stage.main.requests
+
+
+def test_when_all_upstreams_are_busy_the_client_is_told_when_to_come_back(stage):
+    stage.main.script = [json_answer({}, 429)]
+    stage.spare.script = [json_answer({}, 503, [RETRY_7])]
+    assert_unavailable(stage, stage.chat("two"), "7")
+
+
+def test_a_stream_that_was_cut_is_not_asked_for_elsewhere(stage):
+    stage.main.script = [sse(chat_chunks("a b c"), cut=200)]
+    assert "error" in documents(stage.chat("two", stream=True).data)[-1]
+    assert not stage.spare.requests
+
+
+# -- Relay: streams ------------------------------------------------------------------
+
+
+def story(newline: bytes = b"\n", done: bool = True) -> bytes:
+    """Return a short stream with comments, emoji, a split data and an odd field."""
+    lines = [
+        b": connected",
+        b"",
+        'data: {"model":"gpt-test","choices":[{"delta":{"content":"😀"}}]}'.encode(),
+        b"",
+        b"event: x",
+        b"id: 7",
+        b'data:{"model":"gpt-test",',
+        b'data: "choices":[{"delta":{"content":"\xe4\xb8\xad"}}]}',
+        b"",
+        b": keep-alive",
+        b'data: {"choices":[{"delta":{},"finish_reason":"stop"}],"usage":null}',
+        b"",
+        b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}',
+        b"",
+        *([b"data: [DONE]", b""] if done else []),
+    ]
+    return b"".join(line + newline for line in lines)
+
+
+def visible(data: bytes) -> list[Any]:
+    """Return the events that a client is to get of what an upstream sent."""
+    ours = sse_events(data.replace(b'"gpt-test"', b'"chat"'))
+    events = [json.loads(e) for e in ours if e != "[DONE]" and '"choices":[],' not in e]
+    return events
+
+
+def assert_no_silent_half(got: bytes, sent: bytes, whole: bytes) -> None:
+    """Assert that all events of `sent` came, and then an end or an error event."""
+    ideal, complete = visible(whole), visible(sent)
+    *events, last = documents(got)
+    assert got.decode() and got.endswith((b"\n\n", b"\r\n\r\n", b"\r\n\r"))
+    assert events == ideal[: len(events)] and len(events) >= len(complete)
+    ended = last == "DONE"
+    assert events == ideal if ended else last["error"]["code"] == "provider_unavailable"
+
+
+def pieces_of(data: bytes, size: int, cut: bool) -> Iterator[bytes]:
+    """Yield data in pieces; a cut connection raises at its end, as a chunked one."""
+    yield from split(data, size)
+    if cut:
+        raise proxy.UpstreamFailed("IncompleteRead")
+
+
+@pytest.fixture(scope="module")
+def relayed(in_process: InProcess):
+    """relayed(pieces) -> what proxy.Relay makes of them, without ledger and socket."""
+    model = in_process.app.extensions["proxy"].config.models["chat"]
+    body = proxy.to_json({"model": "chat", "messages": SAY_HELLO, "stream": True})
+    lease = proxy.Lease("req_1", "team", "main", 0, 10**6, 1000)
+    services = MagicMock()
+
+    def relay(pieces: Iterable[bytes]) -> bytes:
+        answer = proxy.Answer(pieces, True)
+        services.upstreams.dialect.return_value.send.return_value = answer
+        services.upstreams.dialect.return_value.cap_name.return_value = "max_tokens"
+        call = proxy.parse_call("chat/completions", body)
+        one = proxy.Relay(services, call, model, lease, proxy.Watch())
+        one.respond()
+        try:
+            return b"".join(one)
+        finally:
+            one.close()
+
+    return relay
+
+
+@pytest.mark.parametrize("size", [1, 3, 4096])
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("done", [True, False])
+def test_a_whole_stream_gives_the_same_events_in_any_pieces(
+    relayed, size, newline, done
+):
+    whole = story(newline, done)
+    got = relayed(pieces_of(whole, size, cut=False))
+    assert documents(got) == [*visible(whole), "DONE"]
+    assert got.count(b": connected") == got.count(b": keep-alive") == 1
+
+
+@pytest.mark.parametrize("size", [1, 3, 4096])
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("done", [True, False])
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_stream_cut_anywhere_is_never_a_silent_half(
+    relayed, size, newline, done, cut
+):
+    whole = story(newline, done)
+    for end in range(len(whole)):
+        got = relayed(pieces_of(whole[:end], size, cut))
+        assert_no_silent_half(got, whole[:end], whole)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_connection_cut_anywhere_is_never_a_silent_half(stage, chunked):
+    whole = story(b"\n")
+    cuts = range(len(whole))
+    stage.main.script = [sse([whole], done=False, cut=n, chunked=chunked) for n in cuts]
+    for end in cuts:
+        got = stage.chat(stream=True).data
+        assert_no_silent_half(got, whole[:end], whole)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("size", [1, 3, 4096])
+def test_a_stream_arrives_whole_over_a_connection(stage, chunked, newline, size):
+    whole = story(newline)
+    stage.main.script = [sse([whole], done=False, pieces=size, chunked=chunked)]
+    response = stage.chat(stream=True)
+    assert documents(response.data) == [*visible(whole), "DONE"]
+    row = stage.row(response)
+    assert (row["cost"], row["estimated"], row["status"]) == (3 + 4, 0, 200)
+
+
+def test_events_comments_and_unknown_fields_are_untouched(stage):
+    chunks = [json.dumps(one).encode() for one in chat_chunks("a b", "gpt-test")[:-1]]
+    blocks = [
+        b"event: odd\nid: 1\nretry: 5\nx: y\ndata: %s\n\n" % one for one in chunks
+    ]
+    whole = b": one\n\n" + b": two\n".join(blocks) + b"data: [DONE]\n\n"
+    stage.main.script = [sse([whole], done=False)]
+    response = stage.chat(stream=True)
+    assert response.data == whole.replace(b'"gpt-test"', b'"chat"')
+    assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["X-Accel-Buffering"] == "no"
+    assert response.headers["Cache-Control"] == "no-cache"
+
+
+@pytest.mark.parametrize(
+    "options, asked, comes",
+    [
+        (None, {"include_usage": True}, 0),
+        ({}, {"include_usage": True}, 0),
+        ({"include_usage": False, "x": 1}, {"include_usage": True, "x": 1}, 0),
+        ({"include_usage": True}, {"include_usage": True}, 1),
+    ],
+)
+def test_the_usage_chunk_comes_only_if_the_client_asked(stage, options, asked, comes):
+    chunks = chat_chunks("a b", usage=usage_of(1000, 10))
+    stage.main.script = [sse(chunks)]
+    response = stage.chat(stream=True, stream_options=options)
+    events = documents(response.data)
+    assert stage.main.requests[0].json["stream_options"] == asked
+    assert len(events) == len(chunks) + comes and events[-1] == "DONE"
+    assert [one for one in events[:-1] if not one["choices"]] == [
+        {**one, "model": "chat"} for one in chunks[-1:] * comes
+    ]
+    assert stage.row(response)["cost"] == 1020
+
+
+def test_usage_in_the_finish_chunk_is_charged_and_kept(stage):
+    chunks = chat_chunks("a b", include_usage_chunk=False)
+    chunks[-1]["usage"] = usage_of(1000, 10, prompt_cache_hit_tokens=400)
+    stage.main.script = [sse(chunks)]
+    response = stage.chat(stream=True)
+    assert documents(response.data)[-2]["usage"] == chunks[-1]["usage"]
+    assert stage.row(response)["cost"] == 660
+
+
+def test_running_usage_is_charged_once(stage):
+    chunks = chat_chunks("a b c", include_usage_chunk=False)
+    for number, one in enumerate(chunks):
+        one["usage"] = usage_of(100, number)
+    stage.main.script = [sse(chunks)]
+    response = stage.chat(stream=True)
+    assert documents(response.data)[-1] == "DONE"
+    assert stage.row(response)["cost"] == 100 + 2 * (len(chunks) - 1)
+
+
+def test_a_stream_without_usage_is_charged_an_estimate(stage):
+    chunks = chat_chunks("x" * 400, include_usage_chunk=False)
+    stage.main.script = [sse(chunks)]
+    response = stage.chat(stream=True)
+    assert documents(response.data)[-1] == "DONE"
+    row = stage.row(response)
+    assert (row["estimated"], row["output"], row["status"]) == (1, 100, 200)
+    assert row["cost"] == row["input"] + 200
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "insufficient_system_resource"])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_finished_stream_without_done_gets_one(stage, reason, chunked):
+    chunks = chat_chunks("a b", finish=reason)
+    stage.main.script = [sse(chunks, done=False, chunked=chunked)]
+    response = stage.chat(stream=True)
+    assert documents(response.data)[-1] == "DONE" and response.data.count(b"DONE") == 1
+    assert stage.row(response)["status"] == 200
+
+
+def ends_in_error(stage: Stage, response: Any) -> dict:
+    """Return the error event that a stream ends with; nothing follows it."""
+    data = response.data
+    *_, last = documents(data)
+    assert list(last) == ["error"] and b"[DONE]" not in data
+    assert list(last["error"]) == ["message", "type", "param", "code"]
+    assert SECRET not in data.decode()
+    return last["error"]
+
+
+HALF = chat_chunks("one two", finish=None, include_usage_chunk=False)
+BROKEN = {
+    "without a finish": sse(HALF, done=False),
+    "closed without a finish": sse(HALF, done=False, chunked=False),
+    "cut in a chunk": sse(HALF, cut=450),
+    "cut in a line": sse(HALF, cut=450, chunked=False),
+    "reset": raw(STREAM + sse_bytes(HALF, done=False), reset=True),
+    "an error": sse([*HALF, {"error": {"message": SECRET}}], done=False),
+    "an error, then [DONE]": sse([*HALF, {"error": {"message": SECRET, "code": 5}}]),
+    "a text error": sse([*HALF, {"error": SECRET}]),
+    "an error after the finish": sse([*chat_chunks("a"), {"error": {"message": "x"}}]),
+    "short of its length": raw(
+        head(200, EVENTS, ("Content-Length", "9999")) + sse_bytes(HALF, done=False)
+    ),
+    "a line over 1 MB": raw(STREAM + sse_bytes(HALF, done=False) + b"x" * 1_200_000),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_stream_that_breaks_ends_in_an_error_event(stage, name):
+    stage.main.script = [BROKEN[name]]
+    response = stage.chat(stream=True)
+    assert response.status_code == 200
+    assert ends_in_error(stage, response)["code"] == "provider_unavailable"
+    row = stage.row(response)
+    assert (row["state"], row["status"]) == (proxy.SETTLED, 503)
+    assert 0 < row["cost"] <= 20
+
+
+def test_an_endless_line_ends_in_an_error_event(stage):
+    stage.main.script = [endless("line")]
+    response = stage.chat(stream=True)
+    assert ends_in_error(stage, response)["code"] == "provider_unavailable"
+    assert stage.main.requests[0].closed.wait(2) and stage.row(response)["cost"] == 0
+
+
+def test_a_stream_that_breaks_before_its_first_text_is_free(stage):
+    stage.main.script = [sse([b": hello\n\n"], done=False)]
+    response = stage.chat(stream=True)
+    assert ends_in_error(stage, response) and stage.row(response)["cost"] == 0
+
+
+@pytest.mark.parametrize("error", [None, {}, "", False, []])
+def test_an_empty_error_is_none(stage, error):
+    chunks = [{**one, "error": error} for one in chat_chunks("a b")]
+    stage.main.script = [sse(chunks), json_answer({**chat_json("a b"), "error": error})]
+    assert stream_text(stage.chat(stream=True).data) == said(stage.chat()) == "a b"
+
+
+@pytest.mark.parametrize(
+    "text", ["[DONE]", "data: [DONE]\n\n", '"error": {"message": 1}', '{"error": 1}']
+)
+def test_text_that_looks_like_an_end_is_text(stage, text):
+    chunks = [chat_chunk("gpt-test", {"content": one}) for one in (text, "more")]
+    stage.main.script = [sse([*chunks, chat_chunk("gpt-test", {}, "stop")])]
+    assert stream_text(stage.chat(stream=True).data) == f"{text}more"
+
+
+def test_all_choices_must_finish(stage):
+    def part(index: int, text: str, finish: str | None = None) -> dict:
+        one = {"index": index, "delta": {"content": text}, "finish_reason": finish}
+        return completion("gpt-test", "chat.completion.chunk", [one])
+
+    events = [part(0, "a"), part(1, "b"), part(0, "", "stop"), part(1, "half of")]
+    stage.main.script = [sse(events, done=False, chunked=False)]
+    assert ends_in_error(stage, stage.chat(stream=True, n=2))
+
+
+@pytest.mark.parametrize(
+    "path, asked, indices",
+    [
+        ("chat/completions", {"n": 2}, [0, 1]),
+        ("completions", {"prompt": ["a", "b"], "n": 2}, [3, 0, 1, 2]),
+        ("completions", {"prompt": [1, 2], "n": 1, "best_of": 3}, [0]),
+        ("chat/completions", {}, [None]),
+    ],
+)
+def test_choices_that_have_all_finished_end_in_done(stage, path, asked, indices):
+    choices = [{"index": one, "delta": {}, "finish_reason": "stop"} for one in indices]
+    events = [completion("gpt-test", "chunk", [one]) for one in choices]
+    stage.main.script = [sse(events, done=False), sse(events[:-1], done=False)]
+    body = {"model": "chat", "messages": SAY_HELLO, "stream": True, **asked}
+    assert documents(stage.post(path, body).data)[-1] == "DONE"
+    assert ends_in_error(stage, stage.post(path, body))
+
+
+def test_a_name_that_changes_within_a_stream_is_still_the_clients(stage):
+    filtered = {
+        "choices": [],
+        "model": "",
+        "prompt_filter_results": [],
+    }  # Azure's first
+    chunks = [filtered, *chat_chunks("a b"), *chat_chunks("c", "gpt-test-0613")]
+    stage.main.script = [sse(chunks)]
+    *events, _ = documents(stage.chat(stream=True).data)
+    assert {one["model"] for one in events} == {"chat"}
+
+
+def test_legacy_completions_stream(stage):
+    def part(text: str, finish: str | None) -> dict:
+        one = {"text": text, "index": 0, "finish_reason": finish}
+        return completion("gpt-test", "text_completion", [one])
+
+    usage = completion("gpt-test", "text_completion", [], usage=usage_of(7, 2))
+    stage.main.script = [sse([part("a", None), part("b", "stop"), usage])]
+    body = {"model": "chat", "prompt": "x", "stream": True}
+    response = stage.post("completions", body)
+    *events, last = documents(response.data)
+    assert (
+        "".join(one["choices"][0]["text"] for one in events) == "ab" and last == "DONE"
+    )
+    assert stage.main.requests[0].json["stream_options"] == {"include_usage": True}
+    assert stage.row(response)["cost"] == 11
+
+
+def responses_events(last: str = "response.completed", **more: Any) -> list[bytes]:
+    """Return the events of /v1/responses."""
+    about = {"id": "resp_1", "model": "gpt-test", "usage": None, "error": None}
+    events = [
+        {"type": "response.created", "response": about},
+        {"type": "response.output_text.delta", "delta": "Hello"},
+        {"type": "response.output_text.done", "text": "Hello"},
+        {"type": last, "response": {**about, "usage": RESPONSES_USAGE, **more}},
+    ]
+    named = [(one["type"].encode(), json.dumps(one).encode()) for one in events]
+    return [b"event: %s\ndata: %s\n\n" % pair for pair in named]
+
+
+@pytest.mark.parametrize(
+    "last, error",
+    [
+        ("response.completed", None),
+        ("response.incomplete", None),
+        ("response.failed", {"code": "server_error", "message": "x"}),
+    ],
+)
+def test_responses_end_with_their_own_last_event(stage, last, error):
+    events = responses_events(last, error=error)
+    stage.main.script = [sse(events, done=False)]
+    response = stage.post("responses", {"model": "chat", "input": "x", "stream": True})
+    whole = b"".join(events).replace(b'"gpt-test"', b'"chat"')
+    assert response.data == whole and stage.row(response)["cost"] == 660
+    assert "stream_options" not in stage.main.requests[0].json
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_responses_without_their_last_event_end_in_an_error_event(stage, kept):
+    stage.main.script = [sse(responses_events()[:kept], done=False, chunked=False)]
+    response = stage.post("responses", {"model": "chat", "input": "x", "stream": True})
+    assert ends_in_error(stage, response)["code"] == "provider_unavailable"
+
+
+# -- Relay: time ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer, limit",
+    [
+        (stall(before_headers=False), "STALL_TIMEOUT"),
+        (sse(HALF, gate=threading.Event()), "STALL_TIMEOUT"),
+        (endless("comments"), "STALL_TIMEOUT"),
+        (endless("comments"), "STREAM_TIMEOUT"),
+        (endless("events"), "STREAM_TIMEOUT"),
+        (trickle(sse_bytes(HALF), 0.03, STREAM), "STREAM_TIMEOUT"),
+    ],
+)
+def test_a_stream_that_takes_too_long_ends_in_an_error_event(
+    stage, monkeypatch, answer, limit
+):
+    monkeypatch.setattr(proxy, limit, 0.2)
+    stage.main.script = [answer]
+    started = time.monotonic()
+    response = stage.chat(stream=True)
+    assert ends_in_error(stage, response)["code"] == "provider_unavailable"
+    assert 0.15 < time.monotonic() - started < 5
+    assert stage.main.requests[0].closed.wait(2)
+    assert stage.row(response)["status"] == 503
+
+
+def test_a_stream_that_goes_on_is_no_stall(stage, monkeypatch):
+    monkeypatch.setattr(proxy, "STALL_TIMEOUT", 0.5)
+    stage.main.script = [sse(chat_chunks("a b c d e f g"), delay=0.08)]
+    assert stream_text(stage.chat(stream=True).data) == "a b c d e f g"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "answer",
+    [stall(), endless("blanks"), trickle(b"{}", 9), trickle(PLAIN, 0.05, b"")],
+)
+def test_an_answer_that_takes_too_long_is_a_free_503(
+    stage, monkeypatch, answer, stream
+):
+    monkeypatch.setattr(proxy, "ANSWER_TIMEOUT", 0.2)
+    stage.main.script = [answer]
+    started = time.monotonic()
+    assert_unavailable(stage, stage.chat(stream=stream), "no")
+    assert time.monotonic() - started < 5 and stage.main.requests[0].closed.wait(2)
+
+
+def test_done_is_not_held_back_by_an_upstream_that_stays(stage):
+    def answer(request: Request) -> None:
+        request.send(head(200, EVENTS, CHUNKED) + chunk(sse_bytes(chat_chunks("a"))))
+        request.wait(request.connection.server.released)
+
+    stage.main.script = [answer]
+    started = time.monotonic()
+    assert documents(stage.chat(stream=True).data)[-1] == "DONE"
+    assert time.monotonic() - started < 2 and stage.main.requests[0].closed.wait(2)
+
+
+# -- Relay: connections --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", [b"y", b"y\ndata: "], ids=["one line", "many"])
+def test_a_large_event_in_small_pieces_costs_linear_time(line):
+    """900 KB in pieces of 1,400 took 6 s of CPU when all was looked at anew."""
+    event = b'data: {"x": "' + line * (900_000 // len(line)) + b'"}\n\n'
+    buffer, started = proxy.EventBuffer(), time.thread_time()
+    assert b"".join(map(buffer.feed, split(event, 1400))) == event
+    assert time.thread_time() - started < 1
+
+
+def connections_of(stage: Stage, before: int) -> int:
+    """Return how many connections the main upstream has got since `before`."""
+    return len(stage.main.connections) - before
+
+
+@pytest.mark.parametrize(
+    "stream, answers",
+    [
+        (False, [json_answer(chat_json("a"))] * 3),
+        (True, [sse(chat_chunks("a"))] * 3),
+        (True, [sse(chat_chunks("a"), done=False)] * 3),
+        (True, [sse(chat_chunks("a"), pieces=1)] * 3),
+        (True, [sse(chat_chunks("a")), json_answer({}, 400), json_answer({}, 429)]),
+    ],
+)
+def test_a_connection_is_used_again(stage, stream, answers):
+    stage.main.script = [json_answer({}, 500, [CLOSE]), *answers]
+    stage.app.extensions["proxy"].upstreams.close()
+    stage.chat()
+    before = len(stage.main.connections)
+    for _ in answers:
+        assert stage.chat(stream=stream).data
+    assert connections_of(stage, before) == 1 and len(stage.main.requests) == 4
+
+
+def unclean(request: Request) -> None:
+    """Answer, then close without having said so."""
+    json_answer(chat_json("a"))(request)
+    request.connection.sock.shutdown(socket.SHUT_WR)
+    request.keep = False
+    request.connection.server.released.set()
+
+
+def babbling(request: Request) -> None:
+    """Answer, then send the answer to a question that nobody asked."""
+    body = json.dumps(chat_json("smuggled")).encode()
+    json_answer(chat_json("a"))(request)
+    request.send(head(200, JSON, ("Content-Length", str(len(body)))) + body)
+    request.connection.server.released.set()
+
+
+@pytest.mark.parametrize("first", [unclean, babbling])
+def test_a_connection_that_is_not_quiet_is_not_used_again(stage, first):
+    stage.main.script = [first, json_answer(chat_json("b"))]
+    assert said(stage.chat()) == "a"
+    assert stage.main.released.wait(2)
+    assert said(stage.chat()) == "b" and len(stage.main.requests) == 2
+
+
+def hinting(request: Request) -> None:
+    """Send Early Hints long before the answer (RFC 9110 §15.2)."""
+    request.send(head(103, ("Link", "</style.css>")))
+    request.wait(None, 0.1)
+    json_answer(chat_json("of the first"))(request)
+
+
+def test_an_answer_after_early_hints_is_nobody_elses(stage):
+    stage.main.script = [hinting, json_answer(chat_json("of the second"))]
+    stage.chat()
+    assert said(stage.chat()) == "of the second"
+
+
+HI = json.dumps(chat_json("hi")).encode()
+OK, TYPE = b"HTTP/1.1 200 OK\r\n", b"content-type:application/json\r\n"
+SIZE = b"%X" % len(HI)
+CODED = OK + TYPE + b"Transfer-Encoding: chunked\r\n\r\n"
+LAST_CHUNK = b"\r\n0\r\n\r\n"
+ONE_CHUNK = chunk(HI) + chunk(b"")
+COUNTED = b"Content-Length: %d\r\n\r\n" % len(HI) + HI
+GOOD_WIRES = {
+    "a chunk": CODED + SIZE + b"\r\n" + HI + LAST_CHUNK,
+    "chunks of a byte": CODED + b"".join(map(chunk, [*split(HI, 1), b""])),
+    "an extension": CODED + SIZE + b';a="b"\r\n' + HI + b"\r\n0;x\r\n\r\n",
+    "a trailer": CODED + SIZE + b"\r\n" + HI + b"\r\n0\r\nX: 1\r\nY: 2\r\n\r\n",
+    "a zero before the size": CODED + b"00" + SIZE + b"\r\n" + HI + LAST_CHUNK,
+    "Chunked": CODED.replace(b"chunked", b"Chunked") + ONE_CHUNK,
+    "a length": OK + TYPE + COUNTED,
+    "no reason": b"HTTP/1.1 200\r\n" + TYPE + COUNTED,
+    "100 first": b"HTTP/1.1 100 Continue\r\n\r\n" + OK + TYPE + COUNTED,
+    "103 twice": head(103, ("Link", "x")) * 2 + OK + TYPE + COUNTED,
+}  # fmt: skip
+UNTIL_THE_END = {
+    "HTTP/1.0": b"HTTP/1.0 200 OK\r\n" + TYPE + b"\r\n" + HI,
+    "no length": OK + TYPE + b"\r\n" + HI,
+}
+CHUNK_SIZES = [b"-5", b"+5", b"0x5", b"1_0", b"", b" ", b"g", b"F" * 40]
+BAD_WIRES = [
+    *(CODED + size + b"\r\n" + HI + LAST_CHUNK for size in CHUNK_SIZES),
+    CODED + SIZE + b"\r\n" + HI + b"XX0\r\n\r\n",
+    OK + TYPE + b"Content-Length: 2\r\n" + COUNTED,
+    OK + TYPE + b"Content-Length: 2\r\n" + CODED.removeprefix(OK) + ONE_CHUNK,
+    OK + TYPE + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + ONE_CHUNK,
+    OK + TYPE + b"Content-Length: +5\r\n\r\n" + HI,
+    OK + TYPE + b"Content-Length: 1_0\r\n\r\n" + HI,
+    OK + TYPE + b"Content-Length : 5\r\n\r\n" + HI,
+    b"HTTP/2 200 OK\r\n" + TYPE + COUNTED,
+    b"HTTP/1.1 20 OK\r\n" + TYPE + COUNTED,
+    b"HTTP/1.1 2000 OK\r\n" + TYPE + COUNTED,
+    head(101, ("Upgrade", "websocket")) + OK + TYPE + COUNTED,
+    head(103) * 1000 + OK + TYPE + COUNTED,
+]  # fmt: skip
+
+
+def wire(data: bytes, pieces: int, ends: bool = False) -> Answer:
+    """Send these bytes in pieces, and end the connection only if told to."""
+
+    def answer(request: Request) -> None:
+        request.keep = not ends
+        for piece in split(data, pieces):
+            request.send(piece)
+
+    return answer
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 10_000])
+@pytest.mark.parametrize("name", GOOD_WIRES)
+def test_an_answer_is_read_as_rfc_9112_has_it(stage, name, pieces):
+    stage.main.script = [wire(GOOD_WIRES[name], pieces)] * 2
+    assert [said(stage.chat()), said(stage.chat())] == ["hi", "hi"]
+    assert stage.main.requests[0].connection is stage.main.requests[1].connection
+
+
+@pytest.mark.parametrize("pieces", [1, 10_000])
+@pytest.mark.parametrize("name", UNTIL_THE_END)
+def test_an_answer_without_a_length_ends_with_its_connection(stage, name, pieces):
+    stage.main.script = [wire(UNTIL_THE_END[name], pieces, ends=True)] * 2
+    assert [said(stage.chat()), said(stage.chat())] == ["hi", "hi"]
+
+
+@pytest.mark.parametrize("data", BAD_WIRES, ids=itertools.count())
+def test_an_ambiguous_answer_is_a_503_and_its_connection_is_given_up(stage, data):
+    stage.main.script = [wire(data, 10_000), json_answer(chat_json("next"))]
+    assert_unavailable(stage, stage.chat(), "no")
+    assert said(stage.chat()) == "next"
+    first, second = stage.main.requests
+    assert first.connection is not second.connection and first.closed.wait(2)
+
+
+@pytest.mark.parametrize("name", ["a trailer", "a length", "103 twice"])
+def test_an_answer_cut_anywhere_on_the_wire_is_a_503(stage, name):
+    data = GOOD_WIRES[name]
+    cuts = range(len(data))
+    stage.main.script = [wire(data[:n], 10_000, ends=True) for n in cuts]
+    assert {stage.chat().status_code for _ in cuts} == {503}
+
+
+def test_a_stale_connection_is_not_used_again(stage, monkeypatch):
+    stage.main.script = [json_answer(chat_json("a")), json_answer(chat_json("b"))]
+    stage.app.extensions["proxy"].upstreams.close()
+    before = len(stage.main.connections)
+    assert said(stage.chat()) == "a"
+    monkeypatch.setattr(proxy, "UPSTREAM_IDLE", 0)
+    assert said(stage.chat()) == "b" and connections_of(stage, before) == 2
+
+
+# -- Relay: clients on a socket ------------------------------------------------------
+
+
+def test_the_headers_of_a_stream_come_at_once(real):
+    real.main.script = [stall(before_headers=False)]
+    started = time.monotonic()
+    with chat(real.url, TEAM_KEY, stream=True) as response:
+        assert response.headers["X-Accel-Buffering"] == "no"
+        assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("first", [chat_chunk("gpt-test", {"content": "a"}), b": hi\n"])
+def test_the_first_event_comes_at_once(real, first, chunked):
+    real.main.script = [sse([first], gate=threading.Event(), chunked=chunked)]
+    started = time.monotonic()
+    with chat(real.url, TEAM_KEY, stream=True) as response:
+        assert response.raw.read1(10)
+        assert time.monotonic() - started < 2
+
+
+def request_bytes(path: str, body: bytes, key: str = TEAM_KEY) -> bytes:
+    """Return a POST of JSON as it stands on the wire."""
+    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Authorization: Bearer {key}"]
+    lines += ["Content-Type: application/json", f"Content-Length: {len(body)}", "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def read_until(sock: socket.socket, wanted: bytes) -> bytes:
+    """Read until `wanted` has come."""
+    received = b""
+    while wanted not in received:
+        received += sock.recv(65536)
+    return received
+
+
+LEAVERS = {
+    "JSON, before the headers": (False, stall(), 0),
+    "JSON, in the body": (False, trickle(b'{"choices": []}', 5), 0),
+    "stream, before the headers": (True, stall(), 0),
+    "stream, before the first event": (True, stall(before_headers=False), 0),
+    "stream, after one event": (
+        True,
+        sse(
+            [chat_chunk("gpt-test", {"content": "x" * 400})] * 2, gate=threading.Event()
+        ),
+        1,
+    ),
+    "stream, of comments": (True, endless("comments"), 0),
+}
+
+
+def shut_down_writing(sock: socket.socket) -> None:
+    sock.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("leave", [socket.socket.close, shut_down_writing])
+@pytest.mark.parametrize("name", LEAVERS)
+def test_a_client_that_leaves_frees_its_slot_and_the_upstream(real, name, leave):
+    stream, answer, relayed = LEAVERS[name]
+    real.main.script = [answer]
+    body = json.dumps(
+        {"model": "chat", "messages": SAY_HELLO, "stream": stream}
+    ).encode()
+    with socket.create_connection(("127.0.0.1", real.port), 5) as sock:
+        sock.sendall(request_bytes("/v1/chat/completions", body))
+        real.main.wait_requests()
+        read_until(sock, b"x" * 400 if relayed else b"")
+        leave(sock)
+        left = time.monotonic()
+        real.wait_idle(2)
+        assert real.main.requests[0].closed.wait(2)
+        assert time.monotonic() - left < 2
+    row = real.rows()[-1]
+    assert (row["status"], row["estimated"], row["output"]) == (
+        499,
+        relayed,
+        100 * relayed,
+    )
+    assert row["cost"] == (row["input"] + 200) * relayed
+
+
+def test_a_client_that_leaves_a_running_stream_pays_for_what_came(real):
+    real.main.script = [endless("events")]
+    with chat(real.url, TEAM_KEY, stream=True) as response:
+        for _ in range(5):
+            response.raw.read1(1000)
+    real.wait_idle(2)
+    assert real.main.requests[0].closed.wait(2)
+    row = real.rows()[-1]
+    assert (row["status"], row["estimated"]) == (499, 1) and 0 < row["cost"] < 200
+
+
+# -- Dialects: DeepSeek --------------------------------------------------------------
+
+
+def test_deepseek_chat_does_not_think_unless_asked(stage):
+    response = stage.chat("deepseek-chat")
+    sent = stage.deep.requests[0]
+    assert (
+        sent.path == "/v1/chat/completions" and sent.json["model"] == "deepseek-flash"
+    )
+    assert sent.json["thinking"] == {"type": "disabled"}
+    assert (
+        response.json["model"] == "deepseek-chat" and said(response) == stage.deep.text
+    )
+    assert "reasoning_content" not in response.json["choices"][0]["message"]
+    row = stage.row(response)
+    assert (row["input"], row["cached"], row["output"]) == (20, 8, 4)
+    assert row["cost"] == 21  # 12 + 0.8 + 8, rounded up
+
+
+def test_deepseek_r1_tells_its_reasoning(stage):
+    response = stage.chat("deepseek-r1")
+    message = response.json["choices"][0]["message"]
+    assert stage.deep.requests[0].json["model"] == "deepseek-v4-pro"
+    assert message["reasoning_content"] == stage.deep.thought
+    assert message["content"] == stage.deep.text and stage.row(response)["cost"] == 27
+
+
+def test_the_clients_own_thinking_stands(stage):
+    response = stage.chat("deepseek-chat", thinking={"type": "enabled"})
+    assert "reasoning_content" in response.json["choices"][0]["message"]
+
+
+def test_deepseek_streams_its_reasoning_and_pays_by_the_finish_chunk(stage):
+    response = stage.chat("deepseek-r1", stream=True)
+    *events, finish, last = documents(response.data)
+    assert response.data.count(b": keep-alive\n\n") == 2 and last == "DONE"
+    assert stream_text(response.data, "reasoning_content").strip() == stage.deep.thought
+    assert stream_text(response.data).strip() == stage.deep.text
+    assert events[1]["choices"][0]["delta"] == {
+        "content": None, "reasoning_content": "Let "
+    }  # fmt: skip
+    assert finish["usage"]["prompt_cache_hit_tokens"] == 8 and finish["choices"]
+    row = stage.row(response)
+    assert (row["cost"], row["estimated"]) == (27, 0)
+
+
+def test_the_role_developer_is_sent_as_system(stage):
+    messages = [{"role": "developer", "content": "Be brief", "x": 1}, *SAY_HELLO]
+    assert stage.chat("deepseek-chat", messages=messages).status_code == 200
+    sent = stage.deep.requests[0].json["messages"]
+    assert sent == [{**messages[0], "role": "system"}, *SAY_HELLO]
+
+
+def test_history_keeps_reasoning_and_unknown_fields(stage):
+    call = {
+        "id": "c1",
+        "type": "function",
+        "function": {"name": "f", "arguments": "{}"},
+    }
+    turn = {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "R",
+        "x": {"y": 1},
+    }
+    result = {"role": "tool", "tool_call_id": "c1", "content": "4"}
+    messages = [*SAY_HELLO, {**turn, "tool_calls": [call]}, result]
+    assert stage.chat("deepseek-r1", messages=messages).status_code == 200
+    assert stage.deep.requests[0].json["messages"] == messages
+
+
+@pytest.mark.parametrize(
+    "asked, cap",
+    [
+        ({}, 1000),
+        ({"max_completion_tokens": 2}, 2),
+        ({"max_tokens": 3}, 3),
+        ({"max_tokens": 3, "max_completion_tokens": 2}, 2),
+        ({"max_tokens": 2, "max_completion_tokens": 3}, 2),
+    ],
+)
+def test_deepseek_is_bounded_by_max_tokens(stage, asked, cap):
+    response = stage.chat("deepseek-chat", **asked)
+    assert stage.deep.requests[0].json["max_tokens"] == cap
+    assert len(said(response).split()) == min(cap, 4)
+    assert stage.row(response)["output"] == min(cap, 4)
+
+
+def test_fill_in_the_middle_is_asked_for_under_beta(stage):
+    stage.deep.script = [json_answer({**TEXT, "usage": usage_of(4, 3)})]
+    response = stage.post("completions", {"model": "deepseek-chat", "prompt": "x"})
+    assert stage.deep.requests[0].path == "/beta/completions"
+    assert response.json["model"] == "deepseek-chat"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "answer, retry",
+    [
+        (deepseek_error(402), "no"),
+        (deepseek_error(401, f"Your api key: ****{SECRET[-4:]} is invalid"), "no"),
+        (deepseek_error(429, "Too many"), "2"),
+        (deepseek_error(500), "2"),
+        (deepseek_error(503), "2"),
+    ],
+)
+def test_deepseeks_errors_are_told_by_their_status(stage, answer, retry, stream):
+    stage.deep.script = [answer]
+    response = stage.chat("deepseek-chat", stream=stream)
+    assert_unavailable(stage, response, retry)
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_deepseeks_refusals_pass_scrubbed(stage, status):
+    stage.deep.script = [deepseek_error(status, f"Bad, key ****{SECRET[-4:]}")]
+    response = stage.chat("deepseek-chat")
+    assert response.status_code == status and error_of(response)["message"] == (
+        "Bad, key *******"
+    )
+
+
+def test_json_schema_is_deepseeks_to_refuse(stage):
+    response = stage.chat("deepseek-chat", response_format={"type": "json_schema"})
+    assert response.status_code == 400 and "response_format" in response.text
+
+
+# -- Dialects: JiMeng ----------------------------------------------------------------
+
+SUBMIT, RESULT = "CVSync2AsyncSubmitTask", "CVSync2AsyncGetResult"
+VECTORS = {
+    "A": (
+        SUBMIT,
+        '{"req_key":"jimeng_t2i_v40","prompt":"一只猫","width":1024,"height":1024}',
+        "519b118bb35e7e95b54b89c5b97b857701b880669ec75bce5edfea8604e9b3dd",
+        "a271f2d5c75aaf160960864410e4b1dab203adb05dbeef13bc71858959ec7a0e",
+    ),
+    "B": (
+        RESULT,
+        '{"req_key":"jimeng_t2i_v40","task_id":"7392616336519610409",'
+        '"req_json":"{\\"return_url\\":true}"}',
+        "72bc0f27b583a6cd9fb1a5acdb4dcd116821b16384838a8e4fc7a8eebac52b1e",
+        "1354f2f0adbe473c0906c684bfd021cb1e156054caa02e797750f0d7c68c7353",
+    ),
+    "C": (
+        "CVProcess",
+        "{}",
+        "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+        "f9b0f0d5226d253f51927738eee22d189280a74de700659b353cbae219683fd4",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_the_signature_is_the_vendors(name):
+    action, body, digest, signature = VECTORS[name]
+    now = time.strptime("20260101T120000Z", "%Y%m%dT%H%M%SZ")
+    headers = proxy.volcengine_signature(
+        ACCESS_KEY, SECRET_KEY, "visual.volcengineapi.com",
+        f"Action={action}&Version=2022-08-31", body.encode(), now,
+    )  # fmt: skip
+    assert headers == {
+        "Content-Type": "application/json",
+        "X-Date": "20260101T120000Z",
+        "X-Content-Sha256": digest,
+        "Authorization": f"HMAC-SHA256 Credential={ACCESS_KEY}/20260101/cn-north-1/cv/"
+        "request, SignedHeaders=content-type;host;x-content-sha256;x-date, "
+        f"Signature={signature}",
+    }
+
+
+POLICY, DOWN = "content_policy_violation", "provider_unavailable"
+WALK, NEVER = ("in_queue", "generating", "done"), ("generating",)
+DONE_EMPTY = json_answer(volc_body(10000, {"status": "done", "image_urls": []}, "ok"))
+DONE_NULL = json_answer(volc_body(10000, {"status": "done", "image_urls": None}, "ok"))
+NO_TASK = json_answer(volc_body(10000, {}, "Success"))
+BUSY_FRONT = volc_denied("FlowLimitExceeded", 429)
+
+# name: script, states -> status, code, retry, credits, submits, polls (None: any)
+VOLCENGINE = {
+    "good": ([], WALK, 200, None, None, 0.04, 1, 3),
+    "50429 on a poll": (
+        [None, volc_error(50429), None, volc_error(50430)],
+        WALK, 200, None, None, 0.04, 1, 5,
+    ),
+    "429 of the front on a poll": (
+        [None, BUSY_FRONT], WALK, 200, None, None, 0.04, 1, 4
+    ),
+    "50429 on submit": ([volc_error(50429)], WALK, 503, DOWN, "2", 0, 1, 0),
+    "50430 on submit": ([volc_error(50430)], WALK, 503, DOWN, "2", 0, 1, 0),
+    "429 of the front": ([BUSY_FRONT], WALK, 503, DOWN, "2", 0, 1, 0),
+    **{
+        f"{code} on submit": ([volc_error(code)], WALK, 400, POLICY, None, 0, 1, 0)
+        for code in (50411, 50412, 50413, 50512, 50518)
+    },
+    **{
+        f"{code} on a poll": ([None, None, volc_error(code)], WALK, 400, POLICY, None,
+                              0, 1, 2)
+        for code in (50511, 50519, 50412)
+    },
+    "50400": ([volc_error(50400)], WALK, 503, DOWN, "no", 0, 1, 0),
+    "50400 on a poll": ([None, volc_error(50400)], WALK, 503, DOWN, "no", 0, 1, 1),
+    "a wrong secret": ([], WALK, 503, DOWN, "no", 0, 1, 0),
+    "a wrong access key": ([], WALK, 503, DOWN, "no", 0, 1, 0),
+    "denied on a poll": ([None, volc_denied()], WALK, 503, DOWN, "no", 0, 1, 1),
+    "50500 on submit": ([volc_error(50500)], WALK, 503, DOWN, "2", 0, 1, 0),
+    "50501 on submit": ([volc_error(50501)], WALK, 503, DOWN, "2", 0, 1, 0),
+    "50521 on submit": ([volc_error(50521)], WALK, 503, DOWN, "2", 0, 1, 0),
+    "50500 on a poll": ([None, volc_error(50500)], WALK, 503, DOWN, "no", 0, 1, 1),
+    "no task": ([NO_TASK], WALK, 503, DOWN, "no", 0, 1, 0),
+    "expired": ([], ("in_queue", "expired"), 503, DOWN, "no", 0, 1, 2),
+    "not_found": ([], ("not_found",), 503, DOWN, "no", 0, 1, 1),
+    "done without an image": ([None, DONE_EMPTY], WALK, 503, DOWN, "no", 0, 1, 1),
+    "done with null": ([None, DONE_NULL], WALK, 503, DOWN, "no", 0, 1, 1),
+    "never done": ([], NEVER, 503, DOWN, "no", 0, 1, None),
+    "cut on submit": ([raw(b"")], WALK, 503, DOWN, "no", 0, 1, 0),
+    "cut on a poll": ([None, raw(b"")], WALK, 503, DOWN, "no", 0, 1, 1),
+    "no JSON on submit": ([typed(b"<html>", "text/html")], WALK, 503, DOWN, "no",
+                          0, 1, 0),
+    "no JSON on a poll": ([None, typed(b"<")], WALK, 503, DOWN, "no", 0, 1, 1),
+    "an array": ([typed(b"[]")], WALK, 503, DOWN, "no", 0, 1, 0),
+}  # fmt: skip
+
+
+WRONG_KEYS = {"a wrong secret": "wrong", "a wrong access key": "stranger"}
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "images/generations"])
+@pytest.mark.parametrize("name", VOLCENGINE)
+def test_whatever_volcengine_answers(stage, monkeypatch, name, path):
+    script, states, status, code, retry, credits, submits, polls = VOLCENGINE[name]
+    patience = {"never done": 0.2}.get(name, 60)
+    monkeypatch.setattr(proxy, "JIMENG_TIMEOUT", patience)
+    stage.volc.script, stage.volc.states = list(script), states
+    model = WRONG_KEYS.get(name, "jimeng-image")
+    response = stage.post(
+        path, {"model": model, "messages": SAY_HELLO, "prompt": "A cat"}
+    )
+    error = response.json.get("error", {})
+    assert (response.status_code, error.get("code")) == (status, code)
+    told = response.headers.get("x-should-retry"), response.headers.get("Retry-After")
+    assert told == {"no": ("false", None), None: (None, None)}.get(retry, (None, retry))
+    assert (stage.volc.submits, polls or stage.volc.polls) == (
+        submits,
+        stage.volc.polls,
+    )
+    row = stage.row(response)
+    assert (row["cost"], row["images"]) == (credits * 10**6, int(credits > 0))
+    assert ACCESS_KEY not in response.text and "Vendor" not in response.text
+
+
+def test_a_task_that_was_not_done_in_time_is_in_the_log(stage, monkeypatch, capfd):
+    monkeypatch.setattr(proxy, "JIMENG_TIMEOUT", 0.1)
+    stage.volc.states = NEVER
+    response = stage.chat("jimeng-image")
+    stage.app.extensions["proxy"].log.flush()
+    (task,) = stage.volc.tasks
+    assert response.status_code == 503 and task in capfd.readouterr().err
+    assert task not in response.text
+
+
+def only_link(stage: Stage) -> str:
+    """Return the link of the one image that JiMeng has made."""
+    (task,) = stage.volc.tasks
+    return volc_image(task)
+
+
+def test_jimeng_answers_the_url_and_nothing_else(stage):
+    response = stage.chat("jimeng-image")
+    document = response.json
+    assert (
+        document["object"] == "chat.completion" and document["model"] == "jimeng-image"
+    )
+    assert document["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": only_link(stage)},
+            "finish_reason": "stop",
+        }
+    ]
+    assert document["usage"] == usage_of(0, 0)
+
+
+def test_jimeng_answers_openais_image_shape(stage):
+    response = stage.post(
+        "images/generations", {"model": "jimeng-image", "prompt": "A"}
+    )
+    document = response.json
+    assert document["data"] == [{"url": only_link(stage)}]
+    assert abs(document["created"] - time.time()) < 5
+
+
+PARTS = [{"type": "text", "text": "A"}, {"type": "image_url"}, {"text": "cat"}]
+
+
+@pytest.mark.parametrize(
+    "body, task",
+    [
+        ({}, {"prompt": "Say hello"}),
+        ({"messages": [*SAY_HELLO, {"role": "assistant", "content": "x"}]}, {}),
+        ({"messages": [{"role": "user", "content": PARTS}]}, {"prompt": "A\ncat"}),
+        ({"n": 1, "temperature": 1, "max_tokens": 5, "user": "x"}, {}),
+        ({"size": "1024x2048"}, {"width": 1024, "height": 2048}),
+        ({"size": "auto"}, {}),
+        ({"seed": 7, "scale": 0.5}, {"seed": 7, "scale": 0.5}),
+        (
+            {"messages": [{"role": "user", "content": "猫" * 800}]},
+            {"prompt": "猫" * 800},
+        ),
+        ({"force_single": False}, {}),
+        ({"prompt": "What chat completions do not know"}, {}),
+    ],
+)
+def test_a_task_asks_for_one_image_of_the_last_user_message(stage, body, task):
+    assert stage.chat("jimeng-image", **body).status_code == 200
+    sent = stage.volc.requests[0].json
+    always = {"req_key": "jimeng_t2i_v40", "prompt": "Say hello", "force_single": True}
+    assert sent == {**always, **task}
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("chat/completions", {"n": 2}),
+        ("images/generations", {"n": 2}),
+        ("chat/completions", {"messages": [{"role": "user", "content": " "}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x" * 801}]}),
+        ("chat/completions", {"messages": [{"role": "system", "content": "x"}]}),
+        ("chat/completions", {"size": "huge"}),
+        ("images/generations", {"prompt": ""}),
+        ("images/generations", {"response_format": "b64_json"}),
+        ("images/generations", {"stream": True}),
+    ],
+)
+def test_what_jimeng_cannot_do_is_refused_before_it_is_asked(stage, path, body):
+    ask = {"chat/completions": {"messages": SAY_HELLO}}.get(path, {"prompt": "x"})
+    response = stage.post(path, {"model": "jimeng-image", **ask, **body})
+    assert (
+        response.status_code == 400 and error_of(response)["code"] == "invalid_request"
+    )
+    assert not stage.volc.requests and stage.row(response)["cost"] == 0
+
+
+@pytest.mark.parametrize("model", ["jimeng-image", "seedream"])
+def test_image_models_answer_no_other_path(stage, model):
+    response = stage.post("embeddings", {"model": model, "input": "x", "prompt": "x"})
+    assert response.status_code == 404 and not stage.volc.requests + stage.ark.requests
+
+
+@pytest.mark.parametrize("options, extra", [(None, 0), ({"include_usage": True}, 1)])
+def test_an_image_streams_comments_then_its_url(stage, monkeypatch, options, extra):
+    monkeypatch.setattr(proxy, "COMMENT_INTERVAL", 0.02)
+    stage.volc.states = ("in_queue",) * 9 + ("done",)
+    response = stage.chat("jimeng-image", stream=True, stream_options=options)
+    comments, _, rest = response.data.partition(b"data:")
+    assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+    assert 2 <= comments.count(b"\n") <= 9 and b"\n\n" not in comments
+    assert all(line.startswith(b":") for line in comments.splitlines())
+    first, finish, *usage, last = documents(b"data:" + rest)
+    url = {"role": "assistant", "content": only_link(stage)}
+    assert first["choices"] == [{"index": 0, "delta": url, "finish_reason": None}]
+    assert finish["choices"] == [{"index": 0, "delta": {}, "finish_reason": "stop"}]
+    assert [one["usage"] for one in usage] == [usage_of(0, 0)] * extra
+    assert {first["object"], finish["object"]} == {"chat.completion.chunk"}
+    assert last == "DONE" and stage.row(response)["cost"] == 40_000
+
+
+@pytest.mark.parametrize(
+    "script, status",
+    [([volc_error(50412)], 400), ([volc_error(50429)], 503), ([volc_denied()], 503)],
+)
+def test_a_submit_that_fails_has_a_status_also_in_a_stream(stage, script, status):
+    stage.volc.script = list(script)
+    response = stage.chat("jimeng-image", stream=True)
+    assert response.status_code == status and error_of(response)
+    assert stage.row(response)["cost"] == 0
+
+
+@pytest.mark.parametrize(
+    "fault, code",
+    [
+        (volc_error(50511), POLICY),
+        (volc_error(50500), DOWN),
+        (DONE_EMPTY, DOWN),
+        (raw(b""), DOWN),
+    ],
+)
+def test_an_image_that_fails_later_ends_the_stream_in_an_error_event(
+    stage, fault, code
+):
+    stage.volc.script = [None, None, fault]
+    response = stage.chat("jimeng-image", stream=True)
+    assert ends_in_error(stage, response)["code"] == code
+    assert (stage.row(response)["cost"], stage.volc.submits) == (0, 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "script, asked",
+    [
+        ([volc_error(50429)], 1),
+        ([volc_error(50400)], 1),
+        ([volc_denied()], 1),
+        ([volc_error(50412)], 0),
+        ([raw(b"")], 0),
+        ([None, volc_error(50500)], 0),
+        ([None, volc_denied()], 0),
+        ([None, None, volc_error(50511)], 0),
+    ],
+)
+def test_another_is_asked_for_an_image_only_if_none_is_being_made(
+    stage, script, asked, stream
+):
+    stage.volc.script = list(script)
+    response = stage.chat("two-images", stream=stream)
+    assert (stage.volc.submits, len(stage.ark.requests)) == (1, asked)
+    assert (image_url() in response.text) == bool(asked)
+    assert stage.row(response)["cost"] == 40_000 * asked
+
+
+def test_an_image_is_held_for_and_refused_to_the_poor(stage):
+    response = stage.chat("jimeng-image", key="sk-thin")
+    assert (response.status_code, stage.volc.submits) == (402, 0)
+    assert stage.row(stage.chat("jimeng-image"))["hold"] == 40_000
+
+
+# -- Dialects: images ----------------------------------------------------------------
+
+
+def test_images_answer_the_url_through_chat(stage):
+    response = stage.chat("seedream")
+    sent = stage.ark.requests[0]
+    assert sent.path == "/api/v3/images/generations" and said(response) == image_url()
+    assert sent.json == {
+        "model": "doubao-seedream-4-5-251128", "prompt": "Say hello", "watermark": False
+    }  # fmt: skip
+    assert response.json["usage"] == usage_of(0, 0)
+    assert stage.row(response)["cost"] == 40_000
+
+
+@pytest.mark.parametrize(
+    "model, asked, sent",
+    [
+        ("seedream", {"size": "1024x1024"}, None),
+        ("seedream", {"size": "1920x1919"}, None),
+        ("seedream", {"size": "1920x1920"}, "1920x1920"),
+        ("seedream", {"size": "2K"}, "2K"),
+        ("seedream", {}, None),
+        ("seedream-4", {"size": "1024x1024"}, "1024x1024"),
+        ("any-image", {"size": "1024x1024"}, "1024x1024"),
+    ],
+)
+def test_no_size_is_sent_that_the_model_refuses(stage, model, asked, sent):
+    response = stage.post(
+        "images/generations", {"model": model, "prompt": "x", **asked}
+    )
+    assert response.json["data"] == [{"url": image_url()}]
+    assert stage.ark.requests[0].json.get("size") == sent
+
+
+@pytest.mark.parametrize(
+    "model, asked, sent",
+    [
+        ("seedream", {}, False),
+        ("seedream", {"watermark": True}, True),
+        ("any-image", {}, None),
+    ],
+)
+def test_the_watermark_is_told_to_seedream_explicitly(stage, model, asked, sent):
+    stage.chat(model, **asked)
+    assert stage.ark.requests[0].json.get("watermark") is sent
+
+
+@pytest.mark.parametrize(
+    "answer, urls",
+    [
+        (None, [0, 1, 2]),
+        (image_answer(image_url(0), None, image_url(2)), [0, 2]),
+        (image_answer(image_url(1)), [1]),
+    ],
+)
+def test_each_delivered_image_is_charged(stage, answer, urls):
+    stage.ark.script = [answer]
+    body = {"model": "any-image", "prompt": "x", "n": 3}
+    response = stage.post("images/generations", body)
+    links = [one.get("url") for one in response.json["data"]]
+    assert [link for link in links if link] == [*map(image_url, urls)]
+    row = stage.row(response)
+    assert stage.ark.requests[0].json["n"] == 3 and row["hold"] == 120_000
+    assert (row["cost"], row["images"]) == (40_000 * len(urls), len(urls))
+
+
+@pytest.mark.parametrize(
+    "path, model",
+    [
+        ("chat/completions", "any-image"),
+        ("chat/completions", "seedream"),
+        ("images/generations", "seedream"),
+    ],
+)
+def test_n_is_refused_where_one_image_is_made(stage, path, model):
+    body = {"model": model, "messages": SAY_HELLO, "prompt": "x", "n": 2}
+    response = stage.post(path, body)
+    assert response.status_code == 400 and error_of(response)["param"] == "n"
+    assert not stage.ark.requests
+
+
+SENSITIVE = "OutputImageSensitiveContentDetected"
+IMAGE_FAULTS = {
+    "refused input": (
+        image_error("InputTextSensitiveContentDetected"),
+        400,
+        POLICY,
+        None,
+    ),
+    "refused output": (image_error(SENSITIVE), 400, POLICY, None),
+    "refused in a 200": (image_error(SENSITIVE, 200), 400, POLICY, None),
+    "all entries refused": (image_answer(None, None), 400, POLICY, None),
+    "an error in a 200": (image_error("InternalServiceError", 200), 503, DOWN, "no"),
+    "no images": (image_answer(), 503, DOWN, "no"),
+    "text": (json_answer(chat_json("sorry")), 503, DOWN, "no"),
+    "no JSON": (typed(b"<html>", "text/html"), 503, DOWN, "no"),
+    "401": (image_error("AuthenticationError", 401), 503, DOWN, "no"),
+    "429": (image_error("RateLimitExceeded", 429), 503, DOWN, "2"),
+    "400": (image_error("InvalidParameter"), 400, "InvalidParameter", None),
+    "cut": (raw(b""), 503, DOWN, "no"),
+}
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "images/generations"])
+@pytest.mark.parametrize("name", IMAGE_FAULTS)
+def test_an_image_that_was_not_delivered_is_free(stage, name, path):
+    answer, status, code, retry = IMAGE_FAULTS[name]
+    stage.ark.script = [answer]
+    body = {"model": "seedream", "messages": SAY_HELLO, "prompt": "x"}
+    response = stage.post(path, body)
+    assert (response.status_code, error_of(response)["code"]) == (status, code)
+    told = response.headers.get("x-should-retry"), response.headers.get("Retry-After")
+    assert told == {"no": ("false", None), None: (None, None)}.get(retry, (None, retry))
+    assert stage.row(response)["cost"] == 0 and len(stage.ark.requests) == 1
+
+
+B64 = {"created": 1, "data": [{"b64_json": "eA==", "revised_prompt": "A grey cat"}]}
+
+
+def test_an_image_as_base64_keeps_openais_shape(stage):
+    stage.ark.script = [json_answer(B64)]
+    body = {"model": "any-image", "prompt": "x", "response_format": "b64_json"}
+    response = stage.post("images/generations", body)
+    assert response.json["data"][0]["b64_json"] == "eA=="
+    assert stage.row(response)["cost"] == 40_000
+
+
+def test_an_image_as_base64_is_a_data_url_in_chat(stage):
+    stage.ark.script = [json_answer(B64)]
+    assert said(stage.chat("any-image")) == "data:image/png;base64,eA=="
+
+
+def test_a_slow_image_streams_comments(stage, monkeypatch):
+    monkeypatch.setattr(proxy, "COMMENT_INTERVAL", 0.02)
+    gate = threading.Event()
+    stage.ark.script = [json_answer(B64, gate=gate)]
+    threading.Timer(0.2, gate.set).start()
+    data = stage.chat("any-image", stream=True).data
+    assert data.startswith(b": ") and data.partition(b"data:")[0].count(b"\n") >= 2
+    assert stream_text(data) == "data:image/png;base64,eA=="
+
+
+# -- Dialects: clients that leave ----------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("model", ["jimeng-image", "seedream"])
+def test_a_client_that_leaves_while_an_image_is_made_pays_nothing(real, model, stream):
+    real.volc.states = NEVER
+    real.ark.script = [stall()]
+    body = {"model": model, "messages": SAY_HELLO, "stream": stream}
+    maker = {"jimeng-image": real.volc, "seedream": real.ark}[model]
+    with socket.create_connection(("127.0.0.1", real.port), 5) as sock:
+        sock.sendall(request_bytes("/v1/chat/completions", json.dumps(body).encode()))
+        maker.wait_requests({"jimeng-image": 3, "seedream": 1}[model])
+        read_until(sock, b"\n: " if stream else b"")
+    left = time.monotonic()
+    real.wait_idle(2)
+    asked = len(maker.requests)
+    row = real.rows()[-1]
+    assert time.monotonic() - left < 2 and real.volc.submits <= 1
+    assert (row["status"], row["cost"], row["images"]) == (499, 0, 0)
+    time.sleep(0.1)
+    assert len(maker.requests) == asked, "nobody waits for the image any more"
+
+
+# -- The documentation's examples ----------------------------------------------------
+
+DOCUMENTED = ("deepseek-chat", "deepseek-r1", "deepseek-coder", "jimeng-image")
+BY_REQUESTS = """
+import requests
+response = requests.post(
+    f"{BASE_URL}/chat/completions",
+    headers={"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"},
+    json={"model": MODEL, "messages": [{"role": "user", "content": "Explain"}]},
+)
+data = response.json()
+text = data["choices"][0]["message"]["content"]
+"""
+BY_SDK = """
+from openai import OpenAI
+client = OpenAI(api_key=API_KEY, base_url=BASE_URL)
+completion = client.chat.completions.create(
+    model=MODEL, messages=[{"role": "user", "content": "Solve: 2x + 5 = 13"}]
+)
+text = completion.choices[0].message.content
+client.close()
+"""
+
+
+BY_FETCH = """
+const response = await fetch(`${BASE_URL}/chat/completions`, {
+  method: "POST",
+  headers: {"Authorization": `Bearer ${API_KEY}`, "Content-Type": "application/json"},
+  body: JSON.stringify({
+    model: MODEL, messages: [{role: "user", content: "What is the capital of France?"}]
+  }),
+});
+const data = await response.json();
+console.log(data.choices[0].message.content);
+"""
+
+
+def promised(stage: Stage) -> str:
+    """Return what a documented model has answered: a URL or DeepSeek's text."""
+    links = [*map(volc_image, stage.volc.tasks)]
+    return (links or [stage.deep.text])[-1]
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js")
+@pytest.mark.parametrize("model", DOCUMENTED)
+def test_the_javascript_of_the_documentation_prints_what_it_says(real, model):
+    names = {"BASE_URL": f"{real.url}/v1", "API_KEY": TEAM_KEY, "MODEL": model}
+    lines = [f"const {name} = {json.dumps(value)};" for name, value in names.items()]
+    command = ["node", "--input-type=module", "-e", "\n".join([*lines, BY_FETCH])]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert (run.stdout.strip(), run.stderr) == (promised(real), "")
+
+
+@pytest.mark.parametrize("model", DOCUMENTED)
+@pytest.mark.parametrize("example", [BY_REQUESTS, BY_SDK])
+def test_the_examples_of_the_documentation_print_what_it_says(real, example, model):
+    pytest.importorskip("openai")
+    names = {"BASE_URL": f"{real.url}/v1", "API_KEY": TEAM_KEY, "MODEL": model}
+    exec(example, names)
+    assert names["text"] == promised(real)
+
+
+# -- OpenAI's SDK --------------------------------------------------------------------
+
+
+@pytest.fixture
+def sdk(real: Stage):
+    """sdk(key, **more) -> OpenAI's own client of the gateway."""
+    openai = pytest.importorskip("openai")
+    made = []
+
+    def make(key: str = TEAM_KEY, **more: Any) -> Any:
+        options = {"max_retries": 0, "timeout": 20, **more}
+        made.append(openai.OpenAI(base_url=f"{real.url}/v1", api_key=key, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_the_sdk_chats(sdk, real):
+    answer = sdk().chat.completions.create(model="deepseek-r1", messages=SAY_HELLO)
+    assert answer.choices[0].message.content == real.deep.text
+    assert answer.choices[0].message.reasoning_content == real.deep.thought
+    assert answer.model == "deepseek-r1" and answer.usage.prompt_tokens == 20
+    assert answer._request_id == real.rows()[-1]["id"]
+
+
+@pytest.mark.parametrize("model", ["deepseek-chat", "deepseek-r1"])
+def test_the_sdk_streams(sdk, real, model):
+    chunks = sdk().chat.completions.create(model=model, messages=SAY_HELLO, stream=True)
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(texts).strip() == real.deep.text
+
+
+def test_the_sdk_gets_usage_where_it_asks(sdk, real):
+    real.main.script = [sse(chat_chunks("a b", usage=usage_of(3, 2)))]
+    options = {"include_usage": True}
+    chunks = sdk().chat.completions.create(
+        model="chat", messages=SAY_HELLO, stream=True, stream_options=options
+    )
+    *_, last = chunks
+    assert last.choices == [] and last.usage.total_tokens == 5
+
+
+CALL = {"name": "add", "arguments": '{"model": "gpt-test", "a": 1}'}
+TOOL_CALL = {"index": 0, "id": "call_1", "type": "function", "function": CALL}
+
+
+def test_the_sdk_calls_tools(sdk, real):
+    real.main.script = [
+        json_answer(chat_json("", finish="tool_calls", tool_calls=[TOOL_CALL])),
+        sse(
+            [
+                chat_chunk(
+                    "gpt-test", {"role": "assistant", "tool_calls": [TOOL_CALL]}
+                ),
+                chat_chunk("gpt-test", {}, "tool_calls"),
+            ]
+        ),
+    ]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    asked = {"model": "chat", "messages": SAY_HELLO, "tools": tools}
+    api = sdk().chat.completions
+    whole = api.create(**asked).choices[0]
+    first, *_ = api.create(**asked, stream=True)
+    assert (
+        whole.finish_reason == "tool_calls"
+        and real.main.requests[0].json["tools"] == tools
+    )
+    for call in (whole.message.tool_calls[0], first.choices[0].delta.tool_calls[0]):
+        assert call.function.arguments == CALL["arguments"]
+
+
+def test_the_sdk_makes_images(sdk, real):
+    for model in ("jimeng-image", "seedream"):
+        images = sdk().images.generate(model=model, prompt="A cat", size="1024x1024")
+        assert images.data[0].url.startswith("https://")
+    assert real.volc.requests[0].json["width"] == 1024
+
+
+def test_the_sdk_gets_an_image_through_chat(sdk, real):
+    answer = sdk().chat.completions.create(model="jimeng-image", messages=SAY_HELLO)
+    assert answer.choices[0].message.content == only_link(real)
+
+
+def test_the_sdk_gets_an_image_through_a_stream_of_comments(sdk, real):
+    real.volc.states = ("generating",) * 8 + ("done",)
+    chunks = sdk().chat.completions.create(
+        model="jimeng-image", messages=SAY_HELLO, stream=True
+    )
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(texts) == only_link(real)
+
+
+@pytest.mark.parametrize(
+    "model, key, answer, error, status, code",
+    [
+        ("chat", "sk-nobody", None, "AuthenticationError", 401, "unauthorized"),
+        ("nope", TEAM_KEY, None, "NotFoundError", 404, "model_not_found"),
+        ("chat", POOR_KEY, None, "APIStatusError", 402, "insufficient_credits"),
+        (
+            "chat",
+            TEAM_KEY,
+            json_answer({}, 400),
+            "BadRequestError",
+            400,
+            "invalid_request",
+        ),
+        ("chat", TEAM_KEY, json_answer({}, 500), "InternalServerError", 503, DOWN),
+        ("chat", TEAM_KEY, json_answer({}, 401), "InternalServerError", 503, DOWN),
+    ],
+)
+def test_the_sdk_raises_what_it_should(
+    sdk, real, model, key, answer, error, status, code
+):
+    openai = pytest.importorskip("openai")
+    real.main.script = [answer]
+    with pytest.raises(getattr(openai, error)) as raised:
+        sdk(key).chat.completions.create(model=model, messages=SAY_HELLO)
+    assert (raised.value.status_code, raised.value.code) == (status, code)
+    assert raised.value.request_id.startswith("req_")
+
+
+def test_the_sdk_raises_in_a_stream_that_breaks(sdk, real):
+    openai = pytest.importorskip("openai")
+    real.main.script = [sse(HALF, done=False, chunked=False)]
+    chunks = sdk().chat.completions.create(
+        model="chat", messages=SAY_HELLO, stream=True
+    )
+    with pytest.raises(openai.APIError, match="unavailable"):
+        list(chunks)
+
+
+def test_the_sdk_does_not_repeat_what_could_be_billed_twice(sdk, real):
+    openai = pytest.importorskip("openai")
+    real.volc.script = [None, volc_error(50500)]
+    with pytest.raises(openai.InternalServerError):
+        sdk(max_retries=2).images.generate(model="jimeng-image", prompt="A cat")
+    assert real.volc.submits == 1
+
+
+# Processes, files and clients --------------------------------------------------------
+
+# -- Processes -----------------------------------------------------------------------
+
+WORDS = chat_chunks("one two three")[1:]  # the first event is text already
+COST = 11  # micro-credits of WORDS: 5 prompt tokens at 1, 3 of completion at 2
+TEN = {"limits": {"rate": "10000/second", "concurrent": 10}}
+FAST = {"limits": {"rate": "10000/second"}, "credits": 100}
+RICH = {"accounts": {"team": TEN, "other": FAST}}
+QUICK_TERM = {"GRACE": 5, "GRACE_MARGIN": 3.0}  # streams are ended after 2 s
+
+
+class Visit:
+    """A client's request on a connection of its own, and what it saw of the answer."""
+
+    def __init__(self, gateway: Gateway, key: str, stream: bool = False, **body: Any):
+        messages = [{"role": "user", "content": "Say hello"}]
+        whole = {"model": "chat", "messages": messages, "stream": stream, **body}
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        headers |= {"Connection": "close"}
+        self.body, self.stream = b"", stream
+        self._http = HTTPConnection("127.0.0.1", gateway.port, timeout=30)
+        self._http.request("POST", "/v1/chat/completions", json.dumps(whole), headers)
+        self.sock = self._http.sock
+
+    def start(self) -> Self:
+        """Wait for the head, and a stream's first event or the whole of an error."""
+        self.reply = self._http.getresponse()
+        self.status, self.id = self.reply.status, self.reply.headers["x-request-id"]
+        if self.status != 200:
+            return self.finish()
+        while self.stream and b"\n\n" not in self.body:
+            assert (piece := self.reply.read1()), "no first event"
+            self.body += piece
+        return self
+
+    def finish(self) -> Self:
+        """Read to the end, or to where the answer is cut."""
+        with suppress(OSError, HTTPException):
+            while piece := self.reply.read1():
+                self.body += piece
+        self.leave()
+        return self
+
+    def leave(self) -> None:
+        """Close the connection, whatever is still to come."""
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self._http.close()
+
+    def answered(self) -> bool:
+        """Whether anything of the answer is here."""
+        poll = select.poll()  # select() knows no descriptor over 1023
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(0))
+
+    @property
+    def done(self) -> bool:
+        """Whether the last byte, or [DONE], of a successful answer was seen."""
+        size = self.reply.headers["Content-Length"]
+        whole = self.stream or len(self.body) == int(size)
+        last = b"data: [DONE]\n\n" if self.stream else b"}"
+        return self.status == 200 and whole and self.body.endswith(last)
+
+
+def together(count: int, action: Callable[[], T]) -> list[T]:
+    """Call the action in that many threads at once; return what they return."""
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda _: action(), range(count)))
+
+
+def visits(count: int, gateway: Gateway, key: str, stream: bool) -> list[Visit]:
+    """Start that many requests at once."""
+    return together(count, lambda: Visit(gateway, key, stream).start())
+
+
+def statuses(seen: list[Visit]) -> dict[int, int]:
+    """Count answers by status."""
+    return dict(Counter(one.status for one in seen))
+
+
+def status(gateway: Gateway, key: str = TEAM_KEY, **body: Any) -> int:
+    """Ask once; return the status."""
+    return Visit(gateway, key, **body).start().finish().status
+
+
+def query(folder: Path, sql: str, *values: Any) -> list[tuple]:
+    """Read the ledger beside the server, without any of its code."""
+    link = f"file:{folder}/proxy.db?mode=ro"
+    with closing(sqlite3.connect(link, uri=True, timeout=10)) as db:
+        return db.execute(sql, values).fetchall()
+
+
+def held(folder: Path) -> int:
+    """How many holds are open."""
+    return query(folder, "SELECT count(*) FROM requests WHERE state = 0")[0][0]
+
+
+def wait_held(folder: Path, count: int, timeout: float = 2) -> None:
+    """Wait until exactly that many holds are open."""
+    wait_for(lambda: held(folder) == count, timeout, f"{count} holds")
+
+
+def proof(folder: Path) -> list[str]:
+    """Return what `check` finds wrong, beside the server."""
+    config = proxy.ConfigFile(folder / "keys.json").current
+    ledger = proxy.Ledger(folder / "proxy.db")
+    with closing(ledger):
+        return ledger.check(lambda id: config.account(id).credits)
+
+
+def server_of(gateway: Gateway, sock: socket.socket) -> int:
+    """The worker that has the other end of a client's socket."""
+    ends = f":{gateway.port:04X}", f":{sock.getsockname()[1]:04X}"
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    found = {one[9] for one in lines if (one[1][8:], one[2][8:]) == ends}
+    [inode] = found - {"0"}  # of what was closed
+    link = f"socket:[{inode}]"
+    return next(pid for pid in gateway.workers() if link in open_files(pid))
+
+
+def open_files(pid: int) -> list[str]:
+    """Return what the descriptors of a process stand for."""
+    found = []
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            found.append(os.readlink(each))
+    return found
+
+
+def edit_keys(folder: Path, change: Mapping[str, Any]) -> None:
+    """Replace keys.json at once, as an editor or a deployment does."""
+    path, draft = folder / "keys.json", folder / "keys.json.new"
+    draft.write_text(json.dumps(merged(json.loads(path.read_text()), change)))
+    draft.replace(path)
+
+
+@contextmanager
+def put_load(gateway: Gateway, key: str) -> Iterator[list[Visit]]:
+    """Ask for short answers, in turns whole and streamed, from four clients."""
+    seen: list[Visit] = []
+    over = threading.Event()
+
+    def ask(number: int) -> None:
+        while not over.is_set():
+            with suppress(OSError, HTTPException):  # its worker was killed
+                visit = Visit(gateway, key, stream=len(seen) % 2 == number % 2)
+                seen.append(visit.start().finish())
+
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask, number) for number in range(4)]
+        try:
+            yield seen
+        finally:
+            over.set()
+    [one.result() for one in asked]
+
+
+def short_or_long(gate: threading.Event) -> Answer:
+    """Answer `max_tokens: 77` with a stream that waits for the gate, others at once."""
+    stream, whole = sse(WORDS), json_answer(chat_json("one two three"))
+    slow = sse(WORDS, gate=gate)
+
+    def answer(request: Request) -> None:
+        waits = request.json.get("max_tokens") == 77
+        (slow if waits else stream if request.json.get("stream") else whole)(request)
+
+    return answer
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    gate = threading.Event()
+    yield gate
+    gate.set()
+
+
+def test_sixty_of_two_hundred_at_once_pass_over_four_workers(gateway):
+    limits = {"rate": "60/minute", "concurrent": 1000}
+    with Upstream(json_answer(chat_json("hi"))) as up:
+        server = gateway(up.url, workers=4, threads=200, limits=limits)
+        seen = visits(200, server, TEAM_KEY, stream=False)
+        waits = [int(v.reply.headers["Retry-After"]) for v in seen if v.status == 429]
+        assert statuses(seen) == {200: 60, 429: 140}
+        assert min(waits) >= 1 and max(waits) <= 60
+        assert len(up.requests) == 60
+
+
+def all_finish(streams: list[Visit], gate: threading.Event) -> None:
+    """Let the streams come to their end."""
+    gate.set()
+    assert sum(one.finish().done for one in streams) == 10
+
+
+def all_leave(streams: list[Visit], gate: threading.Event) -> None:
+    """Close the clients' connections while the upstream is silent."""
+    [one.leave() for one in streams]
+
+
+@pytest.mark.parametrize("end", [all_finish, all_leave], ids=lambda f: f.__name__)
+def test_ten_of_thirty_streams_run_and_ten_again_when(end, gateway, tmp_path):
+    gates = [threading.Event(), threading.Event()]
+    slow = [sse(WORDS, gate=gate) for gate in gates]
+    with Upstream([slow[0]] * 10 + [slow[1]] * 10) as up:
+        server = gateway(up.url, workers=4, threads=64, accounts={"team": TEN})
+        first = visits(30, server, TEAM_KEY, stream=True)
+        assert statuses(first) == {200: 10, 429: 20}
+        end(first, gates[0])
+        wait_held(tmp_path, 0)
+        again = visits(30, server, TEAM_KEY, stream=True)
+        assert statuses(again) == {200: 10, 429: 20}
+        gates[1].set()
+        assert sum(one.finish().done for one in again) == 10
+
+
+@contextmanager
+def lowest_balance(folder: Path, account: str) -> Iterator[list[int]]:
+    """Look all the time at what an account of the ledger has left; keep the least."""
+    lowest, over = [0], threading.Event()
+    sql = "SELECT granted - spent - held FROM accounts WHERE id = ?"
+
+    def watch() -> None:
+        while not over.is_set():
+            rows = query(folder, sql, account)
+            lowest[0] = min([lowest[0], *(left for (left,) in rows)])
+
+    with ThreadPoolExecutor(1) as pool:
+        watcher = pool.submit(watch)
+        try:
+            yield lowest
+        finally:
+            over.set()
+    watcher.result()
+
+
+def test_an_account_is_never_overspent_over_four_workers(gateway, gate, tmp_path):
+    body = {"model": "chat", "messages": [{"role": "user", "content": "Say hello"}]}
+    body |= {"stream": False, "max_tokens": 10}
+    size = len(json.dumps(body))
+    hold, cost = size + 2 * 10, 20 + 2 * 10  # micro-credits
+    granted = 3 * hold
+    answer = json_answer(chat_json("x", usage=usage_of(20, 10)), gate=gate)
+    accounts = {"poor": {"credits": granted / 1e6}}
+    with Upstream(answer) as up:
+        server = gateway(up.url, workers=4, threads=64, accounts=accounts)
+        with lowest_balance(tmp_path, "poor") as lowest:
+            parallel = [Visit(server, POOR_KEY, max_tokens=10) for _ in range(50)]
+            wait_for(lambda: sum(one.answered() for one in parallel) == 47, 10)
+            gate.set()
+            assert statuses([one.start() for one in parallel]) == {200: 3, 402: 47}
+            later = [status(server, POOR_KEY, max_tokens=10) for _ in range(12)]
+        left = granted - cost * (3 + later.count(200))
+        assert later == sorted(later) and later.count(200) > 1
+        assert granted + lowest[0] >= 0
+        assert 0 <= left < size + 2, "what is left pays for one more token"
+        assert proof(tmp_path) == []
+
+
+def kill_a_worker_under_load(server: Gateway, folder: Path) -> list[Visit]:
+    """Kill a worker that has streams in flight; return those it took with it."""
+    streams = together(10, lambda: Visit(server, TEAM_KEY, True, max_tokens=77).start())
+    assert statuses(streams) == {200: 10}
+    victim = server_of(server, streams[0].sock)
+    lost = [one for one in streams if server_of(server, one.sock) == victim]
+    server.kill(victim)
+    own = f"state = 0 AND key = '{proxy.key_id(proxy.sha256(TEAM_KEY))}'"
+    count = f"SELECT count(*) FROM requests WHERE {own}"
+    kept = 10 - len(lost)
+    wait_for(lambda: query(folder, count)[0][0] == kept, 2, "the slots back")
+    for one in lost:
+        again = Visit(server, TEAM_KEY, True, max_tokens=77).start()
+        assert again.status == 200
+        streams.append(again)
+    assert Visit(server, TEAM_KEY, True).start().status == 429
+    assert proof(folder) == []
+    [one.leave() for one in streams]
+    wait_for(lambda: query(folder, count)[0][0] == 0, 2, "no stream is left")
+    server.wait_workers(4)
+    return lost
+
+
+@pytest.mark.parametrize(
+    "rounds", [3, pytest.param(20, marks=pytest.mark.long)], ids="{} times".format
+)
+def test_a_killed_worker_loses_no_charge_and_leaks_no_slot(
+    rounds, gateway, gate, tmp_path
+):
+    with Upstream(short_or_long(gate)) as up:
+        server = gateway(up.url, workers=4, threads=64, **RICH)
+        with put_load(server, OTHER_KEY) as seen:
+            lost = [
+                one
+                for _ in range(rounds)
+                for one in kill_a_worker_under_load(server, tmp_path)
+            ]
+        sql = "SELECT id, state, cost, estimated FROM requests"
+        rows = {id: rest for id, *rest in query(tmp_path, sql)}
+        done = [one.id for one in seen if one.done]
+        assert len(done) > 10 * rounds and len(lost) >= rounds
+        assert {tuple(rows[id]) for id in done} == {(proxy.SETTLED, COST, 0)}
+        assert {tuple(rows[one.id][:2]) for one in lost} == {(proxy.RELEASED, 0)}
+        assert proof(tmp_path) == []
+
+
+@contextmanager
+def without_master(server: Gateway) -> Iterator[list[int]]:
+    """Kill the master; its orphans are gone at the end, whatever happens."""
+    group, orphans = server.master_pid, server.workers()
+    try:
+        server.kill(group)
+        yield orphans
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+
+def running(pids: list[int]) -> set[int]:
+    """Which of these processes run."""
+    return {pid for pid, _, _ in processes()} & set(pids)
+
+
+@pytest.mark.parametrize(
+    "seconds", [1.5, pytest.param(8, marks=pytest.mark.long)], ids="{} s".format
+)
+def test_orphans_drain_and_a_new_start_waits_for_them(seconds, gateway, gate, tmp_path):
+    with Upstream([sse(WORDS, gate=gate), sse(WORDS)]) as up:
+        server = gateway(up.url, workers=2)
+        stream = Visit(server, TEAM_KEY, stream=True).start()
+        with without_master(server) as orphans:
+            threading.Timer(seconds, gate.set).start()
+            server.start()
+            assert stream.finish().done
+            wait_for(lambda: not running(orphans), 10, "the end of the orphans")
+            server.wait_workers(2)
+            assert Visit(server, TEAM_KEY, stream=True).start().finish().done
+        assert query(tmp_path, "SELECT state, cost FROM requests") == [(1, COST)] * 2
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_draining_finishes_short_streams_and_settles_long_ones(sig, gateway, tmp_path):
+    gates = [threading.Event(), threading.Event()]
+    with Upstream([sse(WORDS, gate=gate) for gate in gates]) as up:
+        server = gateway(up.url, workers=2, constants=QUICK_TERM)
+        short, long = (Visit(server, TEAM_KEY, True).start() for _ in gates)
+        workers, group = server.workers(), server.master_pid
+        try:
+            os.kill(group, sig)
+            threading.Timer(0.5, gates[0].set).start()
+            assert short.finish().done
+            assert not long.finish().done
+            assert json.loads(sse_events(long.body)[-1])["error"]["type"] == "api_error"
+            rows = query(tmp_path, "SELECT id, state, estimated FROM requests")
+            assert set(rows) == {(short.id, 1, 0), (long.id, 1, 1)}
+            wait_for(lambda: not running(workers), 5, "the end of the old workers")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+
+
+def test_a_draining_server_refuses_new_requests_at_once(gateway, gate):
+    ask = {"model": "chat", "messages": [{"role": "user", "content": "Hi"}]}
+    with Upstream(short_or_long(gate)) as up, client() as session:
+        server = gateway(up.url, workers=1, constants=QUICK_TERM)
+        url = f"{server.url}/v1/chat/completions"
+        session.headers["Authorization"] = f"Bearer {TEAM_KEY}"
+        assert session.post(url, json=ask).status_code == 200
+        stream = Visit(server, TEAM_KEY, stream=True, max_tokens=77).start()
+        os.kill(server.workers()[0], signal.SIGTERM)
+        time.sleep(0.2)
+        kept = session.post(url, json=ask, timeout=1)
+        assert kept.status_code == 503 and int(kept.headers["Retry-After"]) >= 1
+        assert kept.json()["error"]["code"] == "overloaded"
+        gate.set()
+        assert stream.finish().done
+
+
+def test_an_ending_server_refuses_new_connections_at_once(gateway, gate):
+    with Upstream(short_or_long(gate)) as up:
+        server = gateway(up.url, workers=2, constants=QUICK_TERM)
+        stream = Visit(server, TEAM_KEY, stream=True, max_tokens=77).start()
+        server.kill(server.master_pid, signal.SIGTERM)
+        time.sleep(1)
+        with pytest.raises(ConnectionError):
+            socket.create_connection(("127.0.0.1", server.port), 1)
+        gate.set()
+        assert stream.finish().done
+
+
+def test_a_reload_cuts_nobody(gateway, gate):
+    with Upstream(short_or_long(gate)) as up:
+        server = gateway(up.url, workers=2, **RICH)
+        stream = Visit(server, TEAM_KEY, stream=True, max_tokens=77).start()
+        before, kept = set(server.wait_workers(2)), server_of(server, stream.sock)
+        with put_load(server, OTHER_KEY) as seen:
+            server.kill(server.master_pid, signal.SIGHUP)
+            wait_for(lambda: before & set(server.workers()) == {kept}, what="a reload")
+            count = len(seen) + 4  # which the old workers may have
+            wait_for(lambda: len(seen) > count + 20, what="answers of the new workers")
+        gate.set()
+        assert stream.finish().done
+        refused = [one for one in seen if not one.done]
+        assert {error_code_of(one) for one in refused} <= {"overloaded"}
+        assert all(one.done for one in seen[count:])
+        wait_for(lambda: before.isdisjoint(server.workers()), what="the old ones' end")
+
+
+@pytest.mark.parametrize(
+    "seconds", [2, pytest.param(35, marks=pytest.mark.long)], ids="{} s".format
+)
+def test_a_stopped_worker_keeps_its_holds(seconds, gateway, gate, tmp_path):
+    with Upstream(short_or_long(gate)) as up:
+        server = gateway(up.url, workers=3, **RICH)
+        stream = Visit(server, TEAM_KEY, stream=True, max_tokens=77).start()
+        stopped = server_of(server, stream.sock)
+        server.kill(stopped, signal.SIGSTOP)
+        with put_load(server, OTHER_KEY) as seen:
+            time.sleep(seconds)
+        assert held(tmp_path) == 1 and len(seen) > 20 and all(one.done for one in seen)
+        gate.set()
+        server.kill(stopped, signal.SIGCONT)
+        assert stream.finish().done
+        sql = "SELECT state, cost FROM requests WHERE id = ?"
+        assert query(tmp_path, sql, stream.id) == [(1, COST)]
+        assert proof(tmp_path) == []
+
+
+# -- Disk and files ------------------------------------------------------------------
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Be another program that has the database locked for writing."""
+    with closing(sqlite3.connect(folder / "proxy.db", isolation_level=None)) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+def error_code_of(visit: Visit) -> str:
+    """Return the code of an error."""
+    return json.loads(visit.body)["error"]["code"]
+
+
+def test_a_database_locked_for_two_seconds_serves_late(gateway, gate, tmp_path):
+    with Upstream(short_or_long(gate)) as up:
+        server = gateway(up.url, workers=2)
+        stream = Visit(server, TEAM_KEY, stream=True, max_tokens=77).start()
+        with locked(tmp_path):
+            gate.set()
+            waiting = [Visit(server, TEAM_KEY) for _ in range(10)]
+            time.sleep(2)
+            assert not any(one.answered() for one in waiting)
+            assert len(up.requests) == 1
+        assert statuses([one.start() for one in waiting]) == {200: 10}
+        assert stream.finish().done
+        wait_held(tmp_path, 0)
+
+
+def test_done_does_not_leave_while_the_database_is_locked(gateway, gate, tmp_path):
+    with Upstream(short_or_long(gate)) as up:
+        server = gateway(up.url)
+        stream = Visit(server, TEAM_KEY, stream=True, max_tokens=77).start()
+        with locked(tmp_path):
+            gate.set()
+            stream.sock.settimeout(1)
+            stream.finish()
+        assert b"three" in stream.body and b"[DONE]" not in stream.body
+        wait_held(tmp_path, 0, 5)
+
+
+def test_a_database_locked_for_long_is_503_and_recovers(gateway, tmp_path):
+    with Upstream(json_answer(chat_json("hi"))) as up:
+        server = gateway(up.url, workers=2, constants={"LEDGER_TIMEOUT": 1.5})
+        pids = server.wait_workers(2)
+        with locked(tmp_path):
+            started = time.monotonic()
+            refused = visits(10, server, TEAM_KEY, stream=False)
+            assert time.monotonic() - started < 4
+        assert statuses(refused) == {503: 10}
+        assert {error_code_of(one) for one in refused} == {"ledger_unavailable"}
+        assert up.requests == [] and status(server) == 200
+        assert set(server.workers()) == set(pids)
+
+
+TROUBLES = {  # of a file, while a worker starts: how it is made
+    "ledger": lambda folder: (folder / "proxy.db").rename(folder / "kept"),
+    "keys": lambda folder: (folder / "keys.json").rename(folder / "kept"),
+}
+MENDED = {"ledger": "proxy.db", "keys": "keys.json"}
+
+
+@pytest.mark.parametrize("file", TROUBLES)
+def test_a_worker_that_starts_beside_a_file_in_trouble_waits(
+    file, gateway, gate, tmp_path
+):
+    with Upstream(short_or_long(gate)) as up:
+        server = gateway(up.url, workers=2)
+        stream = Visit(server, TEAM_KEY, stream=True, max_tokens=77).start()
+        busy = server_of(server, stream.sock)
+        [idle] = set(server.wait_workers(2)) - {busy}
+        TROUBLES[file](tmp_path)
+        server.kill(idle)
+        time.sleep(1.5)  # the new worker tries to start
+        (tmp_path / "kept").replace(tmp_path / MENDED[file])
+        gate.set()
+        assert stream.finish().done
+        server.kill(busy)
+        assert status(server) == 200
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[[], Path]]:
+    """Make the test's folder a disk of 2 MB; fills it with the file it returns."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+
+    def fill() -> Path:
+        filler = tmp_path / "filler"
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(512)):
+                pass
+        return filler
+
+    yield fill
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("patience", [10.0, 0.5])
+def test_a_full_disk_stops_new_requests_and_loses_no_charge(
+    patience, small_disk, gateway, gate, tmp_path
+):
+    constants = {"SETTLE_PATIENCE": patience}
+    with Upstream(short_or_long(gate)) as up:
+        server = gateway(up.url, workers=2, constants=constants)
+        pids = server.wait_workers(2)
+        streams = [Visit(server, TEAM_KEY, True, max_tokens=77).start() for _ in "123"]
+        filler = small_disk()
+        wait_for(lambda: status(server) == 503, 5, "the disk is full")
+        asked = len(up.requests)
+        refused = visits(10, server, TEAM_KEY, stream=False)
+        assert {error_code_of(one) for one in refused} == {"ledger_unavailable"}
+        assert len(up.requests) == asked
+        gate.set()
+        threading.Timer(1.5, filler.unlink).start()
+        assert [one.finish().done for one in streams] == [patience > 1] * 3
+        wait_for(lambda: status(server) == 200, 5, "recovery")
+        wait_held(tmp_path, 0, 5)
+        sql = "SELECT state, cost FROM requests WHERE stream"
+        assert query(tmp_path, sql) == [(proxy.SETTLED, COST)] * 3
+        assert proof(tmp_path) == [] and set(server.workers()) == set(pids)
+
+
+def deleted(db: Path) -> None:
+    """The file is away."""
+
+
+def replaced(db: Path) -> None:
+    """A fresh ledger stands there."""
+    proxy.Ledger(db.parent / "fresh.db").close()
+    (db.parent / "fresh.db").replace(db)
+
+
+def garbage(db: Path) -> None:
+    """Something that is no database stands there."""
+    db.write_bytes(os.urandom(1 << 16))
+
+
+def emptied(db: Path) -> None:
+    """An empty file stands there, which is an empty database for SQLite."""
+    db.touch()
+
+
+FAULTS = [deleted, replaced, garbage, emptied]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_lost_database_is_503_until_it_is_put_back(fault, gateway, tmp_path):
+    db, kept = tmp_path / "proxy.db", tmp_path / "kept.db"
+    with Upstream(json_answer(chat_json("one two three"))) as up:
+        server = gateway(up.url, workers=2)
+        main = "import proxy; proxy.main()"
+        made = [*server.command[:2], main, "keys", "add", "team"]
+        files = {"PROXY_KEYS": str(tmp_path / "keys.json"), "PROXY_DB": str(db)}
+        made_key = subprocess.run(
+            made, env=server.env | files, cwd=server.project, text=True, check=True,
+            stdout=subprocess.PIPE,
+        ).stdout.strip()  # fmt: skip
+        assert [status(server, key) for key in (TEAM_KEY, made_key)] == [200, 200]
+        before = query(tmp_path, "SELECT * FROM requests")
+        db.rename(kept)
+        fault(db)
+        seen = [Visit(server, key).start() for key in (TEAM_KEY, made_key) * 2]
+        assert statuses(seen) == {503: 4}
+        assert {error_code_of(one) for one in seen} == {"ledger_unavailable"}
+        assert len(up.requests) == 2 and db.exists() == (fault != deleted)
+        kept.replace(db)
+        wait_for(lambda: status(server, made_key) == 200, 2, "recovery")
+        assert set(before) < set(query(tmp_path, "SELECT * FROM requests"))
+        assert proof(tmp_path) == []
+
+
+def test_a_database_overwritten_in_place_gives_nothing_away(gateway, tmp_path):
+    db = tmp_path / "proxy.db"
+    with Upstream(json_answer(chat_json("one two three"))) as up:
+        server = gateway(up.url, workers=2)
+        assert status(server) == 200
+        good = db.read_bytes()
+        db.write_bytes(b"\xff" * len(good))
+        served = [status(server) for _ in range(6)].count(200)
+        assert len(up.requests) == 1 + served
+        db.write_bytes(good)
+        wait_for(lambda: status(server) == 200, 2, "recovery")
+        count = query(tmp_path, "SELECT count(*) FROM requests WHERE state = 1")[0][0]
+        assert count == len(up.requests) and proof(tmp_path) == []
+
+
+def test_another_program_that_closes_the_ledger_takes_no_log_away(gateway, tmp_path):
+    with Upstream(json_answer(chat_json("one two three"))) as up:
+        server = gateway(up.url)
+        assert [status(server), status(server)] == [200, 200]
+        log = (tmp_path / "proxy.db-wal").stat().st_ino
+        with closing(sqlite3.connect(tmp_path / "proxy.db")) as db:
+            db.execute("SELECT * FROM requests").fetchall()
+        assert proof(tmp_path) == []
+        assert (tmp_path / "proxy.db-wal").stat().st_ino == log
+        assert status(server) == 200
+        sql = "SELECT state, cost FROM requests"
+        assert query(tmp_path, sql) == [(proxy.SETTLED, COST)] * 3
+
+
+def test_four_processes_may_start_at_once_in_an_empty_folder(files, tmp_path):
+    files()
+    code = """if True:
+        import proxy, sys
+        sys.stdin.readline()
+        ledger = proxy.Ledger("proxy.db")
+        ledger.claim()
+        print(ledger.slot, ledger.read("SELECT value FROM meta")[0], flush=True)
+        sys.stdin.readline()
+    """
+    env = os.environ | {"PYTHONPATH": str(PROJECT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with ExitStack() as stack:
+        command = [sys.executable, "-c", code]
+        start = lambda: subprocess.Popen(command, cwd=tmp_path, env=env, **pipes)
+        started = [
+            stack.enter_context(start())
+            for _ in range(4)
+        ]
+        for step in range(2):
+            for one in started:
+                one.stdin.write("go\n")
+                one.stdin.flush()
+            said = [one.stdout.readline() for one in started] if step == 0 else said
+    assert len({line.split()[0] for line in said}) == 4
+    assert len({line.split()[1] for line in said}) == 1
+
+
+def ask_each(server: Gateway, key: str) -> list[int]:
+    """Ask one worker after the other, the others stopped; return the statuses."""
+    pids, seen = server.workers(), []
+    for pid in pids:
+        others = [each for each in pids if each != pid]
+        try:
+            [server.kill(each, signal.SIGSTOP) for each in others]
+            seen.append(status(server, key, model="echo"))
+        finally:
+            [server.kill(each, signal.SIGCONT) for each in others]
+    return seen
+
+
+def test_an_edit_of_keys_json_reaches_every_worker_within_a_second(gateway, tmp_path):
+    server = gateway(workers=4)
+    server.wait_workers(4)
+    assert ask_each(server, "sk-new") == [401] * 4
+    for value, expected in (("sk-new", 200), (None, 401)):
+        edit_keys(tmp_path, {"accounts": {"team": {"keys": {"new": value}}}})
+        time.sleep(1)
+        assert ask_each(server, "sk-new") == [expected] * 4
+
+
+@contextmanager
+def in_shell(prefix: str, redirect: str, server: Gateway) -> Iterator[Gateway]:
+    """Run the gateway as a shell starts it."""
+    line = f'{prefix} exec "$@" {redirect}'
+    server.command = ["sh", "-c", line, "sh", *server.command]
+    with server:
+        yield server
+
+
+LOGS = {"closed": ">&- 2>&-", "full": ">/dev/full 2>&1", "not read": ">fifo 2>&1"}
+
+
+@pytest.mark.parametrize("log", LOGS)
+def test_a_log_that_cannot_be_written_stops_nothing(log, files, tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    unread = os.open(fifo, os.O_RDWR)
+    fcntl.fcntl(unread, fcntl.F_SETPIPE_SZ, 4096)
+    redirect = LOGS[log].replace("fifo", str(fifo))
+    with Upstream(json_answer(chat_json("hi"))) as up:
+        keys, db = files(up.url)
+        server = Gateway(keys, db, workers=2, threads=64)
+        with in_shell("", redirect, server):
+            assert [status(server) for _ in range(60)] == [200] * 60
+            edit_keys(tmp_path, {"accounts": {"team": {"keys": {"new": "sk-new"}}}})
+            wait_for(lambda: status(server, "sk-new") == 200, 2, "keys.json is read")
+            server.kill(server.wait_workers(2)[0])
+            server.wait_workers(2)
+            assert [status(server) for _ in range(20)] == [200] * 20
+            assert proof(tmp_path) == []
+    os.close(unread)
+
+
+def test_a_flood_that_takes_all_descriptors_ends_no_stream(files, gate):
+    with Upstream(short_or_long(gate)) as up, ExitStack() as flood:
+        server = Gateway(*files(up.url), workers=1, threads=64)
+        with in_shell("ulimit -n 64;", "", server):
+            [pid] = server.workers()
+            stream = Visit(server, TEAM_KEY, stream=True, max_tokens=77).start()
+            for _ in range(150):
+                sock = socket.create_connection(("127.0.0.1", server.port), 5)
+                flood.enter_context(sock).sendall(b"G")
+            wait_for(lambda: len(open_files(pid)) > 60, what="no descriptor is left")
+            time.sleep(0.5)
+            gate.set()
+            assert stream.finish().done
+            flood.close()
+            wait_for(lambda: status(server) == 200, what="recovery")
+            assert server.workers() == [pid]
+
+
+# -- Clock ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jump", [3600, -3600])
+def test_a_clock_jump_changes_no_window_and_no_lease(jump, files, gate, tmp_path):
+    offset = tmp_path / "offset"
+    offset.write_text("0")
+    clock = f"""if True:
+        import pathlib, time
+        clock, offset = time.time, pathlib.Path({str(offset)!r})
+        time.time = lambda: clock() + float(offset.read_text() or 0)
+    """
+    with Upstream(short_or_long(gate)) as up:
+        limits = {"rate": "3/minute", "concurrent": 10}
+        server = Gateway(*files(up.url, limits=limits), workers=2, threads=64)
+        server.command[2] = f"{clock}\n{server.command[2]}"
+        with server:
+            stream = Visit(server, TEAM_KEY, stream=True, max_tokens=77).start()
+            assert [status(server) for _ in range(3)] == [200, 200, 429]
+            offset.write_text(str(jump))
+            time.sleep(0.6)  # two rounds of the upkeep
+            refused = Visit(server, TEAM_KEY).start()
+            assert refused.status == 429
+            assert 50 <= int(refused.reply.headers["Retry-After"]) <= 60
+            assert held(tmp_path) == 1
+            gate.set()
+            assert stream.finish().done and proof(tmp_path) == []
+
+
+# -- Clients -------------------------------------------------------------------------
+
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+POST += b"Authorization: Bearer sk-team\r\nContent-Type: application/json\r\n"
+BODY = b'{"model":"echo","messages":[{"role":"user","content":"Hi"}]}'
+SIZED = POST + b"Content-Length: %d\r\n" % len(BODY)
+CHUNKS = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+HIDDEN = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"  # what smuggling would reach
+END = b"\r\n0\r\n\r\n"
+MALFORMED = {
+    "no request": (b"GARBAGE\r\n\r\n", 400),
+    "no version": (b"GET /healthz\r\n\r\n", 400),
+    "version": (b"GET /healthz HTTP/9.9\r\nHost: x\r\n\r\n", 400),
+    "binary": (bytes(range(128, 256)) + b"\r\n\r\n", 400),
+    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\r\n\r\n", 400),
+    "long line": (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+    "long header": (POST + b"X: " + b"a" * 9000 + b"\r\n\r\n", 431),
+    "many headers": (POST + b"X: a\r\n" * 200 + b"\r\n", 431),
+    "no colon": (POST + b"Nonsense\r\n\r\n", 400),
+    "blank before colon": (SIZED + b"X : a\r\n\r\n" + BODY, 400),
+    "obs-fold": (SIZED + b"X: a\r\n b\r\n\r\n" + BODY, 400),
+    "bare LF": (SIZED + b"X: a\nY: b\r\n\r\n" + BODY, 400),
+    "NUL": (SIZED + b"X: a\0b\r\n\r\n" + BODY, 400),
+    "CL and TE": (SIZED + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + HIDDEN, 400),
+    "two CL": (SIZED + b"Content-Length: 5\r\n\r\n" + BODY + HIDDEN, 400),
+    "CL list": (POST + b"Content-Length: 5, 5\r\n\r\n" + BODY + HIDDEN, 400),
+    "CL sign": (POST + b"Content-Length: +60\r\n\r\n" + BODY + HIDDEN, 400),
+    "CL negative": (POST + b"Content-Length: -1\r\n\r\n" + BODY + HIDDEN, 400),
+    "TE gzip": (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + END + HIDDEN, 400),
+    "TE twice": (
+        POST + b"Transfer-Encoding: chunked\r\n" * 2 + b"\r\n0\r\n\r\n" + HIDDEN, 400
+    ),
+    "TE unknown": (POST + b"Transfer-Encoding: xchunked\r\n\r\n0" + END + HIDDEN, 400),
+    "TE identity": (SIZED + b"Transfer-Encoding: identity\r\n\r\n" + BODY, 400),
+    "TE tab": (POST + b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n" + HIDDEN, 400),
+    "chunk 0x": (CHUNKS + b"0x3c\r\n" + BODY + END + HIDDEN, 400),
+    "chunk +": (CHUNKS + b"+3c\r\n" + BODY + END + HIDDEN, 400),
+    "chunk -": (CHUNKS + b"-3c\r\n" + BODY + END + HIDDEN, 400),
+    "chunk _": (CHUNKS + b"3_c\r\n" + BODY + END + HIDDEN, 400),
+    "chunk none": (CHUNKS + b"\r\n" + BODY + END + HIDDEN, 400),
+    "chunk longer": (CHUNKS + b"3b\r\n" + BODY + END + HIDDEN, 400),
+    "chunk LF": (CHUNKS + b"3c\n" + BODY + END + HIDDEN, 400),
+    "Expect": (SIZED + b"Expect: the-unexpected\r\n\r\n" + BODY, 417),
+    "CL over": (POST + b"Content-Length: 99999999\r\n\r\n" + BODY, 413),
+    "CL absurd": (POST + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n" + BODY, 413),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Iterator[Gateway]:
+    """One gateway for the tests that leave nothing behind."""
+    folder = tmp_path_factory.mktemp("plain")
+    with Gateway(keys_file(folder, "http://127.0.0.1:9"), threads=64) as server:
+        yield server
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_request_gets_one_answer_in_the_envelope(name, plain):
+    data, expected = MALFORMED[name]
+    answer = raw_http(plain.port, data, timeout=1)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % expected)
+    assert list(json.loads(body)["error"]) == ["message", "type", "param", "code"]
+    assert b"x-request-id: req_" in head and b"application/json" in head
+
+
+SHORT = {
+    "sized": SIZED + b"\r\n" + BODY[:-9],
+    "no last chunk": CHUNKS + chunk(BODY),
+    "huge chunk": CHUNKS + b"F" * 40 + b"\r\n" + BODY,
+}
+
+
+@pytest.mark.parametrize("sent", SHORT.values(), ids=list(SHORT))
+def test_a_body_shorter_than_announced_is_400(sent, plain):
+    answer = raw_http(plain.port, sent, 1, finish=True)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    body = json.loads(answer.partition(b"\r\n\r\n")[2])
+    assert body["error"]["code"] == "invalid_request"
+
+
+def test_a_chunked_body_over_the_limit_is_413(plain):
+    data = CHUNKS + chunk(bytes(1 << 20)) * 11
+    assert raw_http(plain.port, data, 5).startswith(b"HTTP/1.1 413 ")
+
+
+def test_pipelined_requests_are_answered_in_order(plain):
+    close = HIDDEN[:-2] + b"Connection: close\r\n\r\n"
+    chunked = CHUNKS + chunk(BODY) + chunk(b"")
+    said = raw_http(plain.port, SIZED + b"\r\n" + BODY + chunked + HIDDEN + close)
+    kinds = re.findall(rb"HTTP/1.1 200|chat.completion|\"ok\"", said)
+    chat_, ok = [b"HTTP/1.1 200", b"chat.completion"], [b"HTTP/1.1 200", b'"ok"']
+    assert kinds == chat_ + chat_ + ok + ok
+
+
+def test_an_expected_100_continue_is_sent(plain):
+    head = SIZED + b"Expect: 100-continue\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", plain.port), 5) as sock:
+        sock.sendall(head)
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(BODY)
+        assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+HALF_BODY = SIZED + b"\r\n" + BODY[:9]
+UNFINISHED = {"silent": b"", "half heads": POST, "half bodies": HALF_BODY}
+
+
+@pytest.mark.parametrize("sent", UNFINISHED.values(), ids=list(UNFINISHED))
+def test_two_hundred_idlers_delay_nobody(sent, gateway):
+    with ExitStack() as crowd:
+        server = gateway(workers=2, threads=1000)
+        for _ in range(200):
+            sock = socket.create_connection(("127.0.0.1", server.port), 5)
+            crowd.enter_context(sock).sendall(sent)
+        for _ in range(5):
+            started = time.monotonic()
+            assert requests.get(f"{server.url}/healthz", timeout=5).ok
+            assert status(server, model="echo") == 200
+            assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize("sent", [POST, HALF_BODY], ids=["head", "body"])
+def test_half_a_request_is_given_up_after_the_client_timeout(sent, gateway):
+    server = gateway(constants={"CLIENT_TIMEOUT": 1})
+    started = time.monotonic()
+    raw_http(server.port, sent, 8)
+    assert 0.9 < time.monotonic() - started < 4
+
+
+def test_a_reader_that_stops_reading_is_given_up_and_settled(gateway, tmp_path):
+    def flood(request: Request) -> None:
+        request.send(STREAM)
+        while True:
+            request.send(MORE * 1000)
+
+    with Upstream(flood) as up, socket.socket() as sock:
+        server = gateway(up.url, constants={"CLIENT_TIMEOUT": 1})
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", server.port))
+        body = BODY.replace(b"echo", b"chat").replace(b"{", b'{"stream":true,', 1)
+        sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        up.wait_closed(1, timeout=6)
+        wait_held(tmp_path, 0)
+        [(state, estimated, cost, hold)] = query(
+            tmp_path, "SELECT state, estimated, cost, hold FROM requests"
+        )
+        assert (state, estimated) == (proxy.SETTLED, 1) and 0 < cost <= hold
+
+
+def half_close(sock: socket.socket) -> None:
+    """Send FIN, and go on listening."""
+    sock.shutdown(socket.SHUT_WR)
+
+
+def reset(sock: socket.socket) -> None:
+    """Send RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+@pytest.mark.parametrize("leave", [half_close, reset, socket.socket.close])
+@pytest.mark.parametrize("stream, head", [(0, 0), (1, 0), (1, 1)])
+def test_a_client_that_leaves_a_silent_upstream_frees_its_slot(
+    leave, stream, head, gateway, tmp_path
+):
+    body = BODY.replace(b"echo", b"chat").replace(b"{", b'{"stream":true,', stream)
+    with Upstream(stall(before_headers=not head)) as up:
+        server = gateway(up.url)
+        sock = socket.create_connection(("127.0.0.1", server.port), 5)
+        sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        up.wait_requests(1)
+        wait_held(tmp_path, 1)
+        leave(sock)
+        up.wait_closed(1, timeout=2)
+        wait_held(tmp_path, 0)
+        assert query(tmp_path, "SELECT sum(cost) FROM requests") == [(0,)]
+        sock.close()
+
+
+# -- Overload ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [12, 60])
+def test_more_relays_than_threads_are_overloaded_at_once(count, gateway, gate):
+    with Upstream(short_or_long(gate)) as up:
+        server = gateway(up.url, workers=1, threads=4)
+        started = time.monotonic()
+        ask = lambda: Visit(server, TEAM_KEY, True, max_tokens=77).start()
+        seen = together(count, ask)
+        assert time.monotonic() - started < 2
+        assert statuses(seen) == {200: 4, 503: count - 4}
+        refused = [one for one in seen if one.status == 503]
+        assert {error_code_of(one) for one in refused} == {"overloaded"}
+        assert all(1 <= int(one.reply.headers["Retry-After"]) <= 60 for one in refused)
+        assert requests.get(f"{server.url}/healthz", timeout=1).ok
+        gate.set()
+        assert sum(one.finish().done for one in seen if one.status == 200) == 4
+
+
+# Pages, account API, metrics ---------------------------------------------------------
+
+# -- Account API ---------------------------------------------------------------------
+
+RECEIPT_FIELDS = {
+    "id", "created", "account", "key", "model", "path", "state", "status", "stream",
+    "input_tokens", "cached_tokens", "output_tokens", "images", "estimated", "credits",
+    "ttfb_ms", "duration_ms",
+}  # fmt: skip
+KEY_FIELDS = {
+    "id", "account", "name", "hint", "source", "admin", "created", "last_used",
+    "revoked",
+}  # fmt: skip
+
+
+class Api:
+    """An app in this process, asked as a client would."""
+
+    def __init__(self, app: Any) -> None:
+        self.client, self.services = app.test_client(), app.extensions["proxy"]
+
+    def __call__(
+        self, method: str, path: str, key: str = TEAM_KEY, /, **body: Any
+    ) -> Any:
+        headers = {"Authorization": f"Bearer {key}"}
+        more = {"json": body} if method == "POST" else {}
+        return self.client.open(path, method=method, headers=headers, **more)
+
+    def get(self, path: str, key: str = TEAM_KEY) -> Any:
+        """The JSON of a GET that succeeds."""
+        answer = self("GET", path, key)
+        assert answer.status_code == 200, answer.text
+        return answer.json
+
+    def post(self, path: str, key: str = TEAM_KEY, /, **body: Any) -> Any:
+        """The JSON of a POST that makes something."""
+        answer = self("POST", path, key, **body)
+        assert answer.status_code == 201, answer.text
+        return answer.json
+
+    def say(self, words: str, key: str = TEAM_KEY, **body: Any) -> str:
+        """The id of a request to echo, which costs two micro-credits a word."""
+        messages = [{"role": "user", "content": words}]
+        whole = {"model": "echo", "messages": messages, **body}
+        answer = self("POST", "/v1/chat/completions", key, **whole)
+        assert answer.status_code == 200 and answer.data
+        return answer.headers["x-request-id"]
+
+    def refusal(
+        self, method: str, path: str, key: str = TEAM_KEY, /, **body: Any
+    ) -> tuple[int, str]:
+        """Status and code of a request that is refused."""
+        answer = self(method, path, key, **body)
+        return answer.status_code, answer.json["error"]["code"]
+
+    def ids(self, query: str = "", key: str = TEAM_KEY) -> list[str]:
+        """The ids of a page of requests."""
+        return [
+            row["id"] for row in self.get(f"/v1/account/requests{query}", key)["data"]
+        ]
+
+
+@pytest.fixture
+def api(app: Callable) -> Api:
+    return Api(app())
+
+
+def test_an_account_sees_its_credits_limits_models_and_keys(api: Api) -> None:
+    api.say("one two three")
+    about = api.get("/v1/account")
+    left = {"granted": 100, "spent": 0.000006, "held": 0, "available": 99.999994}
+    assert about["credits"] == left
+    assert about["limits"] == {"rate": "1000/minute", "concurrent": 100}
+    assert (about["id"], about["admin"]) == ("team", False)
+    models = {model["id"]: model for model in about["models"]}
+    assert models["chat"]["price"] == {"input": 1, "cached": 0.1, "output": 2}
+    assert models["jimeng-image"]["price"] == {"image": 0.04}
+    assert [set(key) for key in about["keys"]] == [KEY_FIELDS]
+    assert about["keys"][0]["name"] == "main" and TEAM_KEY not in json.dumps(about)
+
+
+def test_an_account_sees_only_the_models_it_may_use(api: Api) -> None:
+    about = api.get("/v1/account", DEMO_KEY)
+    assert [model["id"] for model in about["models"]] == ["echo"]
+
+
+def test_a_receipt_tells_what_became_of_a_request(api: Api) -> None:
+    before = time.time()
+    id = api.say("one two three")
+    receipt = api.get(f"/v1/account/requests/{id}")
+    assert set(receipt) == RECEIPT_FIELDS
+    assert before - 1 < receipt["created"] < time.time() + 1
+    assert 0 <= receipt["ttfb_ms"] <= receipt["duration_ms"] < 5000
+    told = {name: receipt[name] for name in RECEIPT_FIELDS - {"created"}}
+    assert told == {
+        "id": id, "account": "team", "key": "main", "model": "echo",
+        "path": "chat/completions", "state": "settled", "status": 200, "stream": False,
+        "input_tokens": 3, "cached_tokens": 0, "output_tokens": 3, "images": 0,
+        "estimated": False, "credits": 0.000006,
+        "ttfb_ms": receipt["ttfb_ms"], "duration_ms": receipt["duration_ms"],
+    }  # fmt: skip
+
+
+def test_a_request_that_failed_upstream_has_a_free_receipt(api: Api) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    answer = api("POST", "/v1/chat/completions", model="chat", messages=messages)
+    id = answer.headers["x-request-id"]
+    receipt = api.get(f"/v1/account/requests/{id}")
+    assert (answer.status_code, receipt["status"]) == (503, 503)
+    assert (receipt["state"], receipt["credits"]) == ("released", 0)
+
+
+def test_requests_are_paged_newest_first(api: Api) -> None:
+    made = [api.say("a") for _ in range(7)]
+    assert {*api.ids()} == {*made}
+    first = api.get("/v1/account/requests?limit=3")
+    second = api.get(f"/v1/account/requests?limit=3&after={first['data'][-1]['id']}")
+    third = api.get(f"/v1/account/requests?limit=3&after={second['data'][-1]['id']}")
+    pages = [first, second, third]
+    assert [page["has_more"] for page in pages] == [True, True, False]
+    rows = [row["id"] for page in pages for row in page["data"]]
+    assert rows == sorted(made, reverse=True)
+
+
+def test_a_page_that_ends_with_the_last_request_says_so(api: Api) -> None:
+    made = [api.say("a") for _ in range(3)]
+    page = api.get("/v1/account/requests?limit=3")
+    assert (len(page["data"]), page["has_more"]) == (len(made), False)
+
+
+def test_requests_are_filtered_by_time(api: Api, monkeypatch: Any) -> None:
+    clock = [1_700_000_000.0]
+    monkeypatch.setattr(proxy.time, "time", lambda: clock[0])
+    monkeypatch.setattr(proxy.time, "time_ns", lambda: int(clock[0] * 1000) * 10**6)
+    made = []
+    for clock[0] in (1_700_000_000.0, 1_700_000_100.5, 1_700_000_200.0):
+        made.append(api.say("a"))
+    start, middle, end = made
+    assert api.ids("?since=1700000100.5") == [end, middle]
+    assert api.ids("?since=1700000100.6") == [end]
+    assert api.ids("?until=1700000200") == [middle, start]
+    assert api.ids("?since=1700000050&until=1700000150") == [middle]
+    assert api.ids(f"?until=1700000200&after={middle}") == [start]
+    assert api.ids("?until=1600000000") == []
+
+
+BAD_FILTERS = [
+    "requests?limit=0", "requests?limit=201", "requests?limit=x", "requests?limit=1.5",
+    "requests?limit=-1", "requests?since=yesterday", "requests?until=-1",
+    "requests?since=1e9", "requests?since=", "usage?days=0", "usage?days=367",
+    "usage?days=%D9%A3", "usage?days=",
+]  # fmt: skip
+
+
+def test_a_bad_filter_is_refused_by_name(api: Api) -> None:
+    for query in BAD_FILTERS:
+        answer = api("GET", f"/v1/account/{query}")
+        param = re.search(r"\?(\w+)=", query)[1]
+        error = answer.json["error"]
+        assert (answer.status_code, error["code"]) == (400, "invalid_request"), query
+        assert error["param"] == param
+
+
+def test_an_odd_after_is_only_a_place_to_start(api: Api) -> None:
+    api.say("a")
+    for after in ("nothing", "%00", "%ff", "' OR 1=1 --", "req_%F0%9F%98%80"):
+        assert set(api.ids(f"?after={quote(after, safe='%')}")) <= set(api.ids())
+
+
+def test_usage_is_summed_by_day_and_model(api: Api, monkeypatch: Any) -> None:
+    day = int(time.time()) // 86400
+    clock = [0.0]
+    with monkeypatch.context() as patch:
+        patch.setattr(proxy.time, "time", lambda: clock[0])
+        for clock[0] in ((day - 40) * 86400.0, (day - 2) * 86400.0, day * 86400.0):
+            api.say("one two")
+        api.say("three")
+    names = [time.strftime("%Y-%m-%d", time.gmtime(d * 86400)) for d in (day, day - 2)]
+    counts = {"model": "echo", "cached_tokens": 0, "images": 0}
+    three = {"requests": 2, "input_tokens": 3, "output_tokens": 3, "credits": 0.000006}
+    two = {"requests": 1, "input_tokens": 2, "output_tokens": 2, "credits": 0.000004}
+    expected = [{"day": names[0]} | counts | three, {"day": names[1]} | counts | two]
+    assert api.get("/v1/account/usage")["data"] == expected
+    assert api.get("/v1/account/usage?days=2")["data"] == expected[:1]
+    assert api.get("/v1/account/usage?days=3")["data"] == expected
+    assert len(api.get("/v1/account/usage?days=90")["data"]) == 3
+
+
+def test_a_made_key_is_shown_once_and_works(api: Api) -> None:
+    made = api.post("/v1/account/keys", name="laptop")
+    assert set(made) == KEY_FIELDS | {"key"}
+    assert re.fullmatch(r"sk-[\w-]{40,}", made["key"])
+    assert made["hint"].startswith("sk-") and made["hint"].endswith(made["key"][-4:])
+    id = api.say("hello", made["key"])
+    assert api.get(f"/v1/account/requests/{id}")["key"] == "laptop"
+    listed = api.client.get(
+        "/v1/account/keys", headers={"Authorization": f"Bearer {made['key']}"}
+    )
+    assert made["key"] not in listed.text
+    rows = {row["name"]: row for row in listed.json["data"]}
+    sources = {name: row["source"] for name, row in rows.items()}
+    assert sources == {"main": "keys.json", "laptop": "proxy.db"}
+    assert rows["laptop"]["last_used"] >= rows["laptop"]["created"]
+
+
+def test_keys_are_listed_in_the_order_in_which_they_were_made(
+    api: Api, monkeypatch: Any
+) -> None:
+    now, names = time.time(), [f"key {n}" for n in range(8)]
+    for number, name in enumerate(names):
+        monkeypatch.setattr(proxy.time, "time", lambda n=number: now + n)
+        api.post("/v1/account/keys", name=name)
+    rows = api.get("/v1/account/keys")["data"]
+    assert [row["name"] for row in rows] == ["main", *names]
+
+
+def test_a_key_may_revoke_itself(api: Api) -> None:
+    made = api.post("/v1/account/keys", name="laptop")
+    assert (
+        api("DELETE", f"/v1/account/keys/{made['id']}", made["key"]).status_code == 200
+    )
+    assert api.refusal("GET", "/v1/account", made["key"]) == (401, "unauthorized")
+
+
+def test_an_account_has_so_many_keys_until_it_revokes_one(
+    api: Api, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(proxy, "MAX_KEYS", 3)
+    ids = [api.post("/v1/account/keys", name=f"k{n}")["id"] for n in range(2)]
+    assert api.refusal("POST", "/v1/account/keys") == (400, "invalid_request")
+    api("DELETE", f"/v1/account/keys/{ids[0]}")
+    api.post("/v1/account/keys", name="again")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"admin": True},
+        {"admin": 1},
+        {"name": 7},
+        {"account": "other"},
+        {"key": "sk-own"},
+    ],
+    ids=str,
+)
+def test_a_key_is_made_with_a_name_and_nothing_else(body: dict, api: Api) -> None:
+    assert api.refusal("POST", "/v1/account/keys", **body) == (400, "invalid_request")
+    assert len(api.get("/v1/account/keys")["data"]) == 1
+
+
+def test_account_calls_have_a_window_of_their_own(app: Callable) -> None:
+    api = Api(app(limits={"rate": "2/minute"}))
+    for _ in range(20):
+        api.get("/v1/account")
+    answer = api("GET", "/v1/models")
+    assert answer.headers["x-ratelimit-limit-requests"] == "300"
+    assert answer.headers["x-ratelimit-remaining-requests"] == "279"
+    assert api.get("/v1/account")["live"]["requests_remaining"] == 2
+    api.say("a")
+    api.say("a")
+    live = {"requests_remaining": 0, "requests_limit": 2, "concurrent": 0}
+    assert api.get("/v1/account")["live"] == live
+    refused = api.refusal("POST", "/v1/chat/completions", model="echo", messages=[])
+    assert refused == (429, "rate_limit_exceeded")
+
+
+def test_account_calls_are_bounded_and_take_nothing_from_the_key(
+    app: Callable, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(proxy, "ACCOUNT_ITEMS", tuple(proxy.parse_many("5/minute")))
+    api = Api(app(limits={"rate": "5/minute"}))
+    for _ in range(5):
+        api.get("/v1/account")
+    answer = api("GET", "/v1/account")
+    assert answer.json["error"]["code"] == "rate_limit_exceeded"
+    assert 1 <= int(answer.headers["Retry-After"]) <= 60
+    api.say("a")
+    api.get("/v1/account", OTHER_KEY)
+
+
+def test_account_calls_need_no_slot_and_no_credits(app: Callable) -> None:
+    api = Api(app(accounts={"team": {"limits": {"concurrent": 1}}}))
+    body = {"model": "echo", "messages": [{"role": "user", "content": "a b"}]}
+    stream = api("POST", "/v1/chat/completions", **body, stream=True)
+    with stream:
+        about = api.get("/v1/account")
+        assert about["live"]["concurrent"] == 1
+        assert about["credits"]["held"] > 0
+        assert about["credits"]["available"] < 100
+        assert api.get("/v1/account/requests")["data"][0]["state"] == "open"
+        assert api.refusal("POST", "/v1/chat/completions", **body)[0] == 429
+    assert api.get("/v1/account", POOR_KEY)["credits"]["available"] == 0
+
+
+class Shell:
+    """Commands in this process, on the files of an app that runs."""
+
+    def __init__(self, files: tuple, capsys: pytest.CaptureFixture) -> None:
+        self.keys, self.db = map(str, files)
+        self.capsys = capsys
+
+    def __call__(self, *words: str) -> tuple[int, str, str]:
+        """Exit status, standard output and standard error."""
+        self.capsys.readouterr()
+        try:
+            status = proxy.main([*words, "--keys", self.keys, "--db", self.db])
+        except SystemExit as end:
+            status = end.code
+        return status, *self.capsys.readouterr()
+
+    def rows(self, *words: str) -> list[dict]:
+        """What the command says with --json."""
+        status, out, err = self(*words, "--json")
+        assert (status, err) == (0, "")
+        return json.loads(out)
+
+
+@pytest.fixture
+def shell(api: Api, tmp_path: Path, capsys: pytest.CaptureFixture) -> Shell:
+    return Shell((tmp_path / "keys.json", tmp_path / "proxy.db"), capsys)
+
+
+# -- Admins --------------------------------------------------------------------------
+
+
+def test_an_admin_makes_an_account_grants_and_makes_it_a_key(api: Api) -> None:
+    made = api.post("/v1/accounts", ADMIN_KEY, id="lab", credits=2.5)
+    assert made["credits"] == {"granted": 2.5, "spent": 0, "held": 0, "available": 2.5}
+    path = "/v1/accounts/lab"
+    granted = api.post(f"{path}/grants", ADMIN_KEY, credits=0.000001, note="more")
+    assert granted["credits"]["granted"] == 2.500001
+    key = api.post(f"{path}/keys", ADMIN_KEY, name="first")
+    assert (key["account"], key["admin"]) == ("lab", False)
+    id = api.say("one two", key["key"])
+    assert api.get(path, ADMIN_KEY)["credits"]["spent"] == 0.000004
+    assert api.get(f"{path}/requests/{id}", ADMIN_KEY)["account"] == "lab"
+    assert api.get(f"{path}/usage", ADMIN_KEY)["data"][0]["requests"] == 1
+    assert api("DELETE", f"{path}/keys/{key['id']}", ADMIN_KEY).status_code == 200
+    assert api.refusal("GET", "/v1/account", key["key"]) == (401, "unauthorized")
+
+
+def test_an_admin_key_made_for_an_account_is_admin_there(api: Api) -> None:
+    made = api.post("/v1/accounts/team/keys", ADMIN_KEY, name="chief", admin=True)
+    assert made["admin"] is True
+    assert api.get("/v1/account", made["key"])["admin"] is True
+    assert api.refusal("GET", "/v1/accounts", TEAM_KEY) == (404, "not_found")
+    assert api.get("/v1/accounts", made["key"])["data"]
+
+
+@pytest.mark.parametrize("key, account", [(ADMIN_KEY, "boss"), (TEAM_KEY, "team")])
+def test_a_key_is_shown_as_admin_exactly_if_it_is(
+    key: str, account: str, api: Api
+) -> None:
+    made = api.post("/v1/account/keys", key, name="second")
+    may = api("GET", "/v1/accounts", made["key"]).status_code == 200
+    rows = api.get("/v1/account/keys", key)["data"]
+    assert [row["admin"] for row in rows] == [may, may]
+    assert made["admin"] == may
+
+
+@pytest.mark.parametrize("id", ["team", "lab"])
+def test_there_is_one_account_of_a_name(id: str, api: Api) -> None:
+    api("POST", "/v1/accounts", ADMIN_KEY, id="lab")
+    refused = api.refusal("POST", "/v1/accounts", ADMIN_KEY, id=id, credits=5)
+    assert refused == (400, "invalid_request")
+    credits = api.get(f"/v1/accounts/{id}", ADMIN_KEY)["credits"]["granted"]
+    assert credits == {"team": 100, "lab": 0}[id]
+
+
+def test_a_bad_amount_is_not_granted(api: Api) -> None:
+    path = "/v1/accounts/other/grants"
+    for credits in (None, "5", True, -1, -0.5, 1e-7, 0.0000015, 1e10, 1e999, [], {}):
+        assert api.refusal("POST", path, ADMIN_KEY, credits=credits)[0] == 400, credits
+    assert api.get("/v1/accounts/other", ADMIN_KEY)["credits"]["granted"] == 1
+
+
+def test_grants_add_up_exactly(api: Api) -> None:
+    for _ in range(10):
+        api.post("/v1/accounts/other/grants", ADMIN_KEY, credits=0.1)
+    assert api.get("/v1/account", OTHER_KEY)["credits"]["granted"] == 2
+
+
+def test_accounts_are_paged_by_name(api: Api) -> None:
+    first = api.get("/v1/accounts?limit=3", ADMIN_KEY)
+    rest = api.get("/v1/accounts?after=other", ADMIN_KEY)
+    assert [row["id"] for row in first["data"]] == ["boss", "demo", "other"]
+    assert [row["id"] for row in rest["data"]] == ["poor", "team"]
+    assert (first["has_more"], rest["has_more"]) == (True, False)
+
+
+def take_out_other(api: Api, folder: Path) -> None:
+    """Let account `other` spend something, then take it out of keys.json."""
+    api.say("a", OTHER_KEY)
+    keys_file(folder, "http://127.0.0.1:9", accounts={"other": None})
+    wait_for(lambda: api("GET", "/v1/account", OTHER_KEY).status_code == 401)
+
+
+def test_an_account_taken_out_of_keys_json_leaves_a_good_ledger(
+    api: Api, shell: Shell, tmp_path: Path
+) -> None:
+    take_out_other(api, tmp_path)
+    status, out, _ = shell("check")
+    keys_file(tmp_path, "http://127.0.0.1:9")
+    assert "wrong" not in out and status == 0
+
+
+def test_every_account_that_is_listed_can_be_opened(api: Api, tmp_path: Path) -> None:
+    take_out_other(api, tmp_path)
+    ids = [row["id"] for row in api.get("/v1/accounts", ADMIN_KEY)["data"]]
+    opened = [api("GET", f"/v1/accounts/{id}", ADMIN_KEY).status_code for id in ids]
+    keys_file(tmp_path, "http://127.0.0.1:9")
+    assert "team" in ids and opened == [200] * len(ids)
+
+
+# -- Isolation -----------------------------------------------------------------------
+
+ADMIN_ROUTES = [
+    ("GET", "/v1/accounts"),
+    ("POST", "/v1/accounts"),
+    ("GET", "/v1/accounts/<account>"),
+    ("POST", "/v1/accounts/<account>/grants"),
+    ("GET", "/v1/accounts/<account>/usage"),
+    ("GET", "/v1/accounts/<account>/requests"),
+    ("GET", "/v1/accounts/<account>/requests/<request_id>"),
+    ("GET", "/v1/accounts/<account>/keys"),
+    ("POST", "/v1/accounts/<account>/keys"),
+    ("DELETE", "/v1/accounts/<account>/keys/<key_id>"),
+    ("GET", "/metrics"),
+]
+
+
+def test_the_admin_routes_are_these(api: Api) -> None:
+    rules = api.client.application.url_map.iter_rules()
+    routes = {(m, r.rule) for r in rules for m in r.methods - {"HEAD", "OPTIONS"}}
+    of_accounts = {pair for pair in routes if pair[1].startswith("/v1/accounts")}
+    assert of_accounts | {("GET", "/metrics")} == {*ADMIN_ROUTES}
+
+
+@pytest.mark.parametrize("route", ADMIN_ROUTES, ids=" ".join)
+def test_an_admin_route_is_not_there_for_others(route: tuple, api: Api) -> None:
+    method, rule = route
+    receipt = api.say("a", OTHER_KEY)
+    key_id = api.get("/v1/account/keys", OTHER_KEY)["data"][0]["id"]
+    values = {"<key_id>": key_id, "<request_id>": receipt}
+
+    def ask(key: str, account: str) -> tuple:
+        path = rule.replace("<account>", account)
+        for name, value in values.items():
+            path = path.replace(name, value)
+        answer = api(method, path, key, id="new", credits=1)
+        return answer.status_code, answer.data
+
+    before = api.get("/v1/account", OTHER_KEY)["credits"]["granted"]
+    for key in (TEAM_KEY, OTHER_KEY, DEMO_KEY):
+        assert ask(key, "other") == ask(key, "nobody")
+        assert ask(key, "other")[0] == 404
+    assert api.get("/v1/account", OTHER_KEY)["credits"]["granted"] == before
+    rows = api.get("/v1/accounts", ADMIN_KEY)["data"]
+    assert "new" not in [row["id"] for row in rows]
+
+
+def test_another_accounts_receipt_is_not_found(api: Api) -> None:
+    id = api.say("secret", OTHER_KEY)
+    for path in (id, id.upper(), id + "%20", id[:-1] + "%", "%25", "_" * len(id)):
+        refused = api.refusal("GET", f"/v1/account/requests/{path}")
+        assert refused == (404, "not_found")
+    assert api.get(f"/v1/account/requests/{id}", OTHER_KEY)["id"] == id
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["", "?account=other", "?id=other", "?after=s", "?limit=200&since=0", "?key=main"],
+)
+def test_a_list_has_nothing_of_another_account(query: str, api: Api) -> None:
+    own, foreign = api.say("mine"), api.say("secret", OTHER_KEY)
+    kinds = ("requests", "usage", "keys")
+    text = "".join(api("GET", f"/v1/account/{kind}{query}").text for kind in kinds)
+    assert own in text and foreign not in text and "other" not in text
+
+
+@pytest.mark.parametrize("account", ["other", "team%2F..%2Fother", "OTHER", "other%00"])
+def test_no_spelling_of_an_admin_path_reaches_another_account(
+    account: str, api: Api
+) -> None:
+    for path in (f"/v1/accounts/{account}", f"/v1/account/../accounts/{account}"):
+        assert api.refusal("GET", path)[0] in {404, 405}
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["made", "declared"])
+def test_another_accounts_key_cannot_be_revoked(made: bool, api: Api) -> None:
+    api.post("/v1/account/keys", OTHER_KEY, name="second")
+    rows = api.get("/v1/account/keys", OTHER_KEY)["data"]
+    id = rows[made]["id"]
+    refused = api.refusal("DELETE", f"/v1/account/keys/{id}")
+    assert refused == (404, "not_found")
+    assert refused == api.refusal("DELETE", "/v1/account/keys/key_0000000000000000")
+    rows = api.get("/v1/account/keys", OTHER_KEY)["data"]
+    assert [row["revoked"] for row in rows] == [None, None]
+
+
+def test_a_key_of_one_account_cannot_be_revoked_through_another(api: Api) -> None:
+    id = api.get("/v1/account/keys", OTHER_KEY)["data"][0]["id"]
+    refused = api.refusal("DELETE", f"/v1/accounts/team/keys/{id}", ADMIN_KEY)
+    assert refused == (404, "not_found")
+    api.get("/v1/account", OTHER_KEY)
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["made", "declared"])
+def test_a_revoked_key_stops_at_once_in_every_worker(
+    made: bool, gateway: Callable
+) -> None:
+    server = gateway(workers=2, accounts={"team": {"keys": {"spare": "sk-spare-key"}}})
+    session, account = client(), f"{server.url}/v1/account"
+    team = {"Authorization": f"Bearer {TEAM_KEY}"}
+    answer = session.post(f"{account}/keys", json={"name": "new"}, headers=team).json()
+    key = {True: answer["key"], False: "sk-spare-key"}[made]
+    name = {True: "new", False: "spare"}[made]
+    assert {one.status_code for one in ask_often(account, key)} == {200}
+    rows = session.get(f"{account}/keys", headers=team).json()["data"]
+    [id] = [row["id"] for row in rows if row["name"] == name]
+    assert session.delete(f"{account}/keys/{id}", headers=team).status_code == 200
+    assert {one.status_code for one in ask_often(account, key)} == {401}
+    assert chat(server.url, key, model="echo").status_code == 401
+
+
+def ask_often(url: str, key: str, times: int = 16) -> list[requests.Response]:
+    """The answers to so many GETs at once, each on a connection of its own."""
+    headers = {"Authorization": f"Bearer {key}"}
+    with ThreadPoolExecutor(8) as pool:
+        asked = pool.map(lambda _: client().get(url, headers=headers), range(times))
+    return [*asked]
+
+
+def short(value: Any) -> str:
+    """A value as the name of a test."""
+    return repr(value)[:20]
+
+
+# -- Names ---------------------------------------------------------------------------
+
+TAG = "<img src=x onerror=alert(1)>"
+SHOWN_NAMES = [
+    TAG, "{{7*7}}", "${7*7}", "مرحبا بالعالم", "שלום 123", "\"'`; DROP TABLE keys; --",
+    "%3Cscript%3E", "a\\u003cb", "&lt;b&gt;", "x" * 100, "😀 e\u0301", "null", "?a=b#c",
+]  # fmt: skip
+REFUSED_NAMES = [
+    "", "x" * 101, "x" * 300, "a\nb", "a\rb", "\x1b[31mred", "a\0b", "a\x7fb", "a\x9bb",
+    "a\u202eb", "a\u2028b", "a\u200bb", "\ufeff", " a", "a ", "\u00a0", "\ud800",
+    7, None, ["a"], {"a": 1}, True,
+]  # fmt: skip
+
+
+def test_an_odd_name_is_kept_as_it_is(api: Api) -> None:
+    for name in SHOWN_NAMES:
+        api.post("/v1/accounts", ADMIN_KEY, id=name, credits=1)
+        path = f"/v1/accounts/{quote(name, safe='')}"
+        key = api.post(f"{path}/keys", ADMIN_KEY, name=name)["key"]
+        id = api.say("a", key)
+        answer = api("GET", f"/v1/account/requests/{id}", key)
+        assert (answer.mimetype, answer.json["key"]) == ("application/json", name)
+        about = api.get("/v1/account", key)
+        assert (about["id"], about["keys"][0]["name"]) == (name, name)
+        assert api.get(path, ADMIN_KEY)["id"] == name
+
+
+def test_an_odd_name_is_a_label_that_prometheus_can_read(api: Api) -> None:
+    for name in SHOWN_NAMES:
+        api.post("/v1/accounts", ADMIN_KEY, id=name, credits=1)
+    text = api("GET", "/metrics", ADMIN_KEY).text
+    balances = samples(families(text)["proxy_balance_credits"], "account")
+    assert {(name,) for name in SHOWN_NAMES} <= {*balances}
+
+
+def test_a_name_that_cannot_be_shown_is_refused(api: Api) -> None:
+    places = {"/v1/account/keys": "name", "/v1/accounts": "id"}
+    places["/v1/accounts/other/keys"] = "name"
+    for name, (path, member) in itertools.product(REFUSED_NAMES, places.items()):
+        answer = api("POST", path, ADMIN_KEY, **{member: name})
+        assert (answer.status_code, answer.json["error"]["param"]) == (400, member), (
+            name
+        )
+    rows = api.get("/v1/accounts", ADMIN_KEY)["data"]
+    assert [(row["id"], row["keys"]) for row in rows] == [
+        (id, 1) for id in ("boss", "demo", "other", "poor", "team")
+    ]
+
+
+@pytest.mark.parametrize(
+    "note", ["a\nb", "\x1b[31mred", "x" * 300, "\ud800", 7], ids=short
+)
+def test_a_note_that_cannot_be_shown_is_refused(note: Any, api: Api) -> None:
+    path = "/v1/accounts/other/grants"
+    refused = api.refusal("POST", path, ADMIN_KEY, credits=1, note=note)
+    assert refused == (400, "invalid_request")
+
+
+def test_an_account_is_not_named_like_a_path(api: Api) -> None:
+    for name in ("a/b", "/", ".", "..", "</script>"):
+        refused = api.refusal("POST", "/v1/accounts", ADMIN_KEY, id=name)
+        assert refused == (400, "invalid_request"), name
+
+
+# -- Tables --------------------------------------------------------------------------
+
+
+def test_the_commands_say_what_the_api_says(api: Api, shell: Shell) -> None:
+    api.say("one two three")
+    api.say("four", OTHER_KEY)
+    assert shell.rows("usage", "team") == api.get("/v1/account/usage")["data"]
+    credits = {"account": "team"} | api.get("/v1/account")["credits"]
+    assert shell.rows("credits", "show", "team") == [credits]
+    keys = [row for row in shell.rows("keys", "list") if row["account"] == "team"]
+    assert keys == api.get("/v1/account/keys")["data"]
+    summed = shell.rows("usage")
+    assert [(row["requests"], row["credits"]) for row in summed] == [(2, 0.000008)]
+
+
+def test_tables_are_aligned(api: Api, shell: Shell) -> None:
+    api.say("one two three")
+    for words in (("keys", "list"), ("credits", "show"), ("usage",)):
+        status, out, _ = shell(*words)
+        heads, *lines = out.splitlines()
+        starts = [match.start() for match in re.finditer(r"(?<=  )\S|^\S", heads)]
+        assert status == 0 and lines
+        for line, start in itertools.product(lines, starts[1:]):
+            assert line.ljust(200)[start - 2 : start] == "  ", (heads, line)
+
+
+@pytest.mark.parametrize("words", [("keys", "list"), ("credits", "show")], ids=" ".join)
+def test_an_odd_name_stays_in_its_line_of_a_table(
+    words: tuple, api: Api, shell: Shell
+) -> None:
+    for name in SHOWN_NAMES:
+        api.post("/v1/accounts", ADMIN_KEY, id=name, credits=1)
+        api.post(f"/v1/accounts/{quote(name, safe='')}/keys", ADMIN_KEY, name=name)
+    _, out, _ = shell(*words)
+    assert out.count("\n") == 1 + 5 + len(SHOWN_NAMES)
+    assert [name for name in SHOWN_NAMES if name not in out] == []
+    assert all(letter.isprintable() or letter == "\n" for letter in out)
+    assert {*SHOWN_NAMES} <= {row["account"] for row in shell.rows(*words)}
+
+
+NAMING = [
+    ("keys", "add", "NAME"), ("keys", "add", "team", "--name", "NAME"),
+    ("keys", "revoke", "NAME"), ("credits", "add", "NAME", "1"),
+    ("credits", "show", "NAME"), ("credits", "add", "team", "1", "--note", "NAME"),
+    ("usage", "NAME"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", NAMING, ids=" ".join)
+def test_a_command_refuses_a_name_that_cannot_be_in_one_line(
+    words: tuple, shell: Shell
+) -> None:
+    for name in ("\x1b[31mred", "\udcff", "a\nb", "x" * 300):
+        status, out, err = shell(*(name if w == "NAME" else w for w in words))
+        assert (status, out, err.count("\n")) == (1, "", 1), name
+        assert "\x1b" not in err
+
+
+@pytest.mark.parametrize("words", [("credits", "show"), ("usage",)], ids=" ".join)
+def test_a_command_refuses_an_account_that_is_not_there(
+    words: tuple, shell: Shell
+) -> None:
+    status, out, err = shell(*words, "tema")
+    assert (status, out) == (1, "") and "tema" in err
+
+
+# -- Documentation -------------------------------------------------------------------
+
+CHROMIUM, CHROMEDRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
+EXAMPLES = {
+    "stream-curl": "sh",
+    "stream-python": "python",
+    "image-curl": "sh",
+    "python-requests": "python",
+    "python-openai": "python",
+    "javascript-fetch": "node",
+    "curl-chat": "sh",
+    "receipt-python": "python",
+    "account-curl": "sh",
+}
+TOLD_ON_THE_PAGE = [
+    "Authorization: Bearer", "dashboard", "/v1/chat/completions", '"messages"',
+    '"role": "system"', '"max_tokens": 1024', '"temperature": 0.7', '"stream"',
+    "chat.completion", '"finish_reason"', '"usage"', '"prompt_tokens"',
+    '"completion_tokens"', '"total_tokens"', "reasoning_content", "deepseek-chat",
+    "deepseek-r1", "deepseek-coder", "jimeng-image", "JiMeng", "requests", "OpenAI SDK",
+    "JavaScript", "cURL", "Retry-After", "per API key", "Concurrent requests",
+    "data: [DONE]", "include_usage", "x-request-id", "GET /v1/models", "x-should-retry",
+    "/v1/account/requests", "/v1/account/usage", "x-ratelimit-remaining-requests",
+]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """A page's text, what its elements with an id say, and what it links to."""
+
+    VOID = {"meta", "link", "img", "br", "input", "hr"}
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.html, self.words, self.path = html, "", []
+        self.text: dict[str, str] = {}
+        self.attributes: list[tuple[str, str, str]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attributes]
+        id = dict(attributes).get("id", "")
+        self.text.setdefault(id, "")
+        self.path += [(tag, id)] * (tag not in self.VOID)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.path and self.path.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+        for _, id in self.path:
+            self.text[id] += data
+
+    def example(self, id: str) -> str:
+        """The text of a pre, without the line end after its tag (HTML §13.2.6.4.7)."""
+        return self.text[id].removeprefix("\n")
+
+    def values(self, *names: str) -> list[str]:
+        """What the attributes of these names say."""
+        return [value for _, name, value in self.attributes if name in names]
+
+
+def documentation(api: Api, **headers: str) -> Page:
+    """The documentation as this app shows it."""
+    return Page(api.client.get("/", headers=headers).text)
+
+
+def in_one_line(text: str) -> str:
+    """The text with single spaces."""
+    return " ".join(text.split())
+
+
+def test_the_documentation_has_all_of_the_contract(api: Api) -> None:
+    words = in_one_line(documentation(api).words)
+    assert [text for text in TOLD_ON_THE_PAGE if text not in words] == []
+
+
+def test_the_documentation_lists_every_error_there_is(api: Api) -> None:
+    classes, kinds = [proxy.ProxyError], set()
+    for each in classes:
+        classes += each.__subclasses__()
+        kinds.add((str(each.status), each.code))
+    kinds |= {("404", "model_not_found"), ("400", "content_policy_violation")}
+    text = documentation(api).html
+    rows = re.findall(r"<tr><td>(\d+)</td><td><code>(\w+)</code>", text)
+    assert kinds - {*rows} == set()
+    assert {*proxy.HTTP_CODES.values()} <= {code for _, code in rows}
+
+
+def test_every_code_in_the_documentation_can_come(api: Api) -> None:
+    source = Path(proxy.__file__).read_text().partition("# Pages ---")[0]
+    text = documentation(api).html
+    codes = re.findall(r"<tr><td>\d+</td><td><code>(\w+)</code>", text)
+    assert (
+        len(codes) > 10 and [code for code in codes if f'"{code}"' not in source] == []
+    )
+
+
+def test_the_documentation_has_this_servers_values(app: Callable) -> None:
+    models = {"chat": {"about": "Fast & <b>cheap</b>", "price": {"input": 0.125}}}
+    limits = {"rate": "7/minute", "concurrent": 3}
+    page = documentation(Api(app(limits=limits, models=models)), Host="ai.example:81")
+    assert page.text["base-url"] == "http://ai.example:81/v1"
+    assert "http://ai.example:81/v1/chat/completions" in page.text["curl-chat"]
+    assert re.search(r"\D7\D", page.text["limit-table"])
+    assert re.search(r"\D3\D", page.text["limit-table"])
+    assert "Fast & <b>cheap</b>" in page.text["model-table"]
+    assert "0.125 per million input tokens" in page.text["model-table"]
+    assert "0.04 an image" in page.text["model-table"]
+    assert re.findall(r"@[A-Z_]+@", page.html) == []
+    assert "yourdomain" not in page.html
+
+
+def test_the_demo_key_is_in_the_examples(api: Api) -> None:
+    page = documentation(api)
+    for id in EXAMPLES:
+        assert DEMO_KEY in page.example(id) and "sk-your-api-key" not in page.example(
+            id
+        )
+
+
+def test_without_a_demo_the_examples_have_a_key_to_replace(app: Callable) -> None:
+    page = documentation(Api(app(accounts={"demo": None})))
+    for id in EXAMPLES:
+        assert "sk-your-api-key" in page.example(id)
+    assert "deepseek-chat" in page.example("python-requests")
+    assert "deepseek-r1" in page.example("python-openai")
+    assert "jimeng-image" in page.example("image-curl")
+    assert TEAM_KEY not in page.html
+
+
+@pytest.mark.parametrize(
+    "host",
+    ['"><script>alert(1)</script>', "a'b", "ex ample", "x" * 3000, "@RATE@", ""],
+    ids=short,
+)
+def test_a_hostile_host_is_text(host: str, api: Api) -> None:
+    answer = api.client.get("/", headers={"Host": host})
+    assert "<script>alert" not in answer.text
+    assert "@BASE_URL@" not in answer.text
+
+
+def test_behind_tls_the_base_url_is_https(board: Gateway) -> None:
+    headers = {"X-Forwarded-Proto": "https", "Host": "api.example.com"}
+    page = Page(client().get(f"{board.url}/", headers=headers).text)
+    assert page.text["base-url"] == "https://api.example.com/v1"
+
+
+def test_every_link_on_a_page_leads_somewhere(api: Api) -> None:
+    for path in ("/", "/dashboard"):
+        page = Page(api.client.get(path).text)
+        for target in page.values("href", "src"):
+            outer, _, anchor = target.partition("#")
+            assert not re.match("https?:|//", outer)
+            assert outer in {"", "data:,"} or api.client.get(outer).status_code == 200
+            assert anchor in {*page.text, ""}
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/dashboard", *(f"/assets/{n}" for n in proxy.ASSETS)]
+)
+def test_pages_have_strict_headers(path: str, api: Api) -> None:
+    answer = api.client.get(path)
+    policy = dict(
+        part.strip().partition(" ")[::2]
+        for part in answer.headers["Content-Security-Policy"].split(";")
+    )
+    assert answer.status_code == 200
+    assert policy["default-src"] == policy["base-uri"] == "'none'"
+    assert policy["frame-ancestors"] == "'none'"
+    assert (
+        policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    )
+    assert "unsafe" not in "".join(policy.values())
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["X-Frame-Options"] == "DENY"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert "Set-Cookie" not in answer.headers
+    assert answer.headers["x-request-id"].startswith("req_")
+
+
+def test_pages_hold_no_inline_code_and_no_foreign_address(api: Api) -> None:
+    for path in ("/", "/dashboard"):
+        page = Page(api.client.get(path).text)
+        names = {name for _, name, _ in page.attributes}
+        assert [
+            name for name in names if name == "style" or name.startswith("on")
+        ] == []
+        assert (
+            "<style" not in page.html
+            and re.findall(r"<script(?! src=)", page.html) == []
+        )
+
+
+def test_scripts_never_make_html_or_code_of_a_text() -> None:
+    ways = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|Function\("
+    ways += r"|srcdoc|localStorage|document\.cookie|https?://(?!www\.w3\.org)"
+    for text, kind in proxy.ASSETS.values():
+        assert re.findall(ways, text) == []
+        assert kind in {"text/css", "text/javascript"}
+
+
+@pytest.mark.parametrize(
+    "path", ["/assets/nothing.js", "/assets/..%2fproxy.py", "/keys.json"]
+)
+def test_there_are_no_other_pages(path: str, api: Api) -> None:
+    answer = api.client.get(path)
+    assert (answer.status_code, answer.json["error"]["code"]) == (404, "not_found")
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """One gateway of two workers for the pages; afterwards its ledger adds up."""
+    folder = tmp_path_factory.mktemp("board")
+    limits = {"limits": {"rate": "10000/minute"}}
+    accounts = {"demo": limits, "team": limits}
+    keys = keys_file(folder, "http://127.0.0.1:9", accounts=accounts)
+    with Gateway(keys, workers=2, threads=64) as server:
+        yield server
+        gc.collect()  # a connection that is still open delays the server's end
+    assert wrong_in(keys) == []
+
+
+def wrong_in(keys: Path) -> list[str]:
+    """What does not add up in the ledger beside a keys.json."""
+    ledger, config = (
+        proxy.Ledger(keys.parent / "proxy.db"),
+        proxy.ConfigFile(keys).current,
+    )
+    wrong = ledger.check(lambda id: config.account(id).credits)
+    ledger.close()
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def whole_board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway without demo, with the contract's models and its examples' key."""
+    folder = tmp_path_factory.mktemp("whole")
+    with FakeDeepSeek() as deep, FakeVolcengine() as volc:
+        volc.states, soon = ("done",), {"JIMENG_FIRST_POLL": 0.1}
+        upstreams = {"volc": {"url": volc.url, "key": volc.key}}
+        upstreams["main"] = {"url": deep.url, "key": deep.key}
+        models = {"jimeng-image": {"upstream": "volc/jimeng_t2i_v40"}}
+        you = {"credits": 1, "keys": {"docs": "sk-your-api-key"}}
+        accounts = {"demo": None, "you": you}
+        more = {"upstreams": upstreams, "models": models, "accounts": accounts}
+        keys = keys_file(folder, deep.url, **more)
+        with Gateway(keys, workers=2, constants=soon) as server:
+            yield server
+            server.kill_group()
+
+
+def run_example(page: Page, id: str, folder: Path) -> str:
+    """Run an example of the page as it stands; return what it prints."""
+    kind = EXAMPLES[id]
+    suffix = {"sh": "sh", "python": "py", "node": "mjs"}[kind]
+    file = folder / f"example.{suffix}"
+    file.write_text(page.example(id))
+    program = {"python": sys.executable}.get(kind, kind)
+    run = subprocess.run(
+        [program, file], capture_output=True, text=True, timeout=60, cwd=folder
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+ECHOED = {
+    "stream-curl": "data: [DONE]",
+    "stream-python": "Write a haiku about rain\n",
+    "image-curl": '"content":"A futuristic city at sunset, cinematic lighting"',
+    "python-requests": "Explain quantum computing simply\n",
+    "python-openai": "Solve: 2x + 5 = 13\n",
+    "javascript-fetch": "What is the capital of France?\n",
+    "curl-chat": '"content":"Hello!"',
+    "receipt-python": "'status': 200",
+    "account-curl": '"available":',
+}
+RELAYED = {
+    "image-curl": "https://",
+    "python-requests": "Hello from the deep.\n",
+    "python-openai": "Hello from the deep.\n",
+    "receipt-python": "'model': 'deepseek-chat'",
+}
+
+
+def skip_without(program: str, module: str = "json") -> None:
+    """Skip where an example's program or module is not installed."""
+    pytest.importorskip(module)
+    if not shutil.which(program):
+        pytest.skip(f"needs {program}")
+
+
+NEEDS = {"javascript-fetch": ("node",), "stream-python": ("sh", "openai")}
+NEEDS |= {"python-openai": ("sh", "openai")}
+
+
+@pytest.mark.parametrize("id", EXAMPLES)
+def test_an_example_runs_as_it_stands(id: str, board: Gateway, tmp_path: Path) -> None:
+    skip_without(*NEEDS.get(id, ["curl"]))
+    page = Page(client().get(f"{board.url}/").text)
+    printed = run_example(page, id, tmp_path)
+    assert ECHOED[id] in printed.replace('": ', '":')
+
+
+@pytest.mark.parametrize("id", RELAYED)
+def test_an_example_of_the_contracts_models_runs_as_it_stands(
+    id: str, whole_board: Gateway, tmp_path: Path
+) -> None:
+    skip_without(*NEEDS.get(id, ["curl"]))
+    page = Page(client().get(f"{whole_board.url}/").text)
+    assert RELAYED[id] in run_example(page, id, tmp_path)
+
+
+def test_no_example_is_left_out(api: Api) -> None:
+    pairs = re.findall(
+        r'<pre id="([\w-]+)"\s+data-run="(\w+)"', documentation(api).html
+    )
+    assert dict(pairs) == EXAMPLES
+
+
+# -- Metrics -------------------------------------------------------------------------
+
+
+def families(text: str) -> dict[str, Any]:
+    """Prometheus' own reading of a text: family by name."""
+    parser = pytest.importorskip("prometheus_client.parser")
+    return {one.name: one for one in parser.text_string_to_metric_families(text)}
+
+
+def samples(family: Any, *labels: str, suffix: str = "") -> dict[tuple, float]:
+    """A family's values by the values of these labels, zeros left out."""
+    wanted = [one for one in family.samples if one.name.endswith(suffix)]
+    values = {tuple(s.labels[name] for name in labels): s.value for s in wanted}
+    return {key: value for key, value in values.items() if value}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
+    """Texts of /metrics of four workers after some requests, and their receipts."""
+    folder, gate = tmp_path_factory.mktemp("measured"), threading.Event()
+    usage = usage_of(10, 5, prompt_tokens_details={"cached_tokens": 4})
+    scripts = {
+        "whole": json_answer(chat_json("hi", usage=usage)),
+        "broken": json_answer({"error": {}}, 500),
+        "bad": json_answer({"error": {"message": "no"}}, 400),
+        "stream": sse(chat_chunks("one two three"), gate=gate),
+    }
+
+    def answer(request: Request) -> None:
+        scripts[request.json["messages"][0]["content"]](request)
+
+    with ExitStack() as stack:
+        upstream = stack.enter_context(Upstream(answer))
+        keys = keys_file(folder, upstream.url, accounts={'q"\\': {"credits": 3}})
+        server = stack.enter_context(Gateway(keys, workers=4, threads=64))
+
+        def say(text: str, key: str = TEAM_KEY, **more: Any) -> requests.Response:
+            messages = [{"role": "user", "content": text}]
+            return chat(server.url, key, messages=messages, **more)
+
+        with ThreadPoolExecutor(8) as pool:
+            jobs = [pool.submit(say, "a b", key, model="echo") for key in KEYS * 8]
+            jobs += [pool.submit(say, text) for text in ("whole", "broken", "bad") * 4]
+            jobs += [pool.submit(say, "x", model="nothing") for _ in range(5)]
+            jobs += [pool.submit(say, "x", POOR_KEY) for _ in range(3)]
+            assert {job.result().status_code for job in jobs} == {
+                200,
+                400,
+                402,
+                404,
+                503,
+            }
+        streams = [say("stream", stream=True) for _ in range(3)]
+        admin = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        url = f"{server.url}/metrics"
+        refused = re.compile('{model="",status="402"} 3\n.*{model="",status="404"} 5\n')
+        wait_for(lambda: refused.search(client().get(url, headers=admin).text))
+        texts = [one.text for one in ask_often(url, ADMIN_KEY)]
+        accounts = (
+            client().get(f"{server.url}/v1/accounts", headers=admin).json()["data"]
+        )
+        receipts = []
+        for account in accounts:
+            path = f"{server.url}/v1/accounts/{quote(account['id'], safe='')}/requests"
+            rows = client().get(f"{path}?limit=200", headers=admin).json()["data"]
+            receipts += [row for row in rows if row["state"] != "open"]
+        gate.set()
+        assert [sse_events(stream.content)[-1] for stream in streams] == ["[DONE]"] * 3
+        gc.collect()
+        yield texts, receipts, {one["id"]: one["credits"] for one in accounts}
+    assert wrong_in(keys) == []
+
+
+KEYS = [TEAM_KEY, OTHER_KEY, DEMO_KEY]
+
+
+def test_metrics_are_the_same_from_every_worker(measured: tuple) -> None:
+    texts, _, _ = measured
+    assert len(texts) == 16 and len({*texts}) == 1
+
+
+def test_requests_agree_with_the_ledger(measured: tuple) -> None:
+    texts, receipts, _ = measured
+    family = families(texts[0])["proxy_requests"]
+    counted = samples(family, "model", "status")
+    expected = Counter((row["model"], str(row["status"])) for row in receipts)
+    refused = {("", "404"): 5, ("", "402"): 3}
+    assert counted == expected | refused
+    assert counted["chat", "503"] == counted["chat", "400"] == 4
+    assert family.type == "counter"
+
+
+def test_tokens_and_credits_agree_with_the_ledger(measured: tuple) -> None:
+    texts, receipts, _ = measured
+    read = families(texts[0])
+    tokens, credits = Counter(), Counter()
+    for row in receipts:
+        credits[row["model"],] += round(row["credits"] * 10**6)
+        for kind in ("input", "cached", "output"):
+            tokens[row["model"], kind] += row[f"{kind}_tokens"]
+    assert samples(read["proxy_tokens"], "model", "class") == +tokens
+    spent = samples(read["proxy_credits"], "model")
+    assert {key: round(value * 10**6) for key, value in spent.items()} == +credits
+    assert credits["chat",] > 0 and tokens["chat", "cached"] == 16
+
+
+def test_balances_agree_with_the_accounts(measured: tuple) -> None:
+    texts, _, credits = measured
+    balances = samples(families(texts[0])["proxy_balance_credits"], "account")
+    available = {(id,): one["available"] for id, one in credits.items()}
+    assert balances == {key: value for key, value in available.items() if value}
+    assert balances['q"\\',] == 3
+
+
+def test_streams_in_progress_are_counted(measured: tuple) -> None:
+    texts, _, _ = measured
+    read = families(texts[0])
+    assert samples(read["proxy_streams_in_progress"]) == {(): 3}
+    assert samples(read["proxy_requests_in_progress"]) == {(): 3}
+
+
+@pytest.mark.parametrize(
+    "name, member",
+    [
+        ("proxy_request_duration_seconds", "duration_ms"),
+        ("proxy_time_to_first_byte_seconds", "ttfb_ms"),
+    ],
+)
+def test_a_histogram_agrees_with_the_ledger(
+    name: str, member: str, measured: tuple
+) -> None:
+    texts, receipts, _ = measured
+    family = families(texts[0])[name]
+    rows = [row for row in receipts if row[member] is not None]
+    counts = Counter((row["model"],) for row in rows)
+    assert family.type == "histogram"
+    assert samples(family, "model", suffix="_count") == counts
+    for model in {row["model"] for row in rows}:
+        times = [row[member] / 1000 for row in rows if row["model"] == model]
+        total = samples(family, "model", suffix="_sum")
+        assert total.get((model,), 0) == pytest.approx(sum(times))
+        buckets = samples(family, "model", "le", suffix="_bucket")
+        bounds = {s.labels["le"] for s in family.samples if "le" in s.labels}
+        for bound in bounds:
+            below = sum(one <= float(bound) for one in times)
+            assert buckets.get((model, bound), 0) == below
+
+
+def test_a_fresh_server_has_metrics_that_can_be_read(api: Api) -> None:
+    answer = api("GET", "/metrics", ADMIN_KEY)
+    assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    balances = samples(families(answer.text)["proxy_balance_credits"], "account")
+    assert balances == {("boss",): 1, ("demo",): 1, ("other",): 1, ("team",): 100}
+
+
+# -- A million rows ------------------------------------------------------------------
+
+MILLION = """
+WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 999999)
+INSERT INTO requests(account, id, key, model, path, stream, slot, state, hold, cost,
+    input, output, status, created, ttfb, duration)
+SELECT 'team', printf('req_%011x%013x', ?1 + i * 7000, i), 'key_old', 'm' || i % 5,
+    'chat/completions', 0, 1, 1, 9, 4, 2, 2, 200, ?1 + i * 7000, 3, 9 FROM n
+"""
+SUMS = """
+INSERT INTO accounts(id, made, created, spent) VALUES ('team', 0, 1, 4000000);
+INSERT INTO usage SELECT account, created / 86400000, model, count(*), sum(input),
+    sum(cached), sum(output), sum(images), sum(cost) FROM requests GROUP BY 1, 2, 3;
+INSERT INTO tallies SELECT model, 'status', status, count(*), 0 FROM requests
+    GROUP BY model, status;
+"""
+
+
+def fill_with_a_million(path: Path) -> None:
+    """Write rows of 81 days into a new ledger, and the sums that belong to them."""
+    proxy.Ledger(path).close()
+    with sqlite3.connect(path) as db:
+        query = "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'"
+        triggers = db.execute(query).fetchall()
+        db.execute("PRAGMA synchronous = OFF")
+        for name, _ in triggers:
+            db.execute(f"DROP TRIGGER {name}")
+        db.execute(MILLION, (int(time.time() * 1000) - 7 * 10**9,))
+        for statement in [*SUMS.split(";"), *(sql for _, sql in triggers)]:
+            db.execute(statement)
+    db.close()
+
+
+@pytest.fixture(scope="module")
+def full_and_empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Gateway]]:
+    """Two gateways of two workers: with a million requests in the ledger, with none."""
+    full, empty = (tmp_path_factory.mktemp(name) for name in ("full", "empty"))
+    fill_with_a_million(full / "proxy.db")
+    limits = {"rate": "10000/second", "concurrent": 1000}
+    with ExitStack() as stack:
+        made = [
+            keys_file(one, "http://127.0.0.1:9", limits=limits) for one in (full, empty)
+        ]
+        both = [
+            stack.enter_context(Gateway(one, workers=2, threads=64)) for one in made
+        ]
+        yield both
+        for server in both:
+            server.kill_group()
+
+
+def dashboard_calls() -> list[str]:
+    """What an open dashboard of an admin asks for, and the pages behind `More`."""
+    now = time.time()
+    middle = f"req_{int((now - 40 * 86400) * 1000):011x}"
+    requests = "/v1/account/requests"
+    return [
+        "/v1/account", "/v1/account/usage?days=30", "/v1/account/usage?days=366",
+        f"{requests}?limit=50", f"{requests}?limit=200&after={middle}",
+        f"{requests}?since={int(now) - 50 * 86400}&until={int(now) - 49 * 86400}",
+        f"{requests}?until=1600000000", f"{requests}/req_0000000000000000000000f0",
+        "/v1/accounts", "/v1/accounts/team", "/v1/accounts/team/usage?days=90",
+        "/v1/accounts/team/requests?limit=200", "/metrics",
+    ]  # fmt: skip
+
+
+def seconds_of(ask: Callable[[], Any], times: int) -> float:
+    """The median time of an answer."""
+    took = []
+    for _ in range(times):
+        start = time.perf_counter()
+        ask()
+        took.append(time.perf_counter() - start)
+    return median(took)
+
+
+@pytest.mark.parametrize("number", range(13))
+def test_a_million_rows_answer_the_dashboard_in_200_ms(
+    number: int, full_and_empty: list[Gateway]
+) -> None:
+    path = dashboard_calls()[number]
+    key = TEAM_KEY if re.match("/v1/account(?!s)", path) else ADMIN_KEY
+    url, headers = full_and_empty[0].url + path, {"Authorization": f"Bearer {key}"}
+    with client() as session:
+        assert session.get(url, headers=headers).status_code in {200, 404}
+        assert seconds_of(lambda: session.get(url, headers=headers), 5) < 0.2, path
+
+
+def test_a_million_rows_under_an_open_dashboard_slow_no_request_down(
+    full_and_empty: list[Gateway],
+) -> None:
+    full, empty = (seconds_beside_a_dashboard(one) for one in full_and_empty)
+    assert full < 2 * empty + 0.005
+
+
+def seconds_beside_a_dashboard(server: Gateway) -> float:
+    """The median time of a request while a dashboard asks without a pause."""
+    stop, session = threading.Event(), client()
+    headers = {"Authorization": f"Bearer {TEAM_KEY}"}
+    paths = ["/v1/account", "/v1/account/usage?days=90", "/v1/account/requests"]
+
+    def look() -> None:
+        for path in itertools.cycle(paths):
+            session.get(server.url + path, headers=headers)
+            if stop.wait(0.02):
+                return
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    other = client()
+    body = {"model": "echo", "messages": [{"role": "user", "content": "a"}]}
+    url = f"{server.url}/v1/chat/completions"
+    took = seconds_of(lambda: other.post(url, json=body, headers=headers), 60)
+    stop.set()
+    looking.join()
+    session.close()
+    other.close()
+    return took
+
+
+# -- Browser -------------------------------------------------------------------------
+
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage", "--window-size=1280,900",
+)  # fmt: skip
+PHONE, DESK = 390, 1280
+HURRY = """
+    const wait = window.setTimeout;
+    window.setTimeout = (f, ms, ...more) => wait(f, ms === 5000 ? 1000 : ms, ...more);
+"""  # polls five times as often
+POSITIONS = "return [document.documentElement.scrollWidth, innerWidth]"
+
+
+class Tab:
+    """A tab of Chromium on one gateway, used as a person would."""
+
+    def __init__(self, driver: Any, server: Gateway) -> None:
+        self.driver, self.server = driver, server
+        self.js = driver.execute_script
+
+    def one(self, css: str) -> Any:
+        """The first element of a selector."""
+        return self.driver.find_element("css selector", css)
+
+    def all(self, css: str) -> list:
+        """All elements of a selector."""
+        return self.driver.find_elements("css selector", css)
+
+    def text(self, css: str) -> str:
+        """What the first element of a selector shows."""
+        return self.one(css).text
+
+    def shown(self, css: str) -> bool:
+        """Whether the first element of a selector is to be seen."""
+        return self.one(css).is_displayed()
+
+    def until(self, css: str, words: str = "", timeout: float = 10) -> Any:
+        """The first element of a selector, once it is seen and has the words."""
+
+        def there() -> Any:
+            found = [one for one in self.all(css) if one.is_displayed()]
+            return next((one for one in found if words in one.text), None)
+
+        return wait_for(self.unless_stale(there), timeout, f"{css}: {words}")
+
+    @staticmethod
+    def unless_stale(look: Callable[[], T]) -> Callable[[], T | None]:
+        """The look, which finds nothing while the page is being redrawn."""
+        from selenium.common.exceptions import StaleElementReferenceException
+
+        def careful() -> T | None:
+            with suppress(StaleElementReferenceException):
+                return look()
+            return None
+
+        return careful
+
+    def type(self, css: str, words: str) -> None:
+        """Replace what a field holds."""
+        self.one(css).clear()
+        self.one(css).send_keys(words)
+
+    def click(self, css: str) -> None:
+        """Click once it can be seen."""
+        self.until(css).click()
+
+    def open(
+        self, path: str = "/dashboard", width: int = DESK, dark: bool = False
+    ) -> None:
+        """Open a page as a new visitor."""
+        screen = {"width": width, "height": 900, "deviceScaleFactor": 1}
+        screen |= {"mobile": width == PHONE}
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        cdp = self.driver.execute_cdp_cmd
+        cdp("Emulation.setDeviceMetricsOverride", screen)
+        cdp("Emulation.setEmulatedMedia", {"features": [scheme]})
+        self.driver.get(self.server.url + "/healthz")
+        self.js("sessionStorage.clear()")
+        self.driver.get(self.server.url + path)
+
+    def sign_in(self, key: str, **look: Any) -> Self:
+        """Sign in as a new visitor and wait for the whole board."""
+        self.open(**look)
+        self.until("#key-input").send_keys(key, "\ue007")
+        for table in ("#requests", "#models", "#keys"):
+            self.until(f"{table} tbody tr")
+        return self
+
+    def make_key(self, name: str) -> str:
+        """Make a key with the form; return what the dialog shows once."""
+        self.type("#key-name", name)
+        self.click("#key-form button")
+        key = self.until("#made-key", "sk-").text
+        self.click("#made .actions button")
+        wait_for(lambda: not self.shown("#made"))
+        return key
+
+    def key_row(self, name: str) -> Any:
+        """The row of a key."""
+        rows = [row for row in self.all("#keys tbody tr") if name in row.text]
+        return rows[0] if rows else None
+
+    def revoke(self, name: str) -> None:
+        """Revoke a key and say yes."""
+        self.key_row(name).find_element("css selector", ".danger").click()
+        self.click("#ask .danger")
+        gone = self.unless_stale(lambda: "revoked" in self.key_row(name).text)
+        wait_for(gone, 10, f"{name} is shown as revoked")
+
+    def problems(self) -> list[str]:
+        """What the console says, answers that are no success left out."""
+        told = [entry["message"] for entry in self.driver.get_log("browser")]
+        return [text for text in told if "Failed to load resource" not in text]
+
+
+@pytest.fixture(scope="module")
+def driver(board: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One Chromium for all tests; ended before the server, whose end it would delay."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if not (CHROMIUM.exists() and CHROMEDRIVER.exists()):
+        pytest.skip("needs Chromium and its driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    folder = tmp_path_factory.mktemp("chromium")
+    for flag in (*FLAGS, f"--user-data-dir={folder}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(str(CHROMEDRIVER))
+    made = webdriver.Chrome(options=options, service=service)
+    hurry = {"source": HURRY}
+    made.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", hurry)
+    yield made
+    made.quit()
+
+
+@pytest.fixture
+def tab(driver: Any, board: Gateway) -> Iterator[Tab]:
+    """A tab; after the test, its console has told of no violation and no mistake."""
+    made = Tab(driver, board)
+    made.problems()
+    yield made
+    assert made.problems() == []
+    assert made.js("return document.cookie + localStorage.length") == "0"
+
+
+def admin_post(server: Gateway, path: str, **body: Any) -> Any:
+    """What an admin's POST answers."""
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    answer = client().post(server.url + path, json=body, headers=headers)
+    assert answer.status_code == 201, answer.text
+    return answer.json()
+
+
+@pytest.fixture
+def newcomer(board: Gateway) -> str:
+    """The key of a new account with a credit."""
+    id = f"new {time.monotonic_ns()}"
+    admin_post(board, "/v1/accounts", id=id, credits=1)
+    return admin_post(board, f"/v1/accounts/{quote(id)}/keys", name="first")["key"]
+
+
+def test_a_wrong_key_says_so(tab: Tab) -> None:
+    tab.open()
+    for key, words in (("sk-wrong", "Wrong key"), ("sk clé", "not an API key")):
+        tab.type("#key-input", key)
+        tab.click("#sign-in-form button")
+        tab.until("#sign-in-form output", words)
+        assert not tab.shown("#board")
+    assert tab.js("return sessionStorage.length") == 0
+
+
+def test_the_key_is_kept_in_session_storage_alone(tab: Tab) -> None:
+    tab.sign_in(TEAM_KEY)
+    kept = tab.js("return [sessionStorage.length, sessionStorage['api-key']]")
+    assert kept == [1, TEAM_KEY]
+    assert TEAM_KEY not in tab.driver.current_url
+    assert TEAM_KEY not in tab.js("return document.documentElement.outerHTML")
+    tab.driver.refresh()
+    tab.until("#account-id", "team")
+    tab.click("#sign-out")
+    tab.until("#key-input")
+    assert tab.js("return sessionStorage.length") == 0
+    tab.driver.refresh()
+    tab.until("#key-input")
+    assert not tab.shown("#board")
+
+
+def test_a_key_is_made_used_watched_and_revoked(tab: Tab, newcomer: str) -> None:
+    openai = pytest.importorskip("openai")
+    tab.sign_in(newcomer)
+    assert "No requests" in tab.text("#requests")
+    key = tab.make_key("laptop")
+    assert key not in tab.js("return document.documentElement.outerHTML")
+    sdk = openai.OpenAI(api_key=key, base_url=f"{tab.server.url}/v1", max_retries=0)
+    messages = [{"role": "user", "content": "one two three"}]
+    ask = sdk.chat.completions.with_raw_response.create
+    answer = ask(model="echo", messages=messages)
+    assert answer.parse().choices[0].message.content == "one two three"
+    row = tab.until(f"#requests tr[data-id={answer.headers['x-request-id']}]")
+    assert all(word in row.text for word in ("200", "echo", "laptop", "3", "0.000006"))
+    wait_for(lambda: tab.text("#available") == "0.999994", what="the credits left")
+    tab.until("#models tbody", "0.000006")
+    tab.revoke("laptop")
+    with pytest.raises(openai.AuthenticationError):
+        ask(model="echo", messages=messages)
+
+
+def test_a_copied_key_is_the_whole_key(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    grant = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    tab.driver.execute_cdp_cmd("Browser.grantPermissions", grant)
+    tab.type("#key-name", "copied")
+    tab.click("#key-form button")
+    key = tab.until("#made-key", "sk-").text
+    tab.click("#made .copy")
+    tab.until("#made .copy", "Copied")
+    read = "navigator.clipboard.readText().then(arguments[0])"
+    assert tab.driver.execute_async_script(read) == key
+
+
+def test_every_example_is_copied_as_it_is_shown(tab: Tab) -> None:
+    tab.open("/")
+    grant = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    tab.driver.execute_cdp_cmd("Browser.grantPermissions", grant)
+    page = Page(client().get(f"{tab.server.url}/").text)
+    for id in EXAMPLES:
+        button = tab.one(f"#{id} + .copy")
+        tab.js("arguments[0].scrollIntoView({block: 'center'})", button)
+        button.click()
+        tab.until(f"#{id} + .copy", "Copied")
+        read = "navigator.clipboard.readText().then(arguments[0])"
+        assert tab.driver.execute_async_script(read) == page.example(id)
+
+
+def test_revoking_asks_first(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    tab.click("#keys .danger")
+    tab.until("#ask-text", "You are signed in with it")
+    tab.one("#ask").send_keys("\ue00c")
+    wait_for(lambda: not tab.shown("#ask"))
+    tab.click("#keys .danger")
+    tab.click("#ask button[value=no]")
+    wait_for(lambda: not tab.shown("#ask"))
+    headers = {"Authorization": f"Bearer {newcomer}"}
+    url = f"{tab.server.url}/v1/account/keys"
+    [row] = client().get(url, headers=headers).json()["data"]
+    assert row["revoked"] is None
+
+
+def test_revoking_ones_own_key_signs_out(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    tab.click("#keys .danger")
+    tab.click("#ask .danger")
+    tab.until("#notice", "you revoked the key")
+    assert tab.js("return sessionStorage.length") == 0
+
+
+def test_a_key_revoked_elsewhere_ends_its_open_dashboard(
+    tab: Tab, newcomer: str
+) -> None:
+    tab.sign_in(newcomer)
+    headers = {"Authorization": f"Bearer {newcomer}"}
+    url = f"{tab.server.url}/v1/account/keys"
+    [row] = client().get(url, headers=headers).json()["data"]
+    client().delete(f"{url}/{row['id']}", headers=headers)
+    tab.click("#period button")
+    tab.until("#notice", "not valid any more", timeout=2)
+    assert not tab.shown("#board")
+    assert tab.js("return sessionStorage.length") == 0
+    assert tab.all("#keys tbody tr") == []
+
+
+def test_an_admin_makes_an_account_and_grants_it_credits(tab: Tab) -> None:
+    tab.sign_in(ADMIN_KEY)
+    name = f"zz {time.monotonic_ns()}"
+    tab.type("#account-name", name)
+    tab.type("#account-credits", "2.5")
+    tab.click("#account-form button")
+    tab.until("#account-id", name)
+    assert tab.text("#available") == "2.5"
+    tab.type("#grant-credits", "0.75")
+    tab.type("#grant-note", "for March")
+    tab.click("#grant-form button")
+    tab.until("#grant-form output", "Granted 0.75")
+    tab.until("#available", "3.25")
+    key = tab.make_key("theirs")
+    headers = {"Authorization": f"Bearer {key}"}
+    about = client().get(f"{tab.server.url}/v1/account", headers=headers).json()
+    assert (about["id"], about["credits"]["available"]) == (name, 3.25)
+    tab.click("#back")
+    tab.until("#account-id", "boss")
+    tab.type("#account-name", name)
+    tab.click("#account-form button")
+    tab.until("#account-form output", "already")
+
+
+def test_only_admins_see_the_admins_part(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    hidden = ["#admin", "#grant-form", "#key-admin-label", "#back"]
+    assert [tab.shown(css) for css in hidden] == [False] * 4
+    tab.sign_in(ADMIN_KEY)
+    assert [tab.shown(css) for css in hidden] == [True] * 3 + [False]
+
+
+def test_a_name_is_text_on_the_dashboard(tab: Tab) -> None:
+    team = {"Authorization": f"Bearer {TEAM_KEY}"}
+    for name in SHOWN_NAMES:
+        account = f"{name[:80]} {time.monotonic_ns() % 10**9}"
+        admin_post(tab.server, "/v1/accounts", id=account)
+        body = {"json": {"name": name}, "headers": team}
+        made = client().post(f"{tab.server.url}/v1/account/keys", **body).json()
+        assert chat(tab.server.url, made["key"], model="echo").ok
+    tab.sign_in(TEAM_KEY)
+    names = (
+        "return [...document.querySelectorAll(arguments[0])].map(n => n.textContent)"
+    )
+    assert {*SHOWN_NAMES} <= {*tab.js(names, "#keys bdi")}
+    assert {*SHOWN_NAMES} <= {*tab.js(names, "#requests bdi")}
+    tab.sign_in(ADMIN_KEY)
+    tab.until("#accounts", TAG)
+    assert tab.all("#board img") == []
+    tab.click("#accounts button[class=link] bdi[title^='<img']")
+    tab.until("#account-id", TAG)
+
+
+def test_a_name_too_long_is_refused_beside_its_form(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    tab.type("#key-name", "x" * 300)
+    tab.click("#key-form button")
+    tab.until("#key-form output", "1 to 100 characters")
+
+
+def test_the_playground_streams_and_tells_the_cost(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    tab.js("document.querySelector('#play-model').value = 'echo'")
+    tab.type("#play-message", f"{TAG} {{{{7*7}}}} مرحبا")
+    tab.click("#play-form .main")
+    tab.until("#play-form output", "Done in")
+    assert tab.text("#play-answer") == f"{TAG} {{{{7*7}}}} مرحبا"
+    assert "credits" in tab.text("#play-form output")
+    tab.until("#requests tbody tr[data-id]")
+
+
+def test_the_playground_says_what_went_wrong(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    tab.js("document.querySelector('#play-model').value = 'chat'")
+    tab.type("#play-message", "Hello")
+    tab.click("#play-form .main")
+    tab.until("#play-form output.bad", "temporarily unavailable")
+
+
+def test_older_requests_come_page_by_page(tab: Tab, newcomer: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        asked = [
+            pool.submit(chat, tab.server.url, newcomer, model="echo")
+            for _ in range(120)
+        ]
+    assert all(one.result().ok for one in asked)
+    tab.sign_in(newcomer)
+    count = "return document.querySelectorAll('#requests tr[data-id]').length"
+    counts = [tab.js(count)]
+    for _ in range(2):
+        tab.click("#requests-more")
+        wait_for(lambda: tab.js(count) > counts[-1])
+        counts.append(tab.js(count))
+    assert counts == [50, 100, 120] and not tab.shown("#requests-more")
+    read = "return [...document.querySelectorAll('#requests tr[data-id]')]"
+    ids = tab.js(f"{read}.map(row => row.dataset.id)")
+    assert ids == sorted({*ids}, reverse=True)
+    assert tab.text("#requests-count") == "120 shown"
+
+
+def test_an_empty_dashboard_says_so(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    assert "No requests" in tab.text("#requests")
+    assert "Nothing" in tab.text("#models")
+    assert not tab.shown("#requests-more") and not tab.shown("#chart")
+    assert "No spending" in tab.text("#spending-text")
+
+
+def test_the_dashboard_is_used_by_keyboard_alone(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    missing = """
+        const all = [...document.querySelectorAll('#board button, #board input,'
+            + ' #board select, #board textarea')].filter((n) => n.checkVisibility());
+        return all.filter((n) => n.tabIndex < 0 || !(n.labels || []).length
+            && !n.textContent.trim() && !n.ariaLabel).map((n) => n.id);"""
+    assert tab.js(missing) == []
+    tab.js("document.querySelector('#key-name').focus()")
+    tab.driver.switch_to.active_element.send_keys("by keyboard", "\ue007")
+    tab.until("#made-key", "sk-")
+    tab.driver.switch_to.active_element.send_keys("\ue00c")
+    wait_for(lambda: not tab.shown("#made"))
+    wait_for(lambda: tab.key_row("by keyboard"))
+
+
+@pytest.mark.parametrize("width", [PHONE, DESK])
+@pytest.mark.parametrize("key", [None, TEAM_KEY, ADMIN_KEY], ids=["/", "team", "admin"])
+def test_a_page_is_no_wider_than_its_screen(
+    key: str | None, width: int, tab: Tab
+) -> None:
+    show = {None: lambda: tab.open("/", width)}
+    show.get(key, lambda: tab.sign_in(key, width=width))()
+    wide, screen = tab.js(POSITIONS)
+    assert wide <= screen == width
+
+
+def test_the_policy_stops_inline_code_and_foreign_addresses(tab: Tab) -> None:
+    tab.open()
+    tab.js("""
+        const script = document.createElement('script');
+        script.textContent = 'window.ran = 1';
+        document.body.append(script);
+        const image = '<img src=x onerror="window.ran = 1">';
+        document.body.insertAdjacentHTML('beforeend', image);
+        fetch('http://127.0.0.2:9/').catch(() => { window.refused = 1; });""")
+    wait_for(lambda: tab.js("return window.refused"))
+    assert tab.js("return window.ran") is None
+    assert len([text for text in tab.problems() if "Content Security" in text]) >= 3
+
+
+# Faults, floods and history ----------------------------------------------------------
+
+# -- Faults: the ledger under any interleaving ---------------------------------------
+
+
+class Jumping:
+    """The module `time` with a wall clock that jumps."""
+
+    def __init__(self) -> None:
+        self.offset = 0
+
+    def time(self) -> float:
+        return time.time() + self.offset
+
+    def time_ns(self) -> int:
+        return time.time_ns() + self.offset * 10**9
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+@dataclass
+class Entry:
+    """What a row of the ledger must say."""
+
+    lease: proxy.Lease
+    slot: int
+    key: str
+    state: int = proxy.OPEN
+    cost: int = 0
+    lost: int = 0
+
+
+class Books:
+    """Workers on one ledger, and the simple account of what it must hold.
+
+    Numbers choose among what is there, modulo its length.
+    """
+
+    declared = {"a": 3000, "b": 0}
+    concurrent, rate, most = 3, 1, 4  # per key, per minute and key, workers
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.db = Path(self.folder.name) / "proxy.db"
+        self.real, proxy.time = proxy.time, Jumping()
+        self.entries: list[Entry] = []
+        self.granted, self.hits = dict.fromkeys(self.declared, 0), Counter()
+        self.dead: list[proxy.Ledger] = []
+        self.workers: list[proxy.Ledger] = []
+        self.restart()
+
+    def teardown(self) -> None:
+        """Close what a crash left open."""
+        proxy.time = self.real
+        for each in self.workers:
+            each.close()
+        for each in self.dead:
+            each._close_writer()
+        self.folder.cleanup()
+
+    def open(self) -> list[Entry]:
+        """The rows that hold something."""
+        return [one for one in self.entries if one.state == proxy.OPEN]
+
+    def left(self, account: str) -> int:
+        """What an account may still spend."""
+        own = [one for one in self.entries if one.lease.account == account]
+        held = sum(one.lease.hold for one in own if one.state == proxy.OPEN)
+        spent = sum(one.cost for one in own)
+        return self.declared[account] + self.granted[account] - spent - held
+
+    def expected(self, key: str, account: str, size: int, tokens: int) -> Any:
+        """The hold, or the kind of the refusal."""
+        if sum(one.key == key for one in self.open()) >= self.concurrent:
+            return proxy.RateLimited
+        paid = min(tokens, (self.left(account) - size) // 2)
+        return size + 2 * paid if paid > 0 else proxy.InsufficientCredits
+
+    def hold(self, worker: int, who: int, size: int, tokens: int) -> None:
+        ledger = self.workers[worker % len(self.workers)]
+        id, key, tokens = "ab"[who % 2], f"k{who}", tokens + 1
+        limits = proxy.Limits("1/minute", (), self.concurrent)
+        account = proxy.Account(id, limits, self.declared[id])
+        about = proxy.Key(key, key, id, "", "")
+        most = proxy.Quote(size * proxy.PICO, 2 * proxy.PICO, tokens)
+        expected = self.expected(key, id, size, tokens)
+        name = f"r{len(self.entries)}"
+        try:
+            lease = ledger.admit(name, about, account, most, "m", "p", False)
+            outcome = lease.hold
+            self.entries.append(Entry(lease, ledger.slot, key))
+        except proxy.ProxyError as refusal:
+            outcome = type(refusal)
+        assert outcome == expected
+
+    def of_the_living(self, number: int) -> tuple[proxy.Ledger, Entry] | None:
+        """Any row, resolved ones too, of a worker that runs."""
+        slots = {each.slot: each for each in self.workers}
+        own = [one for one in self.entries if one.slot in slots]
+        entry = own[number % len(own)] if own else None
+        return (slots[entry.slot], entry) if entry else None
+
+    def settle(self, number: int, cost: int) -> None:
+        if found := self.of_the_living(number):
+            ledger, entry = found
+            ledger.settle(entry.lease, proxy.Charge(200, cost, input=1))
+            if entry.state == proxy.OPEN:
+                above = max(0, self.left(entry.lease.account))
+                entry.cost = min(cost, entry.lease.hold + above)
+                entry.lost, entry.state = cost - entry.cost, proxy.SETTLED
+
+    def release(self, number: int) -> None:
+        if found := self.of_the_living(number):
+            ledger, entry = found
+            ledger.release(entry.lease, proxy.Charge(503))
+            if entry.state == proxy.OPEN:
+                entry.state = proxy.RELEASED
+
+    def grant(self, worker: int, who: int, amount: int) -> None:
+        self.workers[worker % len(self.workers)].grant("ab"[who % 2], amount, "")
+        self.granted["ab"[who % 2]] += amount
+
+    def cleared(self, gone: Callable[[int], bool]) -> None:
+        """The holds of these slots are given back."""
+        for one in self.open():
+            one.state = proxy.RELEASED if gone(one.slot) else proxy.OPEN
+
+    def crash(self, worker: int) -> None:
+        """Drop the slot's lock as the kernel does, and leave everything else."""
+        if len(self.workers) > 1:
+            ledger = self.workers.pop(worker % len(self.workers))
+            ledger._lock.close()
+            self.dead.append(ledger)
+
+    def restart(self) -> None:
+        if len(self.workers) < self.most:
+            ledger = proxy.Ledger(self.db)
+            ledger.claim()
+            assert ledger.slot not in [each.slot for each in self.workers]
+            self.cleared(lambda slot: slot == ledger.slot)
+            for one in self.entries:  # a new owner has no leases of the old one
+                one.slot = 0 if one.slot == ledger.slot else one.slot
+            self.workers.append(ledger)
+
+    def sweep(self, worker: int) -> None:
+        self.workers[worker % len(self.workers)].sweep()
+        living = [each.slot for each in self.workers]
+        self.cleared(lambda slot: slot not in living)
+
+    def jump(self, hours: int) -> None:
+        proxy.time.offset += hours * 3600
+        for who in [*self.hits]:
+            self.hit(0, who)
+
+    def hit(self, worker: int, who: int) -> None:
+        """Count in a key's window; an example takes less than a minute."""
+        ledger = self.workers[worker % len(self.workers)]
+        storage = proxy.LedgerStorage(ledger=ledger)
+        fits = storage.acquire_entry(f"k{who}", self.rate, 60)
+        assert fits == (self.hits[who] < self.rate)
+        self.hits[who] += fits
+
+    def agree(self) -> None:
+        """The ledger says what the books say, and proves it."""
+        assert self.workers[0].check(self.declared.__getitem__) == []
+        rows = query(self.db.parent, "SELECT id, state, hold, cost, lost FROM requests")
+        assert sorted(rows) == sorted(
+            (one.lease.id, one.state, one.lease.hold, one.cost, one.lost)
+            for one in self.entries
+        )
+        sums = query(self.db.parent, "SELECT id, granted - spent - held FROM accounts")
+        for account, left in sums:
+            left += self.declared[account]
+            assert left == self.left(account) >= 0
+
+
+def test_any_interleaving_of_workers_keeps_the_ledgers_promises():
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import stateful, strategies
+
+    few, some = strategies.integers(0, 3), strategies.integers(0, 30)
+    micro, rule = strategies.integers(0, 1500), stateful.rule
+
+    class Machine(Books, stateful.RuleBasedStateMachine):
+        hold = rule(worker=few, who=few, size=micro, tokens=micro)(Books.hold)
+        more = rule(worker=few, who=few, size=some, tokens=some)(Books.hold)
+        settle = rule(number=some, cost=strategies.integers(0, 6000))(Books.settle)
+        release = rule(number=some)(Books.release)
+        grant = rule(worker=few, who=few, amount=micro)(Books.grant)
+        crash = rule(worker=few)(Books.crash)
+        restart = rule()(Books.restart)
+        sweep = rule(worker=few)(Books.sweep)
+        jump = rule(hours=strategies.sampled_from([-1, 1]))(Books.jump)
+        hit = rule(worker=few, who=few)(Books.hit)
+        agree = stateful.invariant()(Books.agree)
+
+    settings = hypothesis.settings(
+        max_examples=25, stateful_step_count=25, deadline=None, database=None,
+        derandomize=True, suppress_health_check=list(hypothesis.HealthCheck),
+    )  # fmt: skip
+    stateful.run_state_machine_as_test(Machine, settings=settings)
+
+
+# -- Faults: every statement of a request --------------------------------------------
+
+
+class Faulty(sqlite3.Connection):
+    """A connection that fails at a statement counted over all connections."""
+
+    before = 10**9  # statements that still work
+    times = 1  # statements in a row that fail then
+    strike: Any = None
+
+    def fail(self) -> None:
+        Faulty.before -= 1
+        if -Faulty.times <= Faulty.before < 0:
+            Faulty.strike(self)
+
+    def execute(self, *args: Any) -> sqlite3.Cursor:
+        self.fail()
+        return super().execute(*args)
+
+    def executemany(self, *args: Any) -> sqlite3.Cursor:
+        self.fail()
+        return super().executemany(*args)
+
+
+def rolled_back(error: sqlite3.Error) -> Callable[[sqlite3.Connection], None]:
+    """Fail as SQLite does when it has rolled back by itself."""
+
+    def strike(db: sqlite3.Connection) -> None:
+        db.rollback()
+        raise error
+
+    return strike
+
+
+def busy(db: sqlite3.Connection) -> None:
+    raise sqlite3.OperationalError("database is locked")
+
+
+def killed(db: sqlite3.Connection) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+STRIKES = {
+    "full": rolled_back(sqlite3.OperationalError("database or disk is full")),
+    "I/O error": rolled_back(sqlite3.OperationalError("disk I/O error")),
+    "busy": busy,
+}
+
+
+@pytest.fixture
+def struck(files, monkeypatch) -> Iterator[Callable]:
+    """struck(url): a new worker on the same files, at a known statement; no upkeep."""
+    monkeypatch.setattr(proxy, "UPKEEP_INTERVAL", 1e6)
+    monkeypatch.setattr(proxy, "SETTLE_PATIENCE", 0.03)
+    monkeypatch.setattr(proxy.Watch, "sleep", lambda self, seconds: time.sleep(0.01))
+    connect = functools.partial(sqlite3.connect, factory=Faulty)
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    monkeypatch.setattr(Faulty, "before", 10**9)
+
+    @contextmanager
+    def make(url: str) -> Iterator[Any]:
+        app = proxy.create_app(*files(url))
+        try:
+            yield app
+        finally:
+            app.extensions["proxy"].close()
+
+    return make
+
+
+def asked(app: Any, stream: bool) -> Any:
+    """Ask in this process; the answer is not read yet if it is a stream."""
+    body = {"model": "chat", "messages": [{"role": "user", "content": "Say hello"}]}
+    headers = {"Authorization": f"Bearer {TEAM_KEY}"}
+    body["stream"] = stream
+    path = "/v1/chat/completions"
+    return app.test_client().post(path, json=body, headers=headers, buffered=False)
+
+
+def ending(status: int, data: bytes) -> tuple[int, str]:
+    """The status of an answer, and how it ended: its error's code, or done."""
+    last = (sse_events(data) or [data])[-1]
+    error = {} if last == "[DONE]" else json.loads(last).get("error", {})
+    assert not error or [*error] == ["message", "type", "param", "code"]
+    return status, error.get("code", "done")
+
+
+def fate(answer: Any) -> tuple[int, str]:
+    """The same of an answer in this process."""
+    data = answer.get_data()
+    answer.close()
+    return ending(answer.status_code, data)
+
+
+def quickly(request: Request) -> None:
+    """Answer at once, in the way that was asked for."""
+    stream, whole = sse(WORDS), json_answer(chat_json("one two three"))
+    (stream if request.json.get("stream") else whole)(request)
+
+
+REFUSED = 503, "ledger_unavailable"
+ENDS = {(200, "done"), REFUSED}
+CUT = (200, "ledger_unavailable")  # a stream whose charge could not be written in time
+
+
+@pytest.mark.parametrize("times", [1, 10**6], ids=["once", "for long"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("strike", STRIKES)
+def test_any_statement_may_fail(strike, stream, times, struck, tmp_path, monkeypatch):
+    monkeypatch.setattr(Faulty, "strike", STRIKES[strike])
+    monkeypatch.setattr(Faulty, "times", times)
+    seen, left = [], -1
+    with Upstream(quickly) as up:
+        while left < 0:
+            with struck(up.url) as app:
+                Faulty.before = len(seen)
+                seen.append(fate(asked(app, stream)))
+                left, Faulty.before = Faulty.before, 10**9
+                app.extensions["proxy"].tidy()
+                assert held(tmp_path) == 0 and proof(tmp_path) == []
+                assert fate(asked(app, stream)) == (200, "done")
+    assert 10 < len(seen) < 60 and seen[-1] == (200, "done")
+    assert set(seen) <= ENDS | ({CUT} if stream and times > 1 else set())
+    charged = 2 * len(seen) - seen.count(REFUSED)
+    sql = "SELECT count(*), sum(cost), sum(estimated) FROM requests WHERE state = 1"
+    assert query(tmp_path, sql) == [(charged, charged * COST, 0)]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("times", [1, 10**6], ids=["once", "for long"])
+def test_an_fsync_that_fails_costs_nobody_twice(
+    times, stream, struck, tmp_path, monkeypatch
+):
+    fdatasync, failing = os.fdatasync, [times]
+
+    def broken(fd: int) -> None:
+        failing[0] -= 1
+        if failing[0] >= 0:
+            raise OSError(5, "Input/output error")
+        fdatasync(fd)
+
+    with Upstream(quickly) as up, struck(up.url) as app:
+        monkeypatch.setattr(os, "fdatasync", broken)
+        seen = [fate(asked(app, stream)) for _ in range(3)]
+        app.extensions["proxy"].tidy()
+        paid = 3 - seen.count(REFUSED)
+        rows = query(tmp_path, "SELECT state, cost FROM requests WHERE cost")
+        assert set(seen) <= ENDS and rows == [(proxy.SETTLED, COST)] * paid
+
+
+def in_child(action: Callable[[], None]) -> int:
+    """Do this in a forked process; return how it ended, negative for a signal."""
+    if not (pid := os.fork()):
+        try:
+            action()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_worker_may_be_killed_at_any_statement(stream, struck, tmp_path, monkeypatch):
+    monkeypatch.setattr(Faulty, "strike", killed)
+    with Upstream(quickly) as up, (tmp_path / "seen").open("ab", 0) as seen:
+
+        def request() -> None:
+            with struck(up.url) as app:
+                Faulty.before = len(ends)
+                answer = asked(app, stream)
+                for piece in answer.iter_encoded():
+                    seen.write(piece)
+                assert answer.status_code == 200
+                Faulty.before = 10**9
+
+        ends, dones = [], []
+        with struck(up.url):
+            pass
+        while not ends or ends[-1]:
+            ends.append(in_child(request))
+            whole = (tmp_path / "seen").read_bytes()
+            dones.append(whole.count(b"[DONE]" if stream else b"chat.completion"))
+            with struck(up.url) as app:
+                app.extensions["proxy"].ledger.sweep()
+                assert held(tmp_path) == 0 and proof(tmp_path) == []
+                assert dones[-1] <= paid(tmp_path) <= dones[-1] + 3
+    assert 10 < len(ends) < 60 and set(ends) == {-signal.SIGKILL, 0}
+    assert dones[-1] >= 1
+    wrong = "SELECT count(*) FROM requests WHERE state = 1 AND cost != ?"
+    assert query(tmp_path, wrong, COST) == [(0,)]
+
+
+def paid(folder: Path) -> int:
+    """How many requests were charged."""
+    return query(folder, "SELECT count(*) FROM requests WHERE cost")[0][0]
+
+
+# -- Faults: what clients saw against the ledger -------------------------------------
+
+
+@dataclass
+class Record:
+    """What one client knows of one request of its own."""
+
+    key: str
+    cost: int  # micro-credits, if it is completed
+    sent: float
+    id: str | None = None
+    status: int | None = None  # None: no head came
+    whole: bool = False  # the last byte came
+    head: float = 0
+    last: float = 0  # when the piece before the last one came
+
+    @property
+    def fate(self) -> str:
+        """Completed and refused are certain, everything else is unknown."""
+        if not self.whole:
+            return "unknown"
+        return "completed" if self.status == 200 else "refused"
+
+
+KINDS = ["plain"] * 5 + ["slow"] * 3 + ["cut", "error", "leave", "vanish"]
+DELAY = {"slow": 0.1, "leave": 0.05, "vanish": 0.05}
+
+
+def played(request: Request) -> None:
+    """Answer as the client's `user` says: what happens, and how many words come."""
+    kind, words = request.json["user"].split()
+    text, delay = " ".join(["word"] * int(words)), DELAY.get(kind, 0.002)
+    cut = 300 if kind == "cut" else None
+    stream = sse(chat_chunks(text)[1:], delay=delay, cut=cut)
+    request.wait(None, 0 if request.json.get("stream") else delay)
+    whole = json_answer(chat_json(text), cut=cut and 100)
+    good = stream if request.json.get("stream") else whole
+    (json_answer({}, 500) if kind == "error" else good)(request)
+
+
+def tell(server: Gateway, key: str, chance: random.Random) -> Record:
+    """Ask for one of KINDS and keep what is seen of it."""
+    kind, words = chance.choice(KINDS), chance.randint(2, 9)
+    record = Record(key, 5 + 2 * words, time.monotonic())
+    with suppress(OSError, HTTPException):
+        visit = Visit(server, key, chance.random() < 0.6, user=f"{kind} {words}")
+        if kind == "vanish":
+            time.sleep(chance.random() / 10)
+            visit.leave()
+        visit.reply = visit._http.getresponse()
+        visit.status = visit.reply.status
+        record.head = record.last = now = time.monotonic()
+        record.id = visit.reply.headers["x-request-id"]
+        record.status = visit.status
+        while piece := visit.reply.read1():
+            record.last, now = now, time.monotonic()
+            visit.body += piece
+            if kind == "leave":
+                visit.leave()
+        record.whole = record.status != 200 or visit.done
+        visit.leave()
+    return record
+
+
+@contextmanager
+def kills(server: Gateway, workers: int, chance: random.Random) -> Iterator[list[int]]:
+    """Kill a worker again and again; another one starts in its place."""
+    gone, over = [], threading.Event()
+
+    def run() -> None:
+        while not over.wait(chance.random()):
+            gone.append(chance.choice(server.wait_workers(workers)))
+            server.kill(gone[-1])
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(run)
+        try:
+            yield gone
+        finally:
+            over.set()
+    done.result()
+
+
+def most_at_once(records: list[Record]) -> int:
+    """The most requests that were certainly running together."""
+    steps = [(one.head, 1) for one in records if one.last > one.head]
+    steps += [(one.last, -1) for one in records if one.last > one.head]
+    return max(itertools.accumulate(step for _, step in sorted(steps)), default=0)
+
+
+def most_in_a_minute(records: list[Record]) -> int:
+    """The most requests that were certainly let through within some 60 seconds."""
+    through = [one for one in records if one.status in (200, 503)]
+    return max(
+        sum(one.sent <= other.sent and other.head <= one.sent + 60 for other in through)
+        for one in through
+    )
+
+
+LIMITED = {
+    "team": {"limits": {"rate": "60/minute", "concurrent": 10}},
+    "other": {"limits": {"rate": "10000/minute", "concurrent": 5}, "credits": 100},
+}
+
+
+@pytest.mark.parametrize(
+    "count, pause", [(300, 0.2), pytest.param(2000, 1.8, marks=pytest.mark.long)]
+)
+def test_what_clients_saw_is_what_the_ledger_says(count, pause, gateway, tmp_path):
+    with Upstream(played) as up:
+        server = gateway(up.url, workers=4, threads=64, accounts=LIMITED)
+
+        def live(number: int) -> list[Record]:
+            chance = random.Random(number)
+            key, seen = [OTHER_KEY, TEAM_KEY][number < 13], []
+            for _ in range(count // 20):
+                seen.append(tell(server, key, chance))
+                time.sleep(chance.random() * pause)
+            return seen
+
+        server.wait_workers(4)
+        with kills(server, 4, random.Random(5)) as gone, ThreadPoolExecutor(20) as pool:
+            records = [one for seen in pool.map(live, range(20)) for one in seen]
+        wait_held(tmp_path, 0, 5)
+    sql = "SELECT id, state, cost, estimated, cost <= hold FROM requests"
+    rows = {id: rest for id, *rest in query(tmp_path, sql)}
+    by = {fate: [] for fate in ("completed", "refused", "unknown")}
+    [by[one.fate].append(one) for one in records]
+    ids = [one.id for one in records if one.id]
+    assert len(records) == count and len(set(ids)) == len(ids) and len(gone) > 2
+    assert min(map(len, by.values())) > count / 20
+    completed = {one.id: [proxy.SETTLED, one.cost, 0, 1] for one in by["completed"]}
+    assert completed.items() <= rows.items()
+    free = {tuple(rows[one.id][:2]) for one in by["refused"] if one.id in rows}
+    assert free == {(proxy.RELEASED, 0)}
+    nameless = [one for one in by["unknown"] if not one.id]
+    assert len(rows.keys() - set(ids)) <= len(nameless)
+    assert all(row[3] for row in rows.values()) and proof(tmp_path) == []
+    team, other = ([r for r in records if r.key == k] for k in (TEAM_KEY, OTHER_KEY))
+    assert 2 < most_at_once(team) <= 10 and 2 < most_at_once(other) <= 5
+    assert 40 < most_in_a_minute(team) <= 60 < len(team)
+
+
+# -- Faults: malformed requests ------------------------------------------------------
+
+FUZZ_HEADERS = [
+    b"Content-Length: 5", b"Content-Length: -1", b"Content-Length: 1e3",
+    b"Content-Length: 99999999999999999999", b"Content-Length: 0", b"Content-Length:",
+    b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked", b"TE: trailers",
+    b"Transfer-Encoding : chunked", b"transfer-encoding:\tchunked",
+    b"Expect: 100-continue", b"Connection: keep-alive",
+    b"Connection: upgrade, Authorization", b"Upgrade: h2c", b"Authorization: Bearer",
+    b"Authorization: Basic c2s6", b"Authorization: Bearer a, b",
+    b"Authorization: Bearer \xff\xfe", b"Host: evil.example", b"Host:", b"Host: a b",
+    b"Content-Type: text/plain", b"Content-Type: application/json; charset=utf-16",
+    b"Content-Type: application/json\x00", b"Content-Encoding: gzip", b"Cookie: a=b",
+    b"X-Forwarded-For: 1.2.3.4", b"X-HTTP-Method-Override: DELETE", b" folded",
+    b"NoColon", b": empty", b"X: \r", b"X:\x00", b"Range: bytes=0-",
+    b"If-None-Match: *", b"Proxy: http://x", b"SCRIPT_NAME: /v1", b"Script-Name: /v1",
+    b"PATH_INFO: /", b"X-Long: " + b"x" * 20000,
+]  # fmt: skip
+FUZZ_LINES = [
+    b"POST /v1/chat/completions HTTP/1.0", b"POST /v1/chat/completions HTTP/2.0",
+    b"POST /v1/chat/completions", b"post /v1/chat/completions HTTP/1.1", b"", b"\x00",
+    b"GET /v1/chat/completions HTTP/1.1", b"DELETE /v1/account/keys/x HTTP/1.1",
+    b"POST //v1//chat/completions HTTP/1.1", b"POST /v1/../v1/models HTTP/1.1",
+    b"POST /v1/%2e%2e/%00 HTTP/1.1", b"POST /v1/\xff\xfe HTTP/1.1",
+    b"OPTIONS * HTTP/1.1", b"POST http://evil.example/v1/chat/completions HTTP/1.1",
+    b"CONNECT x:443 HTTP/1.1", b"POST /v1/" + b"a/" * 3000 + b" HTTP/1.1",
+    b"POST /v1/audio/speech HTTP/1.1", b"GET /v1/models/%ff HTTP/1.1",
+    b"GET /v1/account/usage?days=x HTTP/1.1", b"PRI * HTTP/2.0",
+    b"GET /v1/account/requests?limit=-1&after=%00 HTTP/1.1", b"TRACE / HTTP/1.1",
+    b"GET /v1/account/requests/%27%3B-- HTTP/1.1", b"GET /metrics HTTP/1.1",
+    b"GET / HTTP/1.1", b"POST /v1/account/keys HTTP/1.1", b"POST /v1/accounts HTTP/1.1",
+    b"GET \x7f HTTP/1.1", b"PATCH /v1/models HTTP/1.1",
+    b"GET /dashboard?q=\x01 HTTP/1.1", b"GET /%s%n HTTP/1.1",
+    b"POST /v1/embeddings HTTP/1.1", b"POST /v1/responses HTTP/1.1", b"GET ?a HTTP/1.1",
+    b"POST /v1/images/generations HTTP/1.1", b"POST /v1/completions HTTP/1.1",
+]  # fmt: skip
+FUZZ_VALUES = [
+    b"null", b"true", b"-1", b"0", b"1e999", b"1e400", b"NaN", b"Infinity", b"-0.0",
+    b'""', b"[]", b"{}", b"[[]]", b'"\\ud800"', b'"\\u0000"', b'"\xff"',
+    b'"\xed\xa0\x80"', b"01", b"9" * 400, b"9" * 5000, b"1.5", b"[" * 5000,
+    b'{"a":' * 2000, b'[{"role":"user"}]',
+    b'[{"role":"user","content":[{"type":"text","text":5}]}]', b'[null]', b'[["a"]]',
+    b"//", b'[{"role":{},"content":{}}]', b'{"include_usage":{}}', b'"/etc/passwd"',
+    b'"../../x"', b'"' + b"m" * 300 + b'"', b'[{"role":"user","content":null}]', b"'a'",
+    b"tru", b"{,}", b'[{"role":"user","content":[[]]}]', b'"chat\\r\\nX: y"',
+    b"2147483648", b"1e15", b"[1,]",
+]  # fmt: skip
+FUZZ_NAMES = [
+    "model", "messages", "stream", "max_tokens", "max_completion_tokens", "n",
+    "best_of", "stream_options", "max_output_tokens", "background", "prompt", "input",
+    "usage", "error", "base_url", "api_key", "tools", "response_format", "user", "size",
+    "\x00", "",
+]  # fmt: skip
+FUZZ_CHUNKS = [
+    b"0",
+    b"-1",
+    b"0x5",
+    b"+5",
+    b"5 ;a=b",
+    b"5;",
+    b"ffffffffffffffffff",
+    b" 5",
+    b"",
+]
+
+
+class Fuzz:
+    """A request that is good but for what a seed has spoilt of it."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        pick = self.chance.choice
+        self.line = b"POST /v1/chat/completions HTTP/1.1"
+        self.headers = [
+            b"Host: x",
+            b"Authorization: Bearer " + TEAM_KEY.encode(),
+            b"Connection: close",
+            b"Content-Type: application/json",
+        ]
+        message = b'[{"role":"user","content":"Say hello"}]'
+        self.members = [(b'"model"', b'"echo"'), (b'"messages"', message)]
+        self.end, self.chunked = b"\r\n", False
+        whole = [self.member, self.member, self.twice, self.request_line, self.header]
+        for spoil in self.chance.sample(
+            [*whole, self.lose, self.chunks], pick([1, 1, 2])
+        ):
+            spoil()
+        data = self.data()
+        wreck = [self.flip, self.cut_out, self.insert, self.stop, self.newline]
+        self.bytes = pick([*wreck, bytes, bytes, bytes])(data)
+
+    def member(self) -> None:
+        name = json.dumps(self.chance.choice(FUZZ_NAMES)).encode()
+        kept = [one for one in self.members if one[0] != name]
+        self.members = [*kept, (name, self.chance.choice(FUZZ_VALUES))]
+
+    def twice(self) -> None:
+        self.members.append(self.chance.choice(self.members))
+
+    def request_line(self) -> None:
+        self.line = self.chance.choice(FUZZ_LINES)
+
+    def header(self) -> None:
+        place = self.chance.randrange(len(self.headers) + 1)
+        self.headers.insert(place, self.chance.choice(FUZZ_HEADERS))
+
+    def lose(self) -> None:
+        self.headers.remove(self.chance.choice(self.headers[:2] + self.headers[3:]))
+
+    def chunks(self) -> None:
+        self.chunked = True
+
+    def data(self) -> bytes:
+        body = b"{%s}" % b",".join(b"%s:%s" % one for one in self.members)
+        framing = b"Content-Length: %d" % len(body)
+        if self.chunked:
+            framing = b"Transfer-Encoding: chunked"
+            size = self.chance.choice([*FUZZ_CHUNKS, b"%x" % len(body)])
+            body = size + self.end + body + self.end + b"0" + self.end * 2
+        return self.end.join([self.line, *self.headers, framing, b"", body])
+
+    def place(self, data: bytes) -> int:
+        """Anywhere, heads as often as bodies."""
+        return self.chance.randrange(self.chance.choice([len(data), 200]))
+
+    def flip(self, data: bytes) -> bytes:
+        at = self.place(data)
+        return data[:at] + self.chance.randbytes(1) + data[at + 1 :]
+
+    def cut_out(self, data: bytes) -> bytes:
+        at = self.place(data)
+        return data[:at] + data[at + self.chance.randint(1, 40) :]
+
+    def insert(self, data: bytes) -> bytes:
+        at = self.place(data)
+        new = [
+            self.chance.randbytes(9),
+            b"\r\n",
+            b"\n",
+            b"\r",
+            b"\0",
+            b" ",
+            b"\r\n\r\n",
+        ]
+        return data[:at] + self.chance.choice(new) + data[at:]
+
+    def stop(self, data: bytes) -> bytes:
+        return data[: 1 + self.place(data)]
+
+    def newline(self, data: bytes) -> bytes:
+        return data.replace(b"\r\n", self.chance.choice([b"\n", b"\r", b"\n\r"]))
+
+
+@dataclass
+class Heard:
+    """One answer of those that came on a connection."""
+
+    status: int
+    kind: str
+    body: bytes
+
+    @property
+    def in_envelope(self) -> bool:
+        with suppress(ValueError, KeyError, TypeError):
+            error = json.loads(self.body)["error"]
+            return [*error] == ["message", "type", "param", "code"]
+        return False
+
+    @property
+    def served(self) -> bool:
+        """Whether something was generated."""
+        return self.status == 200 and b'"object":"chat.completion' in self.body
+
+
+def heard(data: bytes, method: str) -> list[Heard]:
+    """All answers in what came; a `100 Continue` is none."""
+    data = data.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
+    stream, answers = io.BytesIO(data), []
+    lasting = SimpleNamespace(makefile=lambda mode: stream)
+    stream.close = lambda: None
+    while stream.tell() < len(data):
+        reply = HTTPResponse(lasting, method=method)
+        reply.begin()
+        body = reply.read()
+        answers.append(Heard(reply.status, reply.headers["Content-Type"], body))
+    return answers
+
+
+def said_text(port: int, data: bytes) -> tuple[bytes, float]:
+    """All that comes until the end or a second's pause, and when it began."""
+    started, received = time.monotonic(), []
+    with socket.create_connection(("127.0.0.1", port), 20) as sock, suppress(OSError):
+        sock.sendall(data)
+        received.append(sock.recv(65536))
+        started -= time.monotonic()
+        sock.settimeout(1)
+        while received[-1]:
+            received.append(sock.recv(65536))
+    return b"".join(received), -started if started < 0 else 20
+
+
+FUZZ_RUNS = [(1, 500), pytest.param(10**6, 10_000, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("seed, count", FUZZ_RUNS)
+def test_malformed_requests_are_refused_and_cost_nothing(
+    seed, count, gateway, tmp_path
+):
+    limits = {"rate": "10000/second", "concurrent": 1000}
+    server = gateway(
+        workers=1, threads=64, limits=limits, constants={"CLIENT_TIMEOUT": 1}
+    )
+    pids = server.workers()
+
+    def ask(number: int) -> tuple[int, float, list[Heard]]:
+        data = Fuzz(number).bytes
+        method = "HEAD" if data.startswith(b"HEAD") else "POST"
+        received, seconds = said_text(server.port, data)
+        return number, seconds, heard(received, method)
+
+    with ThreadPoolExecutor(32) as pool:
+        asked = list(pool.map(ask, range(seed, seed + count)))
+    assert [number for number, seconds, _ in asked if seconds > 5] == []
+    answers = [(number, one) for number, _, came in asked for one in came]
+    wrong = [one for one in answers if one[1].status >= 500 and one[1].status != 503]
+    assert wrong == []
+    refused = [one for one in answers if one[1].status >= 400]
+    assert [one for one in refused if not one[1].in_envelope] == []
+    assert len(refused) > count / 2
+    served = sum(one.served for _, one in answers)
+    settled = query(tmp_path, "SELECT count(*) FROM requests WHERE state = 1")
+    assert settled == [(served,)] and held(tmp_path) == 0
+    assert 0 < served < count / 5
+    assert "event=exception" not in server.log() and "Traceback" not in server.log()
+    assert server.workers() == pids and status(server, model="echo") == 200
+
+
+# -- Faults: upstreams ---------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """How an upstream misbehaves and what comes of it."""
+
+    answer: Answer
+    stream: bool = False
+    end: tuple[int, str] = (503, "provider_unavailable")
+    charge: range = range(0, 1)  # micro-credits
+    seconds: float = 0.5
+    model: str = "chat"
+
+
+def exactly(micro: int) -> range:
+    """No other charge than this."""
+    return range(micro, micro + 1)
+
+
+def repeated(start: bytes, data: bytes, times: int) -> Answer:
+    """Send much, fast, then close."""
+
+    def answer(request: Request) -> None:
+        request.keep = False
+        request.send(start)
+        for _ in range(times):
+            request.send(data)
+
+    return answer
+
+
+def text_event(text: str) -> dict:
+    """One event with a word of the answer."""
+    return chat_chunk("gpt-test", {"content": text})
+
+
+def reported(usage: Any) -> Answer:
+    """Answer three words, with that usage, in the way that was asked for."""
+    whole = {**chat_json("one two three"), "usage": usage}
+    last = completion("gpt-test", "chat.completion.chunk", [], usage=usage)
+    stream, body = sse([*WORDS[:-1], last]), json_answer(whole)
+
+    def answer(request: Request) -> None:
+        (stream if request.json.get("stream") else body)(request)
+
+    return answer
+
+
+MB = b"x" * (1 << 20)
+FLOOD_LINE = STREAM + b'data: {"choices":[{"delta":{"content":"'
+REPORT = usage_of(50, 60)
+PAID, ESTIMATE = exactly(170), exactly(3 + 2 * 4)  # 9 bytes asked, 13 bytes answered
+LATE, DONE_OK, BROKEN_BODIES = 2.0, (200, "done"), (200, "provider_unavailable")
+ZIPPED_ANSWER = gzip.compress(json.dumps(chat_json("hi")).encode())
+BOMB = gzip.compress(bytes(100 << 20))
+GZIP_KIND = ("Content-Encoding", "gzip")
+MOVED = ("Location", "http://127.0.0.1:1/")
+COOKIE = ("Set-Cookie", "a=b; Path=/")
+HTML_KIND = ("Content-Type", "text/html")
+OVERLOADED = b"<html>Bad gateway</html>"
+ABSURD_REPORTS = {
+    "negative": usage_of(-5, 7),
+    "float": usage_of(5.5, 7),
+    "huge": usage_of(5, 10**12),
+    "text": {"prompt_tokens": "5", "completion_tokens": 7},
+    "true": usage_of(True, 7),
+    "a list": [5, 7],
+    "missing": None,
+}
+UPSTREAMS = {
+    "refuses": Case(raw(b""), model="dead"),
+    "hangs": Case(stall(), seconds=LATE),
+    "hangs, stream": Case(stall(), True, seconds=LATE),
+    "trickles its head": Case(trickle(PLAIN * 9, 0.05, b""), seconds=LATE),
+    "trickles": Case(trickle(b" " * 999, 0.05), seconds=LATE),
+    "trickles a stream": Case(
+        trickle(b"data: " * 99, 0.05, STREAM), True, BROKEN_BODIES, seconds=LATE
+    ),
+    "stalls": Case(stall(False), True, BROKEN_BODIES, seconds=LATE),
+    "stalls after text": Case(
+        sse([text_event("one two three")] * 2, gate=threading.Event()),
+        True,
+        BROKEN_BODIES,
+        ESTIMATE,
+        LATE,
+    ),
+    "cut": Case(json_answer(chat_json("hi"), cut=50)),
+    "cut stream": Case(
+        sse([text_event("one two three")] * 2, cut=300), True, BROKEN_BODIES, ESTIMATE
+    ),
+    "reset": Case(raw(STREAM, reset=True), True, BROKEN_BODIES),
+    "garbage": Case(raw(b"\x00\xffSMTP ready\r\n\r\n")),
+    "garbage status": Case(raw(b"HTTP/1.1 2OO OK\r\n\r\n{}")),
+    "HTML_KIND": Case(raw(head(200, HTML_KIND, CLOSE) + OVERLOADED)),
+    "HTML_KIND, stream": Case(raw(head(502, HTML_KIND, CLOSE) + OVERLOADED), True),
+    "gzip": Case(raw(head(200, JSON, GZIP_KIND, CLOSE) + ZIPPED_ANSWER)),
+    "gzip stream": Case(raw(head(200, EVENTS, GZIP_KIND, CLOSE) + ZIPPED_ANSWER), True, BROKEN_BODIES),
+    "gzip bomb": Case(raw(head(200, JSON, GZIP_KIND, CLOSE) + BOMB)),
+    "300 MB line": Case(repeated(FLOOD_LINE, MB, 300), True, BROKEN_BODIES, seconds=1),
+    "300 MB chunk": Case(
+        repeated(head(200, EVENTS, CHUNKED) + b"12c00000\r\n", MB, 300),
+        True,
+        BROKEN_BODIES,
+        seconds=1,
+    ),
+    "300 MB answer": Case(repeated(PLAIN + b'{"x":"', MB, 300), seconds=1),
+    "300 MB chunk size": Case(repeated(head(200, JSON, CHUNKED), b"0" * 4096, 76800)),
+    "300 MB trailers": Case(
+        repeated(
+            head(200, JSON, CHUNKED) + b"2\r\n{}\r\n0\r\n", b"X: " + MB + b"\r\n", 300
+        )
+    ),
+    "endless comments": Case(endless("comments"), True, BROKEN_BODIES, seconds=LATE),
+    "endless blanks": Case(endless("blanks"), seconds=LATE),
+    "endless events": Case(endless("events"), True, BROKEN_BODIES, range(100, 3000), 2.5),
+    "endless fast events": Case(
+        repeated(STREAM, sse_bytes([text_event("more ")] * 500, done=False), 10**6),
+        True,
+        BROKEN_BODIES,
+        range(1000, 3000),
+        2.5,
+    ),
+    "endless fast comments": Case(
+        repeated(STREAM, b": keep-alive\n\n" * 5000, 10**6), True, BROKEN_BODIES, seconds=LATE
+    ),
+    "endless headers": Case(endless("headers")),
+    "endless 103": Case(endless("informational")),
+    "103": Case(
+        lambda it: (it.send(head(103) * 5), reported(REPORT)(it)), False, DONE_OK, PAID
+    ),
+    "101": Case(raw(head(101, ("Upgrade", "websocket")))),
+    "204": Case(raw(head(204))),
+    "redirects": Case(raw(head(302, MOVED, CLOSE))),
+    "redirects a POST": Case(raw(head(307, MOVED, COOKIE, CLOSE)), True),
+    "cookies": Case(
+        json_answer(chat_json("hi", usage=REPORT), headers=[COOKIE]),
+        False,
+        DONE_OK,
+        PAID,
+    ),
+    "error in a 200": Case(json_answer({"error": {"message": "no"}})),
+    "error first": Case(sse([{"error": {"message": "no"}}]), True, BROKEN_BODIES),
+    "error later": Case(
+        sse([text_event("one two three"), {"error": {"message": "no"}}]),
+        True,
+        BROKEN_BODIES,
+        ESTIMATE,
+    ),
+    "usage twice": Case(
+        sse(
+            [
+                *WORDS[:-1],
+                {"choices": [], "usage": usage_of(1, 1)},
+                {"choices": [], "usage": REPORT},
+            ]
+        ),
+        True,
+        DONE_OK,
+        PAID,
+    ),
+    "usage zero": Case(reported(usage_of(0, 0)), False, DONE_OK),
+    "usage zero, stream": Case(reported(usage_of(0, 0)), True, DONE_OK),
+    "usage above the hold": Case(
+        reported(usage_of(10**6, 10**6)), False, DONE_OK, exactly(3 * 10**6)
+    ),
+    **{
+        f"usage {name}": Case(reported(usage), False, DONE_OK, ESTIMATE)
+        for name, usage in ABSURD_REPORTS.items()
+    },
+    **{
+        f"usage {name}, stream": Case(reported(usage), True, DONE_OK, ESTIMATE)
+        for name, usage in ABSURD_REPORTS.items()
+    },
+}
+FAULT_WAITS = {"ANSWER_TIMEOUT": 1.2, "STREAM_TIMEOUT": 1.6, "STALL_TIMEOUT": 1.0}
+
+
+def memory(pid: int, field: str = "VmRSS") -> int:
+    """Bytes that a process has in memory, or had at the most (VmHWM)."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", text)[1]) << 10
+
+
+@pytest.fixture(scope="module")
+def lone(tmp_path_factory) -> Iterator[tuple]:
+    """One worker that relays one request at a time, its memory, and its upstream."""
+    folder = tmp_path_factory.mktemp("lone")
+    dead = {"upstream": "dead/x", "price": {"input": 1}}
+    more = {
+        "upstreams": {"dead": {"url": "http://127.0.0.1:9"}},
+        "models": {"dead": dead},
+    }
+    with Upstream(quickly) as up:
+        keys = keys_file(folder, up.url, **more)
+        with Gateway(keys, threads=1, constants=FAULT_WAITS) as server:
+            [pid] = server.workers()
+            for _ in range(10):
+                assert status(server, stream=True) == 200
+                wait_for(lambda: status(server) == 200)
+            yield server, up, pid, memory(pid)
+
+
+@pytest.mark.parametrize("name", UPSTREAMS)
+def test_an_upstream_that_misbehaves_costs_what_is_stated_and_little_memory(name, lone):
+    server, up, pid, before = lone
+    folder, case = server.log_file.parent, UPSTREAMS[name]
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM begins anew
+    up.script, started = case.answer, time.monotonic()
+    answer = chat(server.url, TEAM_KEY, case.stream, model=case.model)
+    tail = b""
+    for piece in answer.iter_content(1 << 16):
+        tail = (tail + piece)[-4000:]
+    assert ending(answer.status_code, tail) == case.end
+    assert time.monotonic() - started < case.seconds
+    up.script = quickly
+    wait_for(lambda: status(server) == 200, 0.5, "the only place is free again")
+    wait_held(folder, 0)
+    sql = "SELECT cost FROM requests WHERE id = ?"
+    [(cost,)] = query(folder, sql, answer.headers["x-request-id"])
+    assert cost in case.charge and proof(folder) == []
+    assert not {"set-cookie", "location", "content-encoding"} & {
+        *map(str.lower, answer.headers)
+    }
+    assert server.workers() == [pid]
+    assert memory(pid, "VmHWM") - before < 20 << 20
+
+
+def test_idle_connections_to_an_upstream_are_closed(gateway, gate):
+    with Upstream(sse(WORDS, gate=gate)) as up:
+        server = gateway(up.url, constants={"UPSTREAM_IDLE": 0.5})
+        streams = visits(20, server, TEAM_KEY, stream=True)
+        gate.set()
+        assert all(one.finish().done for one in streams)
+        up.wait_closed(20, 4)
+
+
+# -- Faults: a mixed load ------------------------------------------------------------
+
+
+def flood_of_events(count: int) -> Answer:
+    """Answer so many events as fast as they go, then end well."""
+    block = sse_bytes([text_event("more ")] * 1000, done=False)
+    last = sse_bytes([chat_chunk("gpt-test", {}, "stop", usage=REPORT)])
+
+    def answer(request: Request) -> None:
+        repeated(STREAM, block, count // 1000)(request)
+        request.send(last)
+
+    return answer
+
+
+@pytest.mark.parametrize("count", [10**5, pytest.param(10**6, marks=pytest.mark.long)])
+def test_a_flood_of_events_passes_whole_and_delays_nobody(count, gateway, tmp_path):
+    with Upstream(lambda it: (flood if it.json.get("n") else quickly)(it)) as up:
+        flood, server = flood_of_events(count), gateway(up.url)
+        [pid], waits, done = server.workers(), [], threading.Event()
+        before = memory(pid)
+
+        def others() -> None:
+            while not done.is_set():
+                started = time.monotonic()
+                assert requests.get(f"{server.url}/healthz", timeout=5).ok
+                assert status(server, OTHER_KEY) == 200
+                waits.append(time.monotonic() - started)
+
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(others)
+            try:
+                stream = chat(server.url, TEAM_KEY, True, n=1)
+                body = b"".join(stream.raw.stream(1 << 16))
+            finally:
+                done.set()
+            running.result()
+        assert body.endswith(b"data: [DONE]\n\n") and body.count(b"more ") == count
+        sql = "SELECT cost, estimated FROM requests WHERE id = ?"
+        assert query(tmp_path, sql, stream.headers["x-request-id"]) == [(170, 0)]
+        assert max(waits) < 1 and memory(pid, "VmHWM") - before < 20 << 20
+
+
+@dataclass
+class Footprint:
+    """What a worker has of the machine."""
+
+    files: int
+    threads: int
+    memory: int
+
+    @classmethod
+    def of(cls, pid: int) -> Footprint:
+        threads = len(os.listdir(f"/proc/{pid}/task"))
+        return cls(len(open_files(pid)), threads, memory(pid))
+
+
+def idle(server: Gateway, folder: Path) -> list[Footprint]:
+    """The workers' footprints once nothing runs and no connection is kept."""
+    wait_held(folder, 0, 5)
+    time.sleep(1.5)  # connections to upstreams are kept for 0.5 s here
+    return [Footprint.of(pid) for pid in sorted(server.workers())]
+
+
+def trouble(server: Gateway, folder: Path, seed: int, until: float) -> Counter:
+    """Be a client of every kind until then; count what came of it."""
+    chance, seen = random.Random(seed), Counter()
+    while time.monotonic() < until:
+        if chance.random() < 0.3:
+            heard(said_text(server.port, Fuzz(chance.randrange(10**9)).bytes)[0], "POST")
+            seen["malformed"] += 1
+        elif chance.random() < 0.02:
+            edit_keys(
+                folder, {"accounts": {"team": {"credits": chance.randint(50, 99)}}}
+            )
+        else:
+            key = chance.choice([TEAM_KEY, OTHER_KEY, POOR_KEY, "sk-wrong"])
+            seen[tell(server, key, chance).fate] += 1
+    return seen
+
+
+@pytest.mark.parametrize(
+    "seconds", [2, pytest.param(600, marks=pytest.mark.long)], ids="{} s".format
+)
+def test_a_mixed_load_with_faults_leaves_nothing_behind(seconds, gateway, tmp_path):
+    seconds = float(os.environ.get("PROXY_TEST_LOAD", seconds))
+    limits = {"rate": "10000/minute", "concurrent": 50}
+    waits = {"CLIENT_TIMEOUT": 1, "UPSTREAM_IDLE": 0.5}
+    with Upstream(played) as up:
+        server = gateway(up.url, workers=2, threads=16, limits=limits, constants=waits)
+        most = 16 + proxy.SPARE_THREADS + 4  # main, upkeep, watcher, tidying
+
+        def run(seconds: float) -> Counter:
+            until = time.monotonic() + seconds
+            work = functools.partial(trouble, server, tmp_path, until=until)
+            with ThreadPoolExecutor(24) as pool:
+                return sum(pool.map(work, range(24)), Counter())
+
+        run(1)
+        before = idle(server, tmp_path)
+        seen = run(seconds)
+        after = idle(server, tmp_path)
+        assert min(seen.values()) > 10 and len(seen) == 4
+        for old, new in zip(before, after, strict=True):
+            assert new.files <= old.files and new.threads <= most
+            assert new.memory - old.memory < 10 << 20
+        assert proof(tmp_path) == [] and "Traceback" not in server.log()
+
+
+# -- Faults: secrets -----------------------------------------------------------------
+
+PROMPT, SYSTEM = "planted-prompt-4c1d", "planted-system-9a7e"
+ANSWERED = "planted-answer-51bb"
+
+
+def leaky(request: Request) -> None:
+    """Repeat key and prompt in whatever way goes wrong."""
+    secret = f"{request.header('Authorization')} {request.body.decode()} {ANSWERED}"
+    error = json_answer({"error": {"message": secret, "code": secret}}, 400)
+    ways = {
+        "500": json_answer({"error": {"message": secret}}, 500),
+        "401": json_answer({"error": {"message": secret}}, 401),
+        "html": raw(head(200, HTML_KIND, CLOSE) + secret.encode()),
+        "line": raw(f"HTTP/1.1 {secret}\r\n\r\n".encode()),
+        "header": raw(
+            head(200, JSON, ("X-Debug", SECRET), ("Set-Cookie", SECRET), CLOSE)
+        ),
+        "event": sse([text_event(ANSWERED), {"error": {"message": secret}}]),
+        "cut": sse([text_event(ANSWERED)] * 9, cut=300),
+        "good": json_answer(chat_json(ANSWERED)),
+        "400": error,
+    }
+    ways[request.json["user"]](request)
+
+
+WAYS = ["500", "401", "html", "line", "header", "event", "cut", "good", "400"]
+
+
+def spoilt(keys: list[str]) -> Iterator[bytes]:
+    """Malformed requests that hold a key and a prompt."""
+    for key, seed in itertools.product(map(str.encode, keys), range(20)):
+        data = Fuzz(seed).bytes.replace(TEAM_KEY.encode(), key)
+        yield data.replace(b"Say hello", PROMPT.encode())
+        bearer = b"Authorization: Bearer " + key
+        yield b"POST /" + bearer + PROMPT.encode() + b" HTTP/1.1\r\n\r\n"
+        yield b"POST / HTTP/1.1\r\n" + bearer + b"\n\rX\r\n\r\n" + bearer
+        yield b"GET /v1/models/%s?key=%s HTTP/1.1\r\n\r\n" % (key, key)
+
+
+def test_no_key_and_no_prompt_is_written_down(gateway, tmp_path):
+    with Upstream(leaky) as up:
+        server = gateway(up.url, workers=2, constants={"CLIENT_TIMEOUT": 1})
+        messages = [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": PROMPT},
+        ]
+        answers = [
+            Visit(
+                server, TEAM_KEY, way in ("event", "cut"), user=way, messages=messages
+            )
+            .start()
+            .finish()
+            for way in WAYS
+        ]
+        session = client()
+        session.headers["Authorization"] = f"Bearer {ADMIN_KEY}"
+        made = session.post(f"{server.url}/v1/account/keys", json={"name": "made"})
+        new = re.search(r"sk-[\w-]{40,}", made.text)[0]
+        secrets = [TEAM_KEY, OTHER_KEY, POOR_KEY, ADMIN_KEY, SECRET, new]
+        with ThreadPoolExecutor(32) as pool:
+            list(
+                pool.map(functools.partial(said_text, server.port), spoilt([TEAM_KEY, new]))
+            )
+        (tmp_path / "proxy.db").rename(tmp_path / "kept")
+        assert status(server, messages=messages, user="good") == 503
+        (tmp_path / "kept").rename(tmp_path / "proxy.db")
+        wait_for(lambda: status(server, messages=messages, user="good") == 200)
+        edit_keys(tmp_path, {"accounts": {"team": {"keys": {"main": [TEAM_KEY]}}}})
+        wait_for(lambda: "keys.main" in server.log(), what="the refusal of keys.json")
+        edit_keys(tmp_path, {"accounts": {"team": {"keys": {"main": TEAM_KEY}}}})
+        server.kill(server.workers()[0], signal.SIGABRT)
+        server.wait_workers(2)
+        paths = ["metrics", "v1/account", "v1/account/requests", "v1/account/usage"]
+        paths += [
+            "v1/accounts",
+            "v1/accounts/team",
+            "v1/accounts/team/requests",
+            "",
+            "dashboard",
+        ]
+        told = "".join(session.get(f"{server.url}/{path}").text for path in paths)
+        written = server.log().encode()
+        for path in tmp_path.glob("proxy.db*"):
+            written += path.read_bytes()
+    assert len(written) > 10_000 and "req_" in told and "proxy_" in told
+    leaked = [
+        one for one in [*secrets, PROMPT, SYSTEM, ANSWERED] if one.encode() in written
+    ]
+    leaked += [one for one in [*secrets, PROMPT, SYSTEM] if one in told]
+    own = [one.body.decode() for one in answers]
+    leaked += [key for key in secrets for text in own if key in text]
+    assert leaked == []
+
+
+# -- Faults: the clock ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jump", [-3600, 3600])
+def test_a_clock_that_jumps_changes_nothing_but_dates(
+    jump, app, gate, tmp_path, monkeypatch
+):
+    clock = Jumping()
+    monkeypatch.setattr(proxy, "time", clock)
+    limits = {"rate": "3/minute", "concurrent": 2}
+    with Upstream([sse(WORDS, gate=gate), sse(WORDS), quickly, sse(WORDS)]) as up:
+        made = app(up.url, accounts={"team": {"limits": limits}})
+        services = made.extensions["proxy"]
+        running = asked(made, stream=True)
+        pieces = running.iter_encoded()
+        first = b"".join(itertools.takewhile(lambda piece: not piece, pieces))
+        assert fate(asked(made, stream=True)) == (200, "done")
+        clock.offset = jump
+        services.tidy()
+        assert held(tmp_path) == 1, "the lease stands"
+        assert fate(asked(made, stream=False)) == (200, "done")
+        refused = asked(made, stream=False)
+        assert refused.status_code == 429
+        assert 50 <= int(refused.headers["Retry-After"]) <= 60
+        edit_keys(tmp_path, {"accounts": {"team": {"limits": {"rate": "5/minute"}}}})
+        wait_for(lambda: services.config.account("team").limits.rate == "5/minute", 1.5)
+        assert fate(asked(made, stream=True)) == (200, "done")
+        gate.set()
+        rest = first + b"".join(pieces)
+        running.close()
+        assert rest.endswith(b"data: [DONE]\n\n")
+        sql = "SELECT state, cost, duration < 60000 FROM requests"
+        assert query(tmp_path, sql) == [(proxy.SETTLED, COST, 1)] * 4
+
+
+# Bench -------------------------------------------------------------------------------
+
+FLOOR = '''
+import requests
+from flask import Flask, Response, request
+from requests.adapters import HTTPAdapter
+HEAD = {"Authorization": "Bearer sk-upstream", "Content-Type": "application/json"}
+session = requests.Session()
+session.mount("http://", HTTPAdapter(pool_connections=4, pool_maxsize=256))
+app = Flask(__name__)
+@app.post("/v1/chat/completions")
+def chat():
+    answer = session.post("UPSTREAM/chat/completions", data=request.get_data(),
+                          headers=HEAD, stream=True, timeout=(5, 600))
+    kind = answer.headers.get("Content-Type", "application/json")
+    if kind.startswith("text/event-stream"):
+        return Response(answer.raw.stream(65536), answer.status_code, content_type=kind)
+    return Response(answer.content, answer.status_code, content_type=kind)
+@app.get("/healthz")
+def health():
+    return "ok"
+'''
+BENCH_UPSTREAM = '''
+import asyncio, json, sys
+TEXT = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "fake"}
+USAGE = {"prompt_tokens": 50, "completion_tokens": 60, "total_tokens": 110}
+MESSAGE = {"role": "assistant", "content": "word " * 60}
+CHOICE = {"index": 0, "message": MESSAGE, "finish_reason": "stop"}
+WHOLE = json.dumps({**TEXT, "choices": [CHOICE], "usage": USAGE}).encode()
+def event(delta, finish=None, **more):
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    data = json.dumps({**TEXT, "choices": [choice], **more}).encode()
+    return b"data: " + data + b"\\\\n\\\\n"
+def chunk(data):
+    return b"%x\\\\r\\\\n%s\\\\r\\\\n" % (len(data), data)
+WORD = chunk(event({"content": "word "}))
+END = chunk(event({}, "stop", usage=USAGE)) + chunk(b"data: [DONE]\\\\n\\\\n")
+JSON = b"HTTP/1.1 200 OK\\\\r\\\\nContent-Type: application/json\\\\r\\\\nContent-Length: %d\\\\r\\\\n\\\\r\\\\n"
+SSE = b"HTTP/1.1 200 OK\\\\r\\\\nContent-Type: text/event-stream\\\\r\\\\nTransfer-Encoding: chunked\\\\r\\\\n\\\\r\\\\n"
+async def serve(reader, writer):
+    try:
+        while True:
+            head = await reader.readuntil(b"\\\\r\\\\n\\\\r\\\\n")
+            size = int(head.lower().split(b"content-length:")[1].split(b"\\\\r\\\\n")[0])
+            body = json.loads(await reader.readexactly(size) or b"{}")
+            if not body.get("stream"):
+                writer.write(JSON % len(WHOLE) + WHOLE)
+                continue
+            writer.write(SSE)
+            for _ in range(int(body["user"].split("x")[0])):
+                writer.write(WORD)
+                await writer.drain()
+                if pause := int(body["user"].split("x")[1]):
+                    await asyncio.sleep(pause / 1000)
+            writer.write(END + b"0\\\\r\\\\n\\\\r\\\\n")
+    except (asyncio.IncompleteReadError, OSError):
+        writer.close()
+async def main():
+    server = await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]))
+    await server.serve_forever()
+asyncio.run(main())
+'''.replace("\\\\", "\\")
+
+
+def cpu_seconds(group: int) -> float:
+    """CPU seconds of all processes of a group, reaped children included."""
+    ticks = 0
+    for pid, _, of in processes():
+        if of == group:
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def pss_mb(group: int) -> float:
+    """Proportional memory of a group, in MiB."""
+    total = 0
+    for pid, _, of in processes():
+        if of == group:
+            with contextlib.suppress(OSError):
+                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                    total += int(line.split()[1]) if line.startswith("Pss:") else 0
+    return total / 1024
+
+
+async def visitor(port: int, keys: list[str], body: dict, until: float) -> list[float]:
+    """Asks again and again on one connection; seconds of each whole answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
+    data, took = json.dumps(body).encode(), []
+    while time.monotonic() < until or not took:
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type:"
+            f" application/json\r\nAuthorization: Bearer {keys[len(took) % len(keys)]}"
+            f"\r\nContent-Length: {len(data)}\r\n\r\n"
+        )
+        start = time.perf_counter()
+        writer.write(head.encode() + data)
+        answer = (await reader.readuntil(b"\r\n\r\n")).lower()
+        assert answer.startswith(b"http/1.1 200"), answer
+        if b"content-length:" in answer:
+            size = answer.split(b"content-length:")[1].split(b"\r\n")[0]
+            await reader.readexactly(int(size))
+        else:
+            await reader.readuntil(b"\r\n0\r\n\r\n")
+        took.append(time.perf_counter() - start)
+    writer.close()
+    return took
+
+
+def visit(port: int, body: dict, visitors: int, seconds: float) -> list[float]:
+    """What `visitors` at once see in `seconds`, each with keys of its own."""
+
+    async def run() -> list[float]:
+        until, each = time.monotonic() + seconds, 1000 // visitors
+        names = [f"sk-bench-{i:05d}" for i in range(each * visitors)]
+        parts = [names[i * each : (i + 1) * each] for i in range(visitors)]
+        runs = [visitor(port, part, body, until) for part in parts]
+        return sum(await asyncio.gather(*runs), [])
+
+    return asyncio.run(run())
+
+
+@contextlib.contextmanager
+def bench_server(command: list[str], port: int, **more: Any) -> Iterator[tuple[int, float]]:
+    """(group, seconds to the first answer) of a server on this port."""
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, **more,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: answers(port), 20, f"port {port}")
+        yield process.pid, time.monotonic() - start
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def answers(port: int) -> bool:
+    ask = b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n"
+    ask += b"Connection: close\r\n\r\n"
+    with contextlib.suppress(OSError):
+        return bool(raw_http(port, ask, 1))
+    return False
+
+
+@pytest.fixture
+def contenders(tmp_path: Path) -> Iterator[dict[str, tuple[int, int, float]]]:
+    """name -> (port, group, seconds to start) of the floor and of proxy.py."""
+    ports = {name: free_port() for name in ("upstream", "floor", "ours")}
+    url = f"http://127.0.0.1:{ports['upstream']}/v1"
+    keys = {f"k{i}": f"sk-bench-{i:05d}" for i in range(1000)}
+    limits = {"rate": "10000/minute", "concurrent": 1000}
+    accounts = {"bench": {"credits": 1000, "keys": keys, "limits": limits}}
+    price = {"input": 0.3, "output": 1.2}
+    model = {"upstream": "main/fake", "max_output": 100, "price": price}
+    config = {"accounts": accounts, "upstreams": {"main": {"url": url}}}
+    config["models"] = {"fake": model}
+    (tmp_path / "keys.json").write_text(json.dumps(config))
+    (tmp_path / "floor.py").write_text(FLOOR.replace("UPSTREAM", url))
+    upstream = [sys.executable, "-c", BENCH_UPSTREAM, str(ports["upstream"])]
+    floor = [sys.executable, "-m", "gunicorn", "-k", "gthread", "-w", "2", "--threads"]
+    floor += ["32", "-b", f"127.0.0.1:{ports['floor']}", "--keep-alive", "75"]
+    floor += ["--no-control-socket", "floor:app"]
+    ours = [sys.executable, str(PROJECT / "proxy.py"), "--port", str(ports["ours"])]
+    ours += ["--workers", "2", "--keys", str(tmp_path / "keys.json")]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(bench_server(upstream, ports["upstream"]))
+        found = {}
+        for name, command in (("floor", floor), ("ours", ours)):
+            group, took = stack.enter_context(
+                bench_server(command, ports[name], cwd=tmp_path)
+            )
+            found[name] = ports[name], group, took
+        yield found
+
+
+CHAT_BODY = {
+    "model": "fake",
+    "messages": [{"role": "user", "content": "Explain what a gateway does. " * 12}],
+    "max_tokens": 100,
+}
+
+
+def bench_figures(name: str, contenders: dict) -> dict[str, float]:
+    """The main figures of one contender."""
+    port, group, started = contenders[name]
+    stream = CHAT_BODY | {"stream": True}
+    figures = {"start, s": started, "memory idle, MiB": pss_mb(group)}
+
+    def cpu(body: dict, visitors: int, seconds: float) -> tuple[float, list[float]]:
+        before = cpu_seconds(group)
+        took = visit(port, body, visitors, seconds)
+        return cpu_seconds(group) - before, took
+
+    visit(port, CHAT_BODY, 8, 1)
+    figures["lone request p50, ms"] = 1000 * statistics.median(cpu(CHAT_BODY, 1, 2)[1])
+    spent, took = cpu(CHAT_BODY, 32, 3)
+    figures["CPU a request, ms"] = 1000 * spent / len(took)
+    spent, took = cpu(stream | {"user": "100x20"}, 50, 0)
+    figures["CPU a chunk, 50 streams, ms"] = 1000 * spent / (102 * len(took))
+    spent, took = cpu(stream | {"user": "500x0"}, 16, 2)
+    figures["CPU a chunk, flood, ms"] = 1000 * spent / (502 * len(took))
+    figures["memory after, MiB"] = pss_mb(group)
+    return figures
+
+
+@pytest.mark.bench
+def test_the_main_figures(contenders: dict, capsys: pytest.CaptureFixture) -> None:
+    runs: dict[str, list[dict[str, float]]] = {"floor": [], "ours": []}
+    for name in ("floor", "ours", "ours", "floor"):
+        runs[name].append(bench_figures(name, contenders))
+    lines = [f"{'':30}{'floor':>10}{'proxy.py':>10}{'ratio':>8}"]
+    for figure in runs["ours"][0]:
+        floor, ours = (
+            statistics.mean(run[figure] for run in runs[name]) for name in runs
+        )
+        lines.append(f"{figure:30}{floor:10.3f}{ours:10.3f}{ours / floor:8.2f}")
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+    assert all(run["CPU a request, ms"] > 0 for run in runs["ours"])
+

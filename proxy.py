@@ -877,7 +877,8 @@ class FileLock:
         return self._shared[:64].rstrip(b"\0")
 
     def write_mark(self, mark: bytes) -> None:
-        self._shared[:64] = mark.ljust(64, b"\0")
+        # Not through the map: a page that a full disk has no block for is a SIGBUS.
+        os.pwrite(self._fd, mark.ljust(64, b"\0"), 0)
         os.fsync(self._fd)
 
     def token(self) -> bytes:
@@ -2797,9 +2798,12 @@ class Images(ImageDialect):
         if "seedream" in body["model"]:
             self._level(asked)
         connection = self._api.start("images/generations", asked, watch)
-        while not connection.ready(COMMENT_INTERVAL):
-            yield None
-        document = self._delivered(connection)
+        try:
+            while not connection.ready(COMMENT_INTERVAL):
+                yield None
+            document = self._delivered(connection)
+        finally:
+            connection.release(reuse=False)  # once: a delivered answer has done it
         yield [entry for entry in document["data"] if image_url(entry)]
 
     @staticmethod
@@ -3317,9 +3321,9 @@ class Relay:
         usage = self._usage or estimate(self.call, self._relayed)
         if made is not None:
             usage = replace(self._usage or Usage(), images=made)
-        price = self.model.price
         free = status != 200 and not self._relayed and not self._usage
-        amount = 0 if free else cost(usage, price)
+        usage = Usage() if free else usage
+        amount = 0 if free else cost(usage, self.model.price)
         if usage.estimated:
             amount = min(amount, self.lease.hold)
         return Charge(
@@ -3329,7 +3333,7 @@ class Relay:
             usage.cached,
             usage.output,
             usage.images,
-            usage.estimated and not free,
+            usage.estimated,
             self._ttfb,
             int((time.monotonic() - self._started) * 1000),
         )

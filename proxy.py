@@ -3481,9 +3481,12 @@ class Services:
             except Exception as error:  # noqa: BLE001 - nothing may end this thread
                 self.log.note("upkeep", reason=type(error).__name__)
 
-    def tidy(self) -> None:
+    def reload(self) -> None:
         if wrong := self.config_file.refresh():
             self.log.note("config", reason=f"{wrong}; the last good one is kept")
+
+    def tidy(self) -> None:
+        self.reload()
         self.ledger.forget_keys()
         self.upstreams.tidy()
         with contextlib.suppress(LedgerUnavailable):
@@ -3543,6 +3546,7 @@ def create_app(
     services = Services(
         config_file, ledger, Upstreams(), Watcher(), RequestLog(), capacity
     )
+    services.reload()  # the file may have changed since the master read it
     app = Flask("proxy", static_folder=None)
     app.extensions["proxy"] = services
     app.url_map.strict_slashes = app.url_map.merge_slashes = False

@@ -5582,7 +5582,7 @@ def open_files(pid: int) -> list[str]:
 
 def edit_keys(folder: Path, change: Mapping[str, Any]) -> None:
     """Replace keys.json at once, as an editor or a deployment does."""
-    path, draft = folder / "keys.json", folder / "keys.json.new"
+    path, draft = folder / "keys.json", folder / f"keys.json.{threading.get_ident()}"
     draft.write_text(json.dumps(merged(json.loads(path.read_text()), change)))
     draft.replace(path)
 

@@ -1093,7 +1093,7 @@ class Ledger:
 
         `durable` returns only when the commit would survive a loss of power.
         `single`: it is one statement, which needs no BEGIN and COMMIT when it is
-        alone (25 µs of CPU of the 80 that a hold and its settlement cost).
+        alone (an upsert costs 6.4 µs of CPU then, 9.9 with them and a look before).
         """
         job = Job(operation, single)
         self._queue.append(job)
@@ -1932,7 +1932,7 @@ def event_document(event: bytes) -> dict[str, Any]:
 def is_notable(block: bytes) -> bool:
     """Whether an event of this block must be looked at; others pass by the block.
 
-    Counting costs 0.5 µs a chunk, one regular expression for all of it cost 4.
+    By counting: regular expressions were 7% of the CPU of a stream.
     """
     return (
         b"[DONE]" in block
@@ -2198,7 +2198,7 @@ class Reply:
 
     Ours and not http.client's: what is left over in the buffer must be known (an
     answer that nobody asked for would be the next request's), a chunk's size that
-    trickles must not block unseen, and it costs 25 µs of CPU a request, not 90.
+    trickles must not block unseen; and http.client was 15% of a request's CPU.
     Raises ValueError for what is no HTTP/1.1 and OSError.
     """
 
@@ -5646,8 +5646,7 @@ class Server(BaseApplication):
 def share_memory(arbiter: Any) -> None:
     """What is loaded by now, 10,000 keys too, stays one copy for all workers.
 
-    A request leaves no cycles of ours behind: looking for them less often saves 3% of
-    its CPU.
+    A request leaves no cycles of ours behind, so they are looked for less often.
     """
     gc.collect()
     gc.freeze()

@@ -40,7 +40,6 @@ import random
 import re
 import secrets
 import select
-import selectors
 import signal
 import socket
 import sqlite3
@@ -82,7 +81,7 @@ PICO = 10**6  # pico-credits in a micro-credit: the unit of a price per token
 MAX_BODY = 10 << 20  # bytes of a request: a few inlined photographs
 MAX_ANSWER = 16 << 20  # bytes of a JSON answer: it is held whole to read its usage
 MAX_EVENT = 1 << 20  # bytes of one event of a stream
-RECEIVE = 8 << 10  # bytes of one read
+RECEIVE = 16 << 10  # bytes of one read: a TLS record, the rest would not wake a poll
 MAX_HEAD = 64 << 10  # bytes of an upstream's head or trailers
 MAX_CHUNK_LINE = 4096  # bytes of a chunk's size and extensions
 MAX_INFORMATIONAL = 20  # 1xx answers before the final one
@@ -110,6 +109,7 @@ MAX_WORKERS = 512  # worker slots: bytes 1 to 512 of the lock file
 GRACE = 30  # seconds from SIGTERM to the end of the last stream
 GRACE_MARGIN = 3.0  # seconds before that in which streams are ended and settled
 CLIENT_TIMEOUT = 30  # seconds that one read from or write to a client may take
+KEEP_THREAD = 0.01  # seconds that a thread waits for its connection's next request
 SPARE_THREADS = 16  # per worker, kept for answers that relay nothing
 
 STREAM_HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
@@ -1770,7 +1770,6 @@ def count_images(document: dict[str, Any]) -> int:
 
 STREAM_TYPE = "text/event-stream"
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\r\n]*)?")
-CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}(?=[ \t]*(?:;.*)?\Z)", re.DOTALL)
 FRAMING = (b"transfer-encoding", b"content-length")
 PATH = re.compile(r"[a-z0-9_]+(?:[-/][a-z0-9_]+)*")
 EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")
@@ -2028,7 +2027,7 @@ class Watch:
     """What may end a relay from outside; ending it wakes whoever waits upstream."""
 
     def __init__(self, client: socket.socket | None = None):
-        self.client = client
+        self.client, self.number = client, client.fileno() if client else -1
         self.reason: str | None = None
         now = time.monotonic()
         self.deadline, self.heard, self.stall = now + ANSWER_TIMEOUT, now, None
@@ -2082,14 +2081,16 @@ class Watch:
 
 
 class Watcher:
-    """The thread of a worker that ends relays: clients that left, deadlines, drain.
+    """The one thread of a worker that waits for sockets: it ends relays whose client
+    left or whose time is up, and carries the plain middle of streams.
 
     A client's end shows as end of file on its socket; a half-close looks the same,
     and counts as leaving (as nginx has it).
     """
 
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
+        self._epoll = select.epoll()
+        self._calls: dict[int, Callable[[], Any]] = {}  # by file descriptor
         self._watches: set[Watch] = set()
         self._lock = threading.Lock()
         self._drain: float | None = None
@@ -2108,19 +2109,49 @@ class Watcher:
             self._watches.add(watch)
         if watch.client is not None:
             try:
-                self._selector.register(watch.client, selectors.EVENT_READ, watch)
-            except (OSError, ValueError, KeyError):
+                self._register(watch.number, lambda: self._look(watch))
+            except (OSError, ValueError):
                 watch.client = None
         return True
 
     def remove(self, watch: Watch) -> None:
         self._watches.discard(watch)
-        self._forget(watch)
-
-    def _forget(self, watch: Watch) -> None:
         if watch.client is not None:
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                self._selector.unregister(watch.client)
+            self._forget(watch.number)
+
+    def _register(self, number: int, call: Callable[[], Any]) -> None:
+        self._calls[number] = call
+        self._epoll.register(number, select.EPOLLIN)
+
+    def _forget(self, number: int) -> None:
+        if self._calls.pop(number, None):
+            with contextlib.suppress(OSError, ValueError):
+                self._epoll.unregister(number)
+
+    def carry(self, sock: socket.socket, step: Callable[[], bool]) -> None:
+        """Returns when `step`, called in the watcher's thread whenever the socket is
+        readable, has returned True; raises what it raises."""
+        outcome: list[BaseException | None] = []
+        done = threading.Lock()
+        done.acquire()
+
+        def call() -> None:
+            try:
+                if not step():
+                    return
+                outcome.append(None)
+            except BaseException as error:  # noqa: BLE001 - it is the caller's
+                outcome.append(error)
+            self._forget(number)
+            done.release()
+
+        if step():
+            return
+        number = sock.fileno()
+        self._register(number, call)
+        done.acquire()
+        if outcome[0]:
+            raise outcome[0]
 
     def drain(self, seconds: float) -> None:
         """Ends what still runs after `seconds`."""
@@ -2130,11 +2161,16 @@ class Watcher:
         self._closed = True
 
     def _run(self) -> None:
+        looked = 0.0
         while not self._closed:
             try:
-                for key, _ in self._selector.select(WATCH_INTERVAL):
-                    self._look(key.data)
-                self._deadlines(time.monotonic())
+                for number, _ in self._epoll.poll(WATCH_INTERVAL):
+                    if call := self._calls.get(number):
+                        call()
+                now = time.monotonic()
+                if now - looked > WATCH_INTERVAL / 2:
+                    self._deadlines(now)
+                    looked = now
             except (OSError, RuntimeError):
                 # A socket or the set changed under our hands: look again.
                 continue
@@ -2149,7 +2185,7 @@ class Watcher:
             gone = True
         if gone and watch in self._watches:
             watch.end("client")
-        self._forget(watch)
+        self._forget(watch.number)
 
     def _deadlines(self, now: float) -> None:
         drained = self._drain is not None and now > self._drain
@@ -2204,7 +2240,6 @@ class Reply:
 
     def __init__(self, sock: socket.socket):
         self._sock, self._buffer = sock, b""
-        self._space = memoryview(bytearray(RECEIVE))
         self._left: int | None = (
             0  # bytes of the body, or of the chunk; None: to the end
         )
@@ -2217,9 +2252,9 @@ class Reply:
 
     def _receive(self) -> bool:
         """Waits for more of the answer; False at the end of the connection."""
-        size = self._sock.recv_into(self._space)
-        self._buffer += self._space[:size]
-        return size > 0
+        data = self._sock.recv(RECEIVE)
+        self._buffer = self._buffer + data if self._buffer else data
+        return bool(data)
 
     def _read_head(self) -> None:
         while (end := self._buffer.find(b"\r\n\r\n")) < 0:
@@ -2315,15 +2350,24 @@ class Reply:
                     if len(buffer) - at > MAX_CHUNK_LINE:
                         raise ValueError("no chunk size")
                     break
-                match = CHUNK_SIZE.match(buffer, at, end)
-                if not match:
-                    raise ValueError("no chunk size")
-                if not int(match[0], 16):
+                size = self._chunk_size(buffer[at:end])
+                if not size:
                     at = self._skip_trailers(at, end)
                     break
-                at, self._left = end + 2, int(match[0], 16) + 2
+                at, self._left = end + 2, size + 2
         self._buffer = buffer[at:]
         return b"".join(out)
+
+    @staticmethod
+    def _chunk_size(line: bytes) -> int:
+        digits = line.partition(b";")[0].rstrip(b" \t") if b";" in line else line
+        # isalnum: int() takes signs, blanks and underscores too.
+        if not digits.isalnum() or len(digits) > 15:
+            raise ValueError("no chunk size")
+        try:
+            return int(digits, 16)
+        except ValueError:
+            raise ValueError("no chunk size") from None
 
     def _skip_trailers(self, at: int, end: int) -> int:
         """The place after the last chunk and its trailers, or `at` until they are here."""
@@ -2348,11 +2392,18 @@ class HttpAnswer(Answer):
     def read(self) -> bytes:
         try:
             data = self._reply.read()
+        except (BlockingIOError, ssl.SSLWantReadError):
+            raise
         except (OSError, ValueError) as error:
             raise self._connection.failure(error) from None
         if not data:
             self._connection.watch.check()
         return data
+
+    def unblocked(self) -> socket.socket:
+        """The socket, for a poll; from now on `read` raises where it would wait."""
+        self._connection.sock.settimeout(0)
+        return self._connection.sock
 
     def close(self) -> None:
         if not self._reply.ended and not self._connection.watch.reason:
@@ -2369,7 +2420,7 @@ class Connection:
     def __init__(self, pool: Pool, watch: Watch):
         self.pool, self.watch = pool, watch
         self._sent = False
-        self._socket: socket.socket | None = None
+        self.sock: socket.socket | None = None
 
     def post(self, path: str, body: bytes, headers: dict[str, str]) -> HttpAnswer:
         """Sends a POST and waits for the answer's head; the answer owns this then."""
@@ -2384,20 +2435,20 @@ class Connection:
         lines += [f"{name}: {value}" for name, value in headers.items()]
         lines += ["", ""]
         with self._or_closed():
-            self._socket = self.pool.take()
-            self.watch.attach(self._socket)
-            self._socket.sendall("\r\n".join(lines).encode("latin-1") + body)
+            self.sock = self.pool.take()
+            self.watch.attach(self.sock)
+            self.sock.sendall("\r\n".join(lines).encode("latin-1") + body)
             self._sent = True
 
     def ready(self, seconds: float) -> bool:
         """Whether something of the answer is here within `seconds`."""
         self.watch.check()
-        return not is_quiet(self._socket, seconds)
+        return not is_quiet(self.sock, seconds)
 
     def answer(self) -> HttpAnswer:
         """Waits for the answer's head; the answer owns this then."""
         with self._or_closed():
-            return HttpAnswer(Reply(self._socket), self)
+            return HttpAnswer(Reply(self.sock), self)
 
     @contextlib.contextmanager
     def _or_closed(self) -> Iterator[None]:
@@ -2414,7 +2465,7 @@ class Connection:
     def release(self, reuse: bool) -> None:
         """Gives the connection back, or closes it; once."""
         self.watch.detach()
-        sock, self._socket = self._socket, None
+        sock, self.sock = self.sock, None
         if sock is None:
             return
         if reuse and not self.watch.reason:
@@ -2424,7 +2475,7 @@ class Connection:
 
     def hurry(self) -> None:
         """Whatever is not here by now is not waited for any more."""
-        self._socket.settimeout(0.02)
+        self.sock.settimeout(0.02)
 
     def failure(self, error: Exception) -> UpstreamFailed:
         """The one place where the network's exceptions become ours; raises Ended if
@@ -3110,10 +3161,16 @@ class Relay:
     """
 
     def __init__(
-        self, services: Services, call: Call, model: Model, lease: Lease, watch: Watch
+        self,
+        services: Services,
+        call: Call,
+        model: Model,
+        lease: Lease,
+        watch: Watch,
+        chunked: bool,
     ):
         self.call, self.model, self.lease, self.watch = call, model, lease, watch
-        self._services = services
+        self._services, self._chunked = services, chunked
         self._answer: Answer | None = None
         self._started = time.monotonic()
         self._ttfb: int | None = None
@@ -3122,6 +3179,9 @@ class Relay:
         self._finishes: set[Any] = set()  # indices of choices that have their finish
         self._ended = self._resolved = self._closed = False
         self._names: tuple[bytes, bytes] | None = None
+        self._buffer, self._block = EventBuffer(), b""
+        self._rest = b""  # of a chunk that the client has not taken yet
+        self._shape = (b"",) * 4  # what surrounds the text of a block, theirs and ours
 
     def respond(self) -> Response:
         """The response; whatever fails before its first byte is raised."""
@@ -3214,23 +3274,89 @@ class Relay:
 
     def _blocks(self) -> Iterator[bytes]:
         """Blocks of whole events as they come; the charge is written before the end."""
-        buffer = EventBuffer()
-        while data := self._answer.read():
-            block = buffer.feed(data)
+        sock = self._answer.unblocked() if self._carried() else None
+        while (block := self._next(sock)) is not None:
             if is_notable(block):
                 yield from self._pass(block)
                 if self._ended:
                     return
             elif block:
-                self._meter(block)
-                yield self._rename(block)
+                yield self._plain(block)
         self.watch.check()
-        yield from self._pass(buffer.flush())
+        yield from self._pass(self._buffer.flush())
         if not self._ended:
             if len(self._finishes - {None}) < self.call.answers:
                 raise UpstreamFailed("the stream ended without a finish")
             self._settle_patiently()
             yield DONE
+
+    def _carried(self) -> bool:
+        """Whether the watcher may write to the client, around the server."""
+        return self._chunked and isinstance(self._answer, HttpAnswer)
+
+    def _next(self, sock: socket.socket | None) -> bytes | None:
+        """The next block that this thread has to pass on; None at the end."""
+        if sock is None:
+            data = self._answer.read()
+            return self._buffer.feed(data) if data else None
+        self._services.watcher.carry(sock, self._step)
+        if self._rest:
+            self.watch.client.sendall(self._rest)
+            self._rest = b""
+        return self._block
+
+    def _step(self) -> bool:
+        """Relays a plain block that has come to a client that takes it; all else
+        (True) is for the relay's own thread."""
+        try:
+            data = self._answer.read()
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+        self._block = block = self._buffer.feed(data) if data else None
+        if block is None:
+            return True
+        out = self._known(block)
+        if out is None:
+            if is_notable(block):
+                return True
+            out = self._plain(block)
+        self._block = b""
+        if out:
+            chunk = b"%x\r\n%b\r\n" % (len(out), out)
+            try:
+                sent = self.watch.client.send(chunk, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                sent = 0
+            self._rest = chunk[sent:]
+        return bool(self._rest)
+
+    def _plain(self, block: bytes) -> bytes:
+        """The block as the client gets it, metered."""
+        texts = self._meter(block)
+        out = self._rename(block)
+        if len(texts) == 1 and b"data:" in block:
+            start, end = texts[0]
+            head, tail = new = block[:start], block[end:]
+            if out != block:
+                new = [part.replace(*self._names) for part in new]
+            if self._names and out == new[0] + block[start:end] + new[1]:
+                self._shape = head, tail, *new
+        return out
+
+    def _known(self, block: bytes) -> bytes | None:
+        """The same for a block that differs from an earlier one only in the plain
+        characters of its text: it need not be searched (2 µs instead of 11)."""
+        head, tail, new_head, new_tail = self._shape
+        if not head or not block.startswith(head) or not block.endswith(tail):
+            return None
+        text = block[len(head) : len(block) - len(tail)]
+        if len(head) + len(text) + len(tail) != len(block):
+            return None  # head and tail overlap
+        if b'"' in text or b"\\" in text or b"\n" in text or b"\r" in text:
+            return None
+        self._heard()
+        self._relayed += len(text)
+        return new_head + text + new_tail
 
     def _pass(self, block: bytes) -> Iterator[bytes]:
         """What the client gets of a block that holds something of note."""
@@ -3272,11 +3398,15 @@ class Relay:
                 return DROP
         return KEEP
 
-    def _meter(self, block: bytes) -> None:
-        """Counts the text that is relayed, and notes that the upstream is alive."""
-        if b"data:" in block:
-            self._heard()
-            self._relayed += sum(map(len, TEXT.findall(block)))
+    def _meter(self, block: bytes) -> list[tuple[int, int]]:
+        """Counts the text that is relayed, and notes that the upstream is alive; the
+        places of the texts."""
+        if b"data:" not in block:
+            return []
+        self._heard()
+        texts = [match.span(1) for match in TEXT.finditer(block)]
+        self._relayed += sum(end - start for start, end in texts)
+        return texts
 
     def _heard(self) -> None:
         self.watch.heard = now = time.monotonic()
@@ -4226,7 +4356,10 @@ def start_relay(services: Services, path: str) -> Response:
         services.watcher.remove(watch)
         raise
     g.admitted = True
-    return Relay(services, call, model, lease, watch).respond()
+    # The client's end of a stream, where it is plain HTTP/1.1 under gunicorn.
+    chunked = type(watch.client) is socket.socket
+    chunked = chunked and request.environ["SERVER_PROTOCOL"] == "HTTP/1.1"
+    return Relay(services, call, model, lease, watch, chunked).respond()
 
 
 # Pages -------------------------------------------------------------------------------
@@ -5552,11 +5685,14 @@ class Worker(ThreadWorker):
             time.sleep(0.05)
 
     def handle(self, conn: Any) -> Any:
-        """Serves one request; lingers on a closed connection in this thread.
+        """Serves one request, and those that follow it at once.
 
-        gunicorn would linger in the main loop: two seconds without an accept.
+        gunicorn would hand the connection to its main loop after each, and linger
+        there on a closed one: two seconds without an accept.
         """
         kept = super().handle(conn)
+        while kept is True and self.alive and not is_quiet(conn.sock, KEEP_THREAD):
+            kept = super().handle(conn)
         if not kept:
             with contextlib.suppress(OSError):
                 linger(conn.sock)

@@ -58,7 +58,7 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import certifi
@@ -1706,7 +1706,7 @@ class Call:
         """The most output tokens of one choice."""
         if self.path in NO_OUTPUT:
             return 0
-        return max((self.body.get(name) or 0 for name in CAPS), default=0) or default
+        return max([self.body.get(name) or 0 for name in CAPS]) or default
 
 
 def quote(call: Call, model: Model) -> Quote:
@@ -1756,8 +1756,9 @@ def read_usage(document: Any) -> Usage | None:
     return Usage(counts[0], min(counts[0], counts[1]), counts[2])
 
 
-def first(report: dict[str, Any], *names: str) -> Any:
-    return next((report[name] for name in names if report.get(name) is not None), None)
+def first(report: dict[str, Any], name: str, other: str) -> Any:
+    value = report.get(name)
+    return report.get(other) if value is None else value
 
 
 def count_images(document: dict[str, Any]) -> int:
@@ -1775,6 +1776,7 @@ def count_images(document: dict[str, Any]) -> int:
 STREAM_TYPE = "text/event-stream"
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\r\n]*)?")
 FRAMING = (b"transfer-encoding", b"content-length")
+EXPONENT = re.compile(rb"\d[eE]")
 PATH = re.compile(r"[a-z0-9_]+(?:[-/][a-z0-9_]+)*")
 EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")
 LINE_END = re.compile(rb"\r\n|\n|\r")
@@ -1843,7 +1845,7 @@ def read_body(environ: dict[str, Any], limit: int = MAX_BODY) -> bytes:
     if announced and (not announced.isdigit() or int(announced) > limit):
         raise TooLarge(f"The body may have at most {limit} bytes.")
     try:
-        data = environ["wsgi.input"].read(limit + 1)
+        data = environ["wsgi.input"].read(int(announced or limit + 1))
     except Exception:
         # The server's parser names its errors itself (PEP 3333 names none).
         raise BadRequest("The body could not be read.") from None
@@ -1898,7 +1900,7 @@ def parse_call(path: str, data: bytes) -> Call:
     if b"\\ud" in data or b"\\uD" in data:
         to_json(body)  # BadRequest for half of a surrogate pair
     # A float may be longer as we write it: 1e15 is 1000000000000000.0.
-    size = len(to_json(body)) if re.search(rb"\d[eE]", data) else 0
+    size = len(to_json(body)) if EXPONENT.search(data) else 0
     return Call(path, body, model, bool(stream), wants_usage, max(size, len(data)))
 
 
@@ -2440,15 +2442,16 @@ class Connection:
     def send(
         self, method: str, path: str, body: bytes, headers: dict[str, str]
     ) -> None:
-        lines = [f"{method} {path} HTTP/1.1", f"Host: {self.pool.host}"]
-        lines.append(f"Content-Length: {len(body)}")
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        lines += ["", ""]
-        with self._or_closed():
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        head = f"{method} {path} HTTP/1.1\r\nHost: {self.pool.host}\r\n"
+        head += f"Content-Length: {len(body)}\r\n{lines}\r\n"
+        try:
             self.sock = self.pool.take()
             self.watch.attach(self.sock)
-            self.sock.sendall("\r\n".join(lines).encode("latin-1") + body)
+            self.sock.sendall(head.encode("latin-1") + body)
             self._sent = True
+        except BaseException as error:
+            self._give_up(error)
 
     def ready(self, seconds: float) -> bool:
         """Whether something of the answer is here within `seconds`."""
@@ -2457,20 +2460,17 @@ class Connection:
 
     def answer(self) -> HttpAnswer:
         """Waits for the answer's head; the answer owns this then."""
-        with self._or_closed():
-            return HttpAnswer(Reply(self.sock), self)
-
-    @contextlib.contextmanager
-    def _or_closed(self) -> Iterator[None]:
-        """Whatever fails closes the connection."""
         try:
-            yield
-        except (OSError, ValueError) as error:
-            self.release(reuse=False)
+            return HttpAnswer(Reply(self.sock), self)
+        except BaseException as error:
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> NoReturn:
+        """Whatever fails closes the connection."""
+        self.release(reuse=False)
+        if isinstance(error, OSError | ValueError):
             raise self.failure(error) from None
-        except BaseException:
-            self.release(reuse=False)
-            raise
+        raise error
 
     def release(self, reuse: bool) -> None:
         """Gives the connection back, or closes it; once."""
@@ -2526,7 +2526,8 @@ class Pool:
             sock.close()
 
     def give(self, sock: socket.socket) -> None:
-        sock.settimeout(None)
+        if sock.gettimeout() is not None:
+            sock.settimeout(None)
         self._idle.append((sock, time.monotonic()))
 
     def tidy(self) -> None:
@@ -3189,7 +3190,8 @@ class Relay:
         self._finishes: set[Any] = set()  # indices of choices that have their finish
         self._ended = self._resolved = self._closed = False
         self._names: tuple[bytes, bytes] | None = None
-        self._buffer, self._block = EventBuffer(), b""
+        self._buffer: EventBuffer | None = None
+        self._block: bytes | None = b""
         self._rest = b""  # of a chunk that the client has not taken yet
         self._shape = (b"",) * 4  # what surrounds the text of a block, theirs and ours
 
@@ -3265,7 +3267,7 @@ class Relay:
             text = sum(map(len, TEXT.findall(data)))
             priced = self.model.price.image or not self.model.price.output
             usage = Usage() if priced and images else estimate(self.call, text)
-        self._usage = replace(usage, images=images)
+        self._usage = replace(usage, images=images) if images else usage
         self._resolve(200)
         same = document.get("model") == self.model.id
         return data if same else self._rename_in(data, document)
@@ -3284,6 +3286,7 @@ class Relay:
 
     def _blocks(self) -> Iterator[bytes]:
         """Blocks of whole events as they come; the charge is written before the end."""
+        self._buffer = EventBuffer()
         sock = self._answer.unblocked() if self._carried() else None
         while (block := self._next(sock)) is not None:
             if is_notable(block):
@@ -3588,10 +3591,13 @@ def stamp(now: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
 
 
+PLAIN_WORD = re.compile(r"[\w.:/+@%-]+")
+
+
 def logfmt(value: Any) -> str:
     """A value of a log line; quoted unless it is one plain word."""
     text = "" if value is None else str(value)
-    return text if re.fullmatch(r"[\w.:/+@%-]+", text) else json.dumps(text)
+    return text if PLAIN_WORD.fullmatch(text) else json.dumps(text)
 
 
 @dataclass(slots=True)
@@ -3719,15 +3725,16 @@ def default_files(
     return keys, os.fspath(db or os.environ.get("PROXY_DB") or beside)
 
 
-def count_request(services: Services, relayed: bool) -> Callable[[], None]:
+def count_request(services: Services, here: Any, relayed: bool) -> Callable[[], None]:
     """What counts this request in its key's windows, or raises RateLimited.
 
     Relays count in the key's own rate, everything else in ACCOUNT_ITEMS. The result
-    may be called in another thread; it leaves in g.windows what it saw.
+    may be called in another thread; it leaves in `windows` of `here`, Flask's `g`,
+    what it saw.
     """
-    items = g.account.limits.items if relayed else ACCOUNT_ITEMS
-    key, scope = g.key.id, "relay" if relayed else "account"
-    strategy, windows = services.limiter.limiter, g.windows
+    items = here.account.limits.items if relayed else ACCOUNT_ITEMS
+    key, scope = here.key.id, "relay" if relayed else "account"
+    strategy, windows = services.limiter.limiter, here.windows
 
     def count() -> None:
         for item in items:
@@ -3746,29 +3753,32 @@ def add_hooks(app: Flask, services: Services) -> None:
 
     @app.before_request
     def authenticate() -> None:
-        g.request_id = new_request_id()
-        g.key, g.windows = None, []
+        # The proxies `g` and `request` cost 0.6 µs at each use.
+        here, asked = g._get_current_object(), request._get_current_object()
+        here.request_id = new_request_id()
+        here.key, here.windows = None, []
         if services.pid != os.getpid():
             # Leases, locks and threads are a process's own: gunicorn --preload
             # would share them.
             raise LedgerUnavailable("the application was made before a fork")
-        if request.endpoint is None or request.endpoint in PUBLIC:
+        endpoint = asked.endpoint
+        if endpoint is None or endpoint in PUBLIC:
             return
-        header = request.environ.get("HTTP_AUTHORIZATION", "")
-        g.key, g.account = identify(services, header)
-        if request.endpoint != "relay" or not has_small_body(request.environ):
-            count_request(services, request.endpoint == "relay")()
+        header = asked.environ.get("HTTP_AUTHORIZATION", "")
+        here.key, here.account = identify(services, header)
+        if endpoint != "relay" or not has_small_body(asked.environ):
+            count_request(services, here, endpoint == "relay")()
 
     @app.after_request
     def add_headers(response: Response) -> Response:
-        headers = response.headers
-        headers["x-request-id"] = g.get("request_id") or new_request_id()
-        if windows := g.get("windows"):
+        add, here = response.headers.add, g._get_current_object()
+        add("x-request-id", here.get("request_id") or new_request_id())
+        if windows := here.get("windows"):
             item, (reset_time, remaining) = windows[-1]
             left = max(0.0, reset_time - time.monotonic())
-            headers["x-ratelimit-limit-requests"] = str(item.amount)
-            headers["x-ratelimit-remaining-requests"] = str(max(0, remaining))
-            headers["x-ratelimit-reset-requests"] = f"{left:.3f}s"
+            add("x-ratelimit-limit-requests", str(item.amount))
+            add("x-ratelimit-remaining-requests", str(max(0, remaining)))
+            add("x-ratelimit-reset-requests", f"{left:.3f}s")
         return response
 
     def count_refusal(status: int) -> None:
@@ -4363,11 +4373,12 @@ def start_relay(services: Services, path: str) -> Response:
     A small request is counted in the transaction that admits it: a commit of its own
     was 5% of a request's CPU. Refused before, it is counted alone.
     """
-    count = (lambda: None) if g.windows else count_request(services, True)
+    here, environ = g._get_current_object(), request.environ
+    count = (lambda: None) if here.windows else count_request(services, here, True)
     try:
-        call = parse_call(path, read_body(request.environ))
+        call = parse_call(path, read_body(environ))
         model = find_model(services, call.model)
-        watch = Watch(request.environ.get("gunicorn.socket"))
+        watch = Watch(environ.get("gunicorn.socket"))
         if not services.watcher.add(watch, services.capacity):
             raise Overloaded("The server has no room at the moment.", wait=1)
     except ProxyError:
@@ -4376,15 +4387,22 @@ def start_relay(services: Services, path: str) -> Response:
     worst = quote(call, model)
     try:
         lease = services.ledger.admit(
-            g.request_id, g.key, g.account, worst, model.id, path, call.stream, count
+            here.request_id,
+            here.key,
+            here.account,
+            worst,
+            model.id,
+            path,
+            call.stream,
+            count,
         )
     except BaseException:
         services.watcher.remove(watch)
         raise
-    g.admitted = True
+    here.admitted = True
     # The client's end of a stream, where it is plain HTTP/1.1 under gunicorn.
     chunked = type(watch.client) is socket.socket
-    chunked = chunked and request.environ["SERVER_PROTOCOL"] == "HTTP/1.1"
+    chunked = chunked and environ["SERVER_PROTOCOL"] == "HTTP/1.1"
     return Relay(services, call, model, lease, watch, chunked).respond()
 
 

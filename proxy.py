@@ -2038,8 +2038,10 @@ def split_events(block: bytes) -> Iterator[bytes]:
 class Watch:
     """What may end a relay from outside; ending it wakes whoever waits upstream."""
 
-    def __init__(self, client: socket.socket | None = None):
+    def __init__(self, client: socket.socket | None = None, chunked: bool = False):
         self.client, self.number = client, client.fileno() if client else -1
+        # Whether chunks may be written to the client around the server.
+        self.chunked = chunked and type(client) is socket.socket
         self.reason: str | None = None
         now = time.monotonic()
         self.deadline, self.heard, self.stall = now + ANSWER_TIMEOUT, now, None
@@ -2123,7 +2125,7 @@ class Watcher:
             try:
                 self._register(watch.number, lambda: self._look(watch))
             except (OSError, ValueError):
-                watch.client = None
+                watch.client, watch.chunked = None, False
         return True
 
     def remove(self, watch: Watch) -> None:
@@ -2186,6 +2188,10 @@ class Watcher:
             except (OSError, RuntimeError):
                 # A socket or the set changed under our hands: look again.
                 continue
+        for watch in list(self._watches):
+            watch.end("drain")
+        for call in list(self._calls.values()):
+            call()  # nobody else would wake those that wait for it
 
     def _look(self, watch: Watch) -> None:
         """A readable client has left, or sends its next request too early."""
@@ -3178,10 +3184,9 @@ class Relay:
         model: Model,
         lease: Lease,
         watch: Watch,
-        chunked: bool,
     ):
         self.call, self.model, self.lease, self.watch = call, model, lease, watch
-        self._services, self._chunked = services, chunked
+        self._services = services
         self._answer: Answer | None = None
         self._started = time.monotonic()
         self._ttfb: int | None = None
@@ -3305,7 +3310,7 @@ class Relay:
 
     def _carried(self) -> bool:
         """Whether the watcher may write to the client, around the server."""
-        return self._chunked and isinstance(self._answer, HttpAnswer)
+        return self.watch.chunked and isinstance(self._answer, HttpAnswer)
 
     def _next(self, sock: socket.socket | None) -> bytes | None:
         """The next block that this thread has to pass on; None at the end."""
@@ -4378,7 +4383,8 @@ def start_relay(services: Services, path: str) -> Response:
     try:
         call = parse_call(path, read_body(environ))
         model = find_model(services, call.model)
-        watch = Watch(environ.get("gunicorn.socket"))
+        client = environ.get("gunicorn.socket")
+        watch = Watch(client, environ.get("SERVER_PROTOCOL") == "HTTP/1.1")
         if not services.watcher.add(watch, services.capacity):
             raise Overloaded("The server has no room at the moment.", wait=1)
     except ProxyError:
@@ -4400,10 +4406,7 @@ def start_relay(services: Services, path: str) -> Response:
         services.watcher.remove(watch)
         raise
     here.admitted = True
-    # The client's end of a stream, where it is plain HTTP/1.1 under gunicorn.
-    chunked = type(watch.client) is socket.socket
-    chunked = chunked and environ["SERVER_PROTOCOL"] == "HTTP/1.1"
-    return Relay(services, call, model, lease, watch, chunked).respond()
+    return Relay(services, call, model, lease, watch).respond()
 
 
 # Pages -------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import statistics
 import struct
 import subprocess
@@ -120,7 +121,7 @@ class Connection:
         """Peek whether the peer has closed, half-closed or reset."""
         try:
             return not self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        except (BlockingIOError, ValueError):  # ValueError: TLS cannot peek
             return False
         except OSError:
             return True
@@ -258,8 +259,12 @@ class Upstream:
             while True:
                 sock, _ = self.listener.accept()
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self.connections.append(Connection(sock, self))
+                self.connections.append(Connection(self.wrap(sock), self))
                 self._start(self._serve, self.connections[-1])
+
+    def wrap(self, sock: socket.socket) -> socket.socket:
+        """Return the accepted socket as it is spoken to."""
+        return sock
 
     def _serve(self, connection: Connection) -> None:
         keep = True
@@ -3302,6 +3307,27 @@ class NoTls(Upstream):
         connection.finish()
 
 
+class TlsUpstream(Upstream):
+    """An upstream behind TLS, whose certificate lies in `folder`/cert.pem."""
+
+    def __init__(self, folder: Path, script: Answer | Iterable[Answer | None]) -> None:
+        self.cert, key = folder / "cert.pem", folder / "key.pem"
+        make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+        make += " -days 2 -subj /CN=test -addext subjectAltName=IP:127.0.0.1"
+        command = [*make.split(), "-out", self.cert, "-keyout", key]
+        subprocess.run(command, check=True, capture_output=True)
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(self.cert, key)
+        super().__init__(script)
+
+    @property
+    def url(self) -> str:
+        return super().url.replace("http:", "https:")
+
+    def wrap(self, sock: socket.socket) -> socket.socket:
+        return self.context.wrap_socket(sock, server_side=True)
+
+
 class Stage:
     """One upstream of each dialect, with a keys.json that reaches them all."""
 
@@ -3862,6 +3888,30 @@ def test_an_upstream_without_tls_is_a_free_503(stage):
     assert_unavailable(stage, response, retry_of(response))
 
 
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+def test_streams_and_answers_come_through_tls_as_they_are(gateway, tmp_path):
+    """Events of many records and many events in a record, from a socket whose bytes
+    are decrypted ahead of a poll."""
+    words = ["a", "b" * 40_000, *"cdefgh" * 50, "i" * 17_000, "j"]
+    stream = sse(chat_chunks(" ".join(words)), pieces=30_011)
+
+    def script(request: Request) -> None:
+        good = stream if request.json["stream"] else json_answer(chat_json("hello"))
+        good(request)
+
+    with TlsUpstream(tmp_path, script) as up:
+        server = gateway(up.url, env={"SSL_CERT_FILE": str(up.cert)})
+        for _ in range(3):
+            visit = Visit(server, TEAM_KEY, stream=True).start().finish()
+            *events, done = documents(visit.body)
+            deltas = [choice["delta"] for each in events for choice in each["choices"]]
+            said = "".join(delta.get("content", "") for delta in deltas)
+            assert said == " ".join(words) and done == "DONE"
+            visit = Visit(server, TEAM_KEY).start().finish()
+            assert json.loads(visit.body)["usage"] == usage_of(5, 1)
+        assert len(up.connections) < 6  # they are kept
+
+
 def test_a_model_without_its_key_says_so(stage):
     assert "not configured" in error_of(stage.chat("unset"))["message"]
 
@@ -4030,27 +4080,86 @@ def pieces_of(data: bytes, size: int, cut: bool) -> Iterator[bytes]:
         raise proxy.UpstreamFailed("IncompleteRead")
 
 
-@pytest.fixture(scope="module")
-def relayed(in_process: InProcess):
-    """relayed(pieces) -> what proxy.Relay makes of them, without ledger and socket."""
+class Pieces(proxy.HttpAnswer):
+    """An answer of given pieces off a connection on which each is waited for."""
+
+    def __init__(self, pieces: Iterable[bytes]):
+        proxy.Answer.__init__(self, pieces, True)
+        self._waits = itertools.cycle([True, False])
+
+    def unblocked(self) -> MagicMock:
+        return MagicMock()
+
+    def read(self) -> bytes:
+        if next(self._waits):
+            raise BlockingIOError
+        return next(self.pieces, b"")
+
+    def close(self) -> None:
+        pass
+
+
+class SlowClient:
+    """The client's end of a chunked answer, which takes a few bytes at once."""
+
+    def __init__(self) -> None:
+        self.got, self._sizes = b"", itertools.cycle([10**6, 0, 7])
+
+    def send(self, data: bytes, flags: int) -> int:
+        size = min(next(self._sizes), len(data))
+        if not size:
+            raise BlockingIOError
+        self.got += data[:size]
+        return size
+
+    def sendall(self, data: bytes) -> None:
+        self.got += data
+
+
+@pytest.fixture(scope="module", params=["server", "watcher"])
+def relayed(request, in_process: InProcess):
+    """relayed(pieces) -> what proxy.Relay makes of them, without ledger and socket;
+    carried by the thread of the relay or by the watcher's."""
     model = in_process.app.extensions["proxy"].config.models["chat"]
     body = proxy.to_json({"model": "chat", "messages": SAY_HELLO, "stream": True})
     lease = proxy.Lease("req_1", "team", "main", 0, 10**6, 1000)
     services = MagicMock()
 
+    def carry(sock: Any, step: Callable[[], bool]) -> None:
+        while not step():
+            pass
+
+    services.watcher.carry = carry
+
     def relay(pieces: Iterable[bytes]) -> bytes:
-        answer = proxy.Answer(pieces, True)
+        watch = proxy.Watch()
+        watch.chunked = request.param == "watcher"
+        watch.client = client = SlowClient()
+        answer = Pieces(pieces) if watch.chunked else proxy.Answer(pieces, True)
         services.upstreams.dialect.return_value.send.return_value = answer
         services.upstreams.dialect.return_value.cap_name.return_value = "max_tokens"
         call = proxy.parse_call("chat/completions", body)
-        one = proxy.Relay(services, call, model, lease, proxy.Watch())
+        one = proxy.Relay(services, call, model, lease, watch)
         one.respond()
         try:
-            return b"".join(one)
+            for block in one:
+                client.got += b"%x\r\n%b\r\n" % (len(block), block) if block else b""
         finally:
             one.close()
+        return unchunked(client.got)
 
     return relay
+
+
+def unchunked(data: bytes) -> bytes:
+    """The body of chunks, each of which must be whole and not empty."""
+    body = b""
+    while data:
+        size, _, data = data.partition(b"\r\n")
+        at = int(size, 16)
+        assert at and data[at : at + 2] == b"\r\n"
+        body, data = body + data[:at], data[at + 2 :]
+    return body
 
 
 @pytest.mark.parametrize("size", [1, 3, 4096])

@@ -3890,10 +3890,11 @@ def test_an_upstream_without_tls_is_a_free_503(stage):
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
 def test_streams_and_answers_come_through_tls_as_they_are(gateway, tmp_path):
-    """Events of many records and many events in a record, from a socket whose bytes
-    are decrypted ahead of a poll."""
-    words = ["a", "b" * 40_000, *"cdefgh" * 50, "i" * 17_000, "j"]
-    stream = sse(chat_chunks(" ".join(words)), pieces=30_011)
+    """Events of many records and many events in a record; the end of a record that
+    nothing follows wakes no poll."""
+    words = ["a" * 15_000, "b" * 40_000, *"cdefgh" * 50, "i" * 17_000, "j"]
+    seen = threading.Event()
+    stream = sse(chat_chunks(" ".join(words))[1:], pieces=30_011, gate=seen)
 
     def script(request: Request) -> None:
         good = stream if request.json["stream"] else json_answer(chat_json("hello"))
@@ -3902,8 +3903,10 @@ def test_streams_and_answers_come_through_tls_as_they_are(gateway, tmp_path):
     with TlsUpstream(tmp_path, script) as up:
         server = gateway(up.url, env={"SSL_CERT_FILE": str(up.cert)})
         for _ in range(3):
-            visit = Visit(server, TEAM_KEY, stream=True).start().finish()
-            *events, done = documents(visit.body)
+            seen.clear()
+            visit = Visit(server, TEAM_KEY, stream=True).start()
+            seen.set()
+            *events, done = documents(visit.finish().body)
             deltas = [choice["delta"] for each in events for choice in each["choices"]]
             said = "".join(delta.get("content", "") for delta in deltas)
             assert said == " ".join(words) and done == "DONE"

@@ -1737,11 +1737,46 @@ def test_a_write_that_fails_takes_no_other_with_it(ledger: proxy.Ledger) -> None
         pool.submit(ledger.write, fail)
         names = [f"note-{number}" for number in range(4)]
         notes = [pool.submit(ledger.write, note(name)) for name in names]
-        wait_for(lambda: len(ledger._queue) == 5, what="five writes that wait")
+        wait_for(lambda: len(ledger._writes._waiting) == 5, what="five writes that wait")
         gate.set()
     told = {name for name, one in zip(names, notes) if one.exception() is None}
     rows = ledger.read("SELECT name FROM meta WHERE name LIKE 'note-%'")
     assert told == {name for (name,) in rows}
+
+
+def test_a_group_does_each_turn_once_and_one_at_a_time():
+    seen, at_work = [], threading.Lock()
+
+    def work(turns: list) -> None:
+        assert at_work.acquire(blocking=False), "two work at once"
+        time.sleep(random.random() / 1000)  # others come meanwhile
+        seen.append(turns)
+        at_work.release()
+
+    group = proxy.Group(work)
+    turns = [proxy.Turn() for _ in range(500)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(group.do, turns))
+    assert sorted(map(id, itertools.chain(*seen))) == sorted(map(id, turns))
+    assert len(seen) < len(turns)  # some were done together
+
+
+def test_what_a_group_fails_at_fails_for_all_that_waited():
+    entered, gate = threading.Event(), threading.Event()
+
+    def work(turns: list) -> None:
+        entered.set()
+        gate.wait(5)
+        raise ArithmeticError
+
+    group = proxy.Group(work)
+    with ThreadPoolExecutor(5) as pool:
+        asked = [pool.submit(group.do, proxy.Turn())]
+        entered.wait(5)
+        asked += [pool.submit(group.do, proxy.Turn()) for _ in range(4)]
+        wait_for(lambda: len(group._waiting) == 4, what="four that wait")
+        gate.set()
+    assert all(isinstance(one.exception(), ArithmeticError) for one in asked)
 
 
 # Ledger: workers

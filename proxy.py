@@ -9,10 +9,10 @@ It hands out keys with credits and limits, and relays OpenAI-style requests.
 One request:
 
     client -- POST -> authenticate - 401      bearer -> SHA-256 -> key, account
-                      rate         - 429      Flask-Limiter, one storage for all workers
-                      read body    - 400 413  bounded, strict
+                      read body    - 400 413  bounded, strict; a large one is counted first
                       model        - 404      keys.json
-                      admit        - 402 429  one transaction: lease and hold are one row
+                      rate         - 429      Flask-Limiter, one storage for all workers
+                      admit        - 402 429  its transaction: lease and hold are one row
                       send         - 503 4xx  dialect -> upstream, or the next upstream
                       relay                   bytes as they come; usage read on the way
     client <- last byte -- settle             the charge is on disk before it leaves
@@ -28,6 +28,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import gc
 import hashlib
 import hmac
@@ -2129,6 +2130,7 @@ class Watch:
 
     def __init__(self, client: socket.socket | None = None, chunked: bool = False):
         self.client, self.number = client, client.fileno() if client else -1
+        self.look: Callable[[], None] | None = None  # when the client is readable
         # Whether chunks may be written to the client around the server.
         self.chunked = chunked and type(client) is socket.socket
         self.reason: str | None = None
@@ -2211,25 +2213,29 @@ class Watcher:
                 return False
             self._watches.add(watch)
         if watch.client is not None:
+            watch.look = functools.partial(self._look, watch)
             try:
-                self._register(watch.number, lambda: self._look(watch))
+                self._register(watch.number, watch.look)
             except (OSError, ValueError):
                 watch.client, watch.chunked = None, False
         return True
 
     def remove(self, watch: Watch) -> None:
         self._watches.discard(watch)
-        if watch.client is not None:
-            self._forget(watch.number)
+        self._forget(watch.number, watch.look)
 
     def _register(self, number: int, call: Callable[[], Any]) -> None:
-        self._calls[number] = call
-        self._epoll.register(number, select.EPOLLIN)
+        with self._lock:
+            self._calls[number] = call
+            self._epoll.register(number, select.EPOLLIN)
 
-    def _forget(self, number: int) -> None:
-        if self._calls.pop(number, None):
-            with contextlib.suppress(OSError, ValueError):
-                self._epoll.unregister(number)
+    def _forget(self, number: int, call: Callable[[], Any] | None) -> None:
+        """Late it may be: by now the number may be another connection's."""
+        with self._lock:
+            if call is not None and self._calls.get(number) is call:
+                del self._calls[number]
+                with contextlib.suppress(OSError, ValueError):
+                    self._epoll.unregister(number)
 
     def carry(self, sock: socket.socket, step: Callable[[], bool]) -> None:
         """Returns when `step`, called in the watcher's thread whenever the socket is
@@ -2245,7 +2251,7 @@ class Watcher:
                 outcome.append(None)
             except BaseException as error:  # noqa: BLE001 - it is the caller's
                 outcome.append(error)
-            self._forget(number)
+            self._forget(number, call)
             done.release()
 
         if step():
@@ -2261,11 +2267,12 @@ class Watcher:
         self._drain = time.monotonic() + seconds
 
     def close(self) -> None:
+        """Ends what still runs, and the thread after it."""
         self._closed = True
 
     def _run(self) -> None:
         looked = 0.0
-        while not self._closed:
+        while self._calls or not self._closed:
             try:
                 for number, _ in self._epoll.poll(WATCH_INTERVAL):
                     if call := self._calls.get(number):
@@ -2277,10 +2284,6 @@ class Watcher:
             except (OSError, RuntimeError):
                 # A socket or the set changed under our hands: look again.
                 continue
-        for watch in list(self._watches):
-            watch.end("drain")
-        for call in list(self._calls.values()):
-            call()  # nobody else would wake those that wait for it
 
     def _look(self, watch: Watch) -> None:
         """A readable client has left, or sends its next request too early."""
@@ -2292,10 +2295,10 @@ class Watcher:
             gone = True
         if gone and watch in self._watches:
             watch.end("client")
-        self._forget(watch.number)
+        self._forget(watch.number, watch.look)
 
     def _deadlines(self, now: float) -> None:
-        drained = self._drain is not None and now > self._drain
+        drained = self._closed or (self._drain is not None and now > self._drain)
         for watch in list(self._watches):
             if drained:
                 watch.end("drain")
@@ -3446,7 +3449,7 @@ class Relay:
             head, tail = new = block[:start], block[end:]
             if out != block:
                 new = [part.replace(*self._names) for part in new]
-            if self._names and out == new[0] + block[start:end] + new[1]:
+            if out == new[0] + block[start:end] + new[1]:
                 self._shape = head, tail, *new
         return out
 
@@ -5774,6 +5777,10 @@ ASSETS = {
 class Worker(ThreadWorker):
     """gunicorn's threaded worker, with refusals in the envelope."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.busy: set[Any] = set()  # connections that have a thread
+
     def load_wsgi(self) -> None:
         """Waits while a file is in trouble: gunicorn ends the whole server, with all
         running streams, when one worker cannot start."""
@@ -5826,9 +5833,16 @@ class Worker(ThreadWorker):
         gunicorn would hand the connection to its main loop after each, and linger
         there on a closed one: two seconds without an accept.
         """
-        kept = super().handle(conn)
-        while kept is True and self.alive and not is_quiet(conn.sock, KEEP_THREAD):
+        self.busy.add(conn)
+        try:
             kept = super().handle(conn)
+            while kept is True and self.alive:
+                full = len(self.busy) >= self.cfg.threads  # somebody may be waiting
+                if full or is_quiet(conn.sock, KEEP_THREAD):
+                    break
+                kept = super().handle(conn)
+        finally:
+            self.busy.discard(conn)
         if not kept:
             with contextlib.suppress(OSError):
                 linger(conn.sock)

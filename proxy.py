@@ -28,7 +28,6 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import functools
 import gc
 import hashlib
 import hmac
@@ -2130,7 +2129,6 @@ class Watch:
 
     def __init__(self, client: socket.socket | None = None, chunked: bool = False):
         self.client, self.number = client, client.fileno() if client else -1
-        self.look: Callable[[], None] | None = None  # when the client is readable
         # Whether chunks may be written to the client around the server.
         self.chunked = chunked and type(client) is socket.socket
         self.reason: str | None = None
@@ -2185,6 +2183,24 @@ class Watch:
         return now > self.deadline or stalled
 
 
+class Carried(Turn):
+    """A stream that the watcher relays by calling its step."""
+
+    __slots__ = ("step",)
+
+    def __init__(self, step: Callable[[], bool]):
+        super().__init__()
+        self.step = step
+
+    def ends(self) -> bool:
+        """One step; whether it is the last."""
+        try:
+            return self.step()
+        except BaseException as error:  # noqa: BLE001 - it is the relay's to handle
+            self.error = error
+            return True
+
+
 class Watcher:
     """The one thread of a worker that waits for sockets: it ends relays whose client
     left or whose time is up, and carries the plain middle of streams.
@@ -2195,7 +2211,7 @@ class Watcher:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._calls: dict[int, Callable[[], Any]] = {}  # by file descriptor
+        self._known: dict[int, Watch | Carried] = {}  # by file descriptor
         self._watches: set[Watch] = set()
         self._lock = threading.Lock()
         self._drain: float | None = None
@@ -2213,54 +2229,39 @@ class Watcher:
                 return False
             self._watches.add(watch)
         if watch.client is not None:
-            watch.look = functools.partial(self._look, watch)
             try:
-                self._register(watch.number, watch.look)
+                self._register(watch.number, watch)
             except (OSError, ValueError):
                 watch.client, watch.chunked = None, False
         return True
 
     def remove(self, watch: Watch) -> None:
         self._watches.discard(watch)
-        self._forget(watch.number, watch.look)
+        self._forget(watch.number, watch)
 
-    def _register(self, number: int, call: Callable[[], Any]) -> None:
+    def _register(self, number: int, who: Watch | Carried) -> None:
         with self._lock:
-            self._calls[number] = call
+            self._known[number] = who
             self._epoll.register(number, select.EPOLLIN)
 
-    def _forget(self, number: int, call: Callable[[], Any] | None) -> None:
+    def _forget(self, number: int, who: Watch | Carried) -> None:
         """Late it may be: by now the number may be another connection's."""
         with self._lock:
-            if call is not None and self._calls.get(number) is call:
-                del self._calls[number]
+            if self._known.get(number) is who:
+                del self._known[number]
                 with contextlib.suppress(OSError, ValueError):
                     self._epoll.unregister(number)
 
     def carry(self, sock: socket.socket, step: Callable[[], bool]) -> None:
         """Returns when `step`, called in the watcher's thread whenever the socket is
         readable, has returned True; raises what it raises."""
-        outcome: list[BaseException | None] = []
-        done = threading.Lock()
-        done.acquire()
-
-        def call() -> None:
-            try:
-                if not step():
-                    return
-                outcome.append(None)
-            except BaseException as error:  # noqa: BLE001 - it is the caller's
-                outcome.append(error)
-            self._forget(number, call)
-            done.release()
-
         if step():
             return
-        number = sock.fileno()
-        self._register(number, call)
-        done.acquire()
-        if outcome[0]:
-            raise outcome[0]
+        turn = Carried(step)
+        self._register(sock.fileno(), turn)
+        turn.lock.acquire()
+        if turn.error:
+            raise turn.error
 
     def drain(self, seconds: float) -> None:
         """Ends what still runs after `seconds`."""
@@ -2272,11 +2273,15 @@ class Watcher:
 
     def _run(self) -> None:
         looked = 0.0
-        while self._calls or not self._closed:
+        while self._known or not self._closed:
             try:
                 for number, _ in self._epoll.poll(WATCH_INTERVAL):
-                    if call := self._calls.get(number):
-                        call()
+                    who = self._known.get(number)
+                    if isinstance(who, Watch):
+                        self._look(who)
+                    elif who is not None and who.ends():
+                        self._forget(number, who)
+                        who.lock.release()
                 now = time.monotonic()
                 if now - looked > WATCH_INTERVAL / 2:
                     self._deadlines(now)
@@ -2295,7 +2300,7 @@ class Watcher:
             gone = True
         if gone and watch in self._watches:
             watch.end("client")
-        self._forget(watch.number, watch.look)
+        self._forget(watch.number, watch)
 
     def _deadlines(self, now: float) -> None:
         drained = self._closed or (self._drain is not None and now > self._drain)

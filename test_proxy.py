@@ -4733,7 +4733,7 @@ def test_a_late_look_at_a_client_leaves_the_next_one_on_its_descriptor(watcher):
     with socket.socket(fileno=number) as again, second, other, peer:
         watch = proxy.Watch(again)
         watcher.add(watch)
-        gone.look()
+        watcher._look(gone)
         second.close()
         other.close()
         wait_for(lambda: watch.reason == "client", what="the second one's end")

@@ -2256,7 +2256,11 @@ class Watcher:
 
     def carry(self, sock: socket.socket, step: Callable[[], bool]) -> None:
         """Returns when `step`, called in the watcher's thread whenever the socket is
-        readable, has returned True; raises what it raises."""
+        readable, has returned True; raises what it raises.
+
+        Threads of their own would wait for the interpreter at every chunk: of 500
+        streams on one core the first byte took 2.3 s (p99), with one thread 0.05.
+        """
         if step():
             return
         turn = Carried(step)
@@ -3462,7 +3466,7 @@ class Relay:
 
     def _known(self, block: bytes) -> bytes | None:
         """The same for a block that differs from an earlier one only in the plain
-        characters of its text: it need not be searched (2 µs instead of 11)."""
+        characters of its text: it need not be searched (6 µs a step instead of 11)."""
         head, tail, new_head, new_tail = self._shape
         if not head or not block.startswith(head) or not block.endswith(tail):
             return None

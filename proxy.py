@@ -87,6 +87,7 @@ MAX_CHUNK_LINE = 4096  # bytes of a chunk's size and extensions
 MAX_INFORMATIONAL = 20  # 1xx answers before the final one
 MAX_TOKENS = 10**7  # no context window is larger: a report above it is not believed
 MAX_CHOICES = 128  # OpenAI's own bound on `n`
+MAX_HOLD = 2**62  # micro-credits: SQLite's integers have 63 bits
 MAX_RATE = 10_000  # requests of one window: it is read and written whole
 DEFAULT_MAX_OUTPUT = 4096  # tokens, for a priced model that names no `max_output`
 BYTES_PER_TOKEN = 4  # of an estimate: English needs 3-4 bytes, Chinese 4-5
@@ -947,6 +948,14 @@ class Turn:
         self.done, self.lock = False, threading.Lock()
         self.lock.acquire()
 
+    def check(self) -> None:
+        """Raises the error; keeps it no longer, its traceback would keep the turn."""
+        if self.error is not None:
+            try:
+                raise self.error
+            finally:
+                self.error = None
+
 
 class Group:
     """Work that whichever thread comes first does for all that wait for it.
@@ -979,8 +988,7 @@ class Group:
                 for each in turns:
                     each.error = error
             self._end(turns)
-        if turn.error:
-            raise turn.error
+        turn.check()
 
     def _end(self, turns: list[Turn]) -> None:
         """Has the next one work, and wakes those whose work is done."""
@@ -1380,6 +1388,8 @@ class Ledger:
         def lease(db: sqlite3.Connection, tokens: int) -> Lease | None:
             """Holds the cost of so many tokens if the limits allow it."""
             hold = quote.hold(tokens)
+            if hold > MAX_HOLD:
+                return None
             row = (account.id, request_id, key.id, model, path, stream, self.slot)
             inserted = db.execute(
                 "INSERT INTO requests(account, id, key, model, path, stream, slot, state,"
@@ -2243,8 +2253,8 @@ class Watcher:
 
     def _register(self, number: int, who: Watch | Carried) -> None:
         with self._lock:
-            self._known[number] = who
             self._epoll.register(number, select.EPOLLIN)
+            self._known[number] = who
 
     def _forget(self, number: int, who: Watch | Carried) -> None:
         """Late it may be: by now the number may be another connection's."""
@@ -2266,8 +2276,7 @@ class Watcher:
         turn = Carried(step)
         self._register(sock.fileno(), turn)
         turn.lock.acquire()
-        if turn.error:
-            raise turn.error
+        turn.check()
 
     def drain(self, seconds: float) -> None:
         """Ends what still runs after `seconds`."""
@@ -2288,12 +2297,14 @@ class Watcher:
                     elif who is not None and who.ends():
                         self._forget(number, who)
                         who.lock.release()
+                who = None  # or it would be kept until the next event
                 now = time.monotonic()
                 if now - looked > WATCH_INTERVAL / 2:
                     self._deadlines(now)
                     looked = now
-            except (OSError, RuntimeError):
-                # A socket or the set changed under our hands: look again.
+            except Exception:  # noqa: BLE001
+                # A socket or the set changed under our hands: look again. Whatever
+                # it was, without this thread no stream would go on.
                 continue
 
     def _look(self, watch: Watch) -> None:
@@ -2520,6 +2531,11 @@ class HttpAnswer(Answer):
         if not data:
             self._connection.watch.check()
         return data
+
+    @property
+    def ended(self) -> bool:
+        """Whether the body's end was read, with its last bytes maybe."""
+        return self._reply.ended
 
     def unblocked(self) -> socket.socket:
         """The socket, for a poll; from now on `read` raises where it would wait."""
@@ -3449,7 +3465,8 @@ class Relay:
             except BlockingIOError:
                 sent = 0
             self._rest = chunk[sent:]
-        return bool(self._rest)
+        # At its end the socket will not be readable again.
+        return bool(self._rest) or self._answer.ended
 
     def _plain(self, block: bytes) -> bytes:
         """The block as the client gets it, metered."""
@@ -3875,8 +3892,10 @@ def add_hooks(app: Flask, services: Services) -> None:
             return
         header = asked.environ.get("HTTP_AUTHORIZATION", "")
         here.key, here.account = identify(services, header)
-        if endpoint != "relay" or not has_small_body(asked.environ):
-            count_request(services, here, endpoint == "relay")()
+        relayed = endpoint == "relay"
+        later = relayed and asked.method == "POST" and has_small_body(asked.environ)
+        if not later:
+            count_request(services, here, relayed)()
 
     @app.after_request
     def add_headers(response: Response) -> Response:
@@ -4487,6 +4506,7 @@ def start_relay(services: Services, path: str) -> Response:
     try:
         call = parse_call(path, read_body(environ))
         model = find_model(services, call.model)
+        worst = quote(call, model)
         client = environ.get("gunicorn.socket")
         watch = Watch(client, environ.get("SERVER_PROTOCOL") == "HTTP/1.1")
         if not services.watcher.add(watch, services.capacity):
@@ -4494,7 +4514,6 @@ def start_relay(services: Services, path: str) -> Response:
     except ProxyError:
         count()
         raise
-    worst = quote(call, model)
     try:
         lease = services.ledger.admit(
             here.request_id,
@@ -5837,6 +5856,8 @@ class Worker(ThreadWorker):
         """
         if self.cfg.workers > 1:
             time.sleep(ACCEPT_PAUSE * min(self.nr_conns, 20))
+            if not self.alive:
+                return  # SIGTERM has closed the listener meanwhile
         try:
             super().accept(listener)
         except OSError as error:
@@ -5855,7 +5876,8 @@ class Worker(ThreadWorker):
             kept = super().handle(conn)
             while kept is True and self.alive:
                 full = len(self.busy) >= self.cfg.threads  # somebody may be waiting
-                if full or is_quiet(conn.sock, KEEP_THREAD):
+                here = conn.parser.unreader.buf.getvalue()  # gunicorn's to look at
+                if full or here or is_quiet(conn.sock, KEEP_THREAD):
                     break
                 kept = super().handle(conn)
         finally:
@@ -5863,7 +5885,8 @@ class Worker(ThreadWorker):
         if not kept:
             with contextlib.suppress(OSError):
                 linger(conn.sock)
-            conn.close = lambda graceful=False: gunicorn.util.close(conn.sock)
+            sock = conn.sock  # not `conn`: it would refer to itself
+            conn.close = lambda graceful=False: gunicorn.util.close(sock)
         return kept
 
     def handle_error(

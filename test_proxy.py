@@ -36,11 +36,12 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html.parser import HTMLParser
 from http.client import (
@@ -1742,6 +1743,16 @@ def test_a_write_that_fails_takes_no_other_with_it(ledger: proxy.Ledger) -> None
     told = {name for name, one in zip(names, notes) if one.exception() is None}
     rows = ledger.read("SELECT name FROM meta WHERE name LIKE 'note-%'")
     assert told == {name for (name,) in rows}
+
+
+def test_a_hold_beyond_sqlites_integers_is_what_can_be_paid(ledger):
+    most = proxy.Quote(0, 10**15, 2**31 - 1, 128)
+    with pytest.raises(proxy.InsufficientCredits):
+        ledger.admit("req_1", KEY, TEAM, most, "chat", "completions", False)
+    rich = replace(TEAM, credits=10**12)
+    lease = ledger.admit("req_2", KEY, rich, most, "chat", "completions", False)
+    assert 0 < lease.hold <= 10**12 and lease.tokens == 7
+    ledger.release(lease, charge(0, 499))
 
 
 def test_a_group_does_each_turn_once_and_one_at_a_time():
@@ -3918,6 +3929,14 @@ def test_an_upstream_that_cannot_be_reached_is_a_free_503(
     assert UNSET not in response.text
 
 
+def test_whatever_method_asks_for_a_relay_is_counted(stage):
+    ask = stage.app.test_client().options
+    headers = bearer(TEAM_KEY) | {"Content-Length": "1"}
+    first, second = (ask("/v1/chat/completions", headers=headers) for _ in range(2))
+    left = [int(one.headers["x-ratelimit-remaining-requests"]) for one in (first, second)]
+    assert left[0] - left[1] == 1
+
+
 def test_an_upstream_without_tls_is_a_free_503(stage):
     response = stage.chat("tls")
     assert_unavailable(stage, response, retry_of(response))
@@ -4120,6 +4139,8 @@ def pieces_of(data: bytes, size: int, cut: bool) -> Iterator[bytes]:
 
 class Pieces(proxy.HttpAnswer):
     """An answer of given pieces off a connection on which each is waited for."""
+
+    ended = False
 
     def __init__(self, pieces: Iterable[bytes]):
         proxy.Answer.__init__(self, pieces, True)
@@ -4711,6 +4732,40 @@ def test_a_stale_connection_is_not_used_again(stage, monkeypatch):
     assert said(stage.chat()) == "b" and connections_of(stage, before) == 2
 
 
+def one_event(text: str, finish: str | None = None) -> bytes:
+    return sse_bytes([chat_chunk("gpt-test", {"content": text}, finish)], done=False)
+
+
+LAST_PIECES = {
+    "a [DONE] without its blank line": (b"data: [DONE]", True),
+    "a comment": (b": bye\n\n", True),
+    "the start of an event": (b'data: {"choi', True),
+    "a word": (one_event("more"), True),
+    "a word, nothing finished": (one_event("more"), False),
+}
+
+
+@pytest.mark.parametrize("length", [True, False], ids=["counted", "chunked"])
+@pytest.mark.parametrize("name", LAST_PIECES)
+def test_a_stream_whose_end_comes_with_its_last_bytes_ends_at_once(real, name, length):
+    last, finished = LAST_PIECES[name]
+    first = one_event("hello", "stop" if finished else None)
+
+    def answer(request: Request) -> None:
+        size = [("Content-Length", str(len(first + last)))] if length else [CHUNKED]
+        request.send(head(200, EVENTS, *size))
+        request.send(first if length else chunk(first))
+        request.wait(None, 0.05)  # so that the rest comes alone
+        request.send(last if length else chunk(last) + chunk(b""))
+
+    real.main.script = [answer]
+    started = time.monotonic()
+    with chat(real.url, TEAM_KEY, stream=True) as response:
+        *_, end = documents(response.content)
+    assert time.monotonic() - started < 2
+    assert end == "DONE" if finished else end["error"]
+
+
 # -- Relay: the watcher --------------------------------------------------------------
 
 
@@ -4763,6 +4818,37 @@ def test_a_step_is_called_until_it_says_so_and_its_error_is_the_callers(watcher)
         theirs.sendall(b"!")
         with pytest.raises(ArithmeticError):
             pool.submit(watcher.carry, ours, step).result(5)
+
+
+def test_what_a_carried_stream_held_is_free_after_an_error(watcher):
+    class Held:
+        def step(self) -> bool:
+            with suppress(BlockingIOError):
+                if ours.recv(1):
+                    raise ArithmeticError
+            return False
+
+    def speak() -> None:
+        wait_for(lambda: watcher._known, what="the carried one")
+        theirs.send(b"x")
+
+    def carry() -> weakref.ref:
+        held = Held()
+        try:
+            watcher.carry(ours, held.step)
+        except ArithmeticError:
+            return weakref.ref(held)
+
+    ours, theirs = socket.socketpair()
+    ours.settimeout(0)
+    with ours, theirs, ThreadPoolExecutor(1) as pool:
+        pool.submit(speak)
+        gc.disable()
+        try:
+            gone = carry()
+            wait_for(lambda: gone() is None, what="its end without the collector")
+        finally:
+            gc.enable()
 
 
 def test_a_watcher_that_is_closed_ends_what_it_carries():
@@ -6619,6 +6705,12 @@ def test_a_client_that_leaves_a_silent_upstream_frees_its_slot(
         wait_held(tmp_path, 0)
         assert query(tmp_path, "SELECT sum(cost) FROM requests") == [(0,)]
         sock.close()
+
+
+def test_a_worker_whose_listener_a_signal_has_closed_accepts_nothing():
+    worker = proxy.Worker.__new__(proxy.Worker)
+    worker.cfg, worker.nr_conns, worker.alive = SimpleNamespace(workers=2), 1, False
+    worker.accept(None)  # gunicorn's listener has no socket then
 
 
 def test_connections_that_ask_at_once_again_leave_threads_to_others(gateway):

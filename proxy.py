@@ -1345,7 +1345,6 @@ class Ledger:
                     self._lock.drop(slot)
 
     def _clear(self, slot: int) -> None:
-
         def operation(db: sqlite3.Connection) -> None:
             db.execute(
                 "UPDATE requests SET state = 2 WHERE state = 0 AND slot = ?", (slot,)
@@ -3301,12 +3300,7 @@ class Relay:
     """
 
     def __init__(
-        self,
-        services: Services,
-        call: Call,
-        model: Model,
-        lease: Lease,
-        watch: Watch,
+        self, services: Services, call: Call, model: Model, lease: Lease, watch: Watch
     ):
         self.call, self.model, self.lease, self.watch = call, model, lease, watch
         self._services = services
@@ -3456,7 +3450,7 @@ class Relay:
         self._block = block = self._buffer.feed(data) if data else None
         if block is None:
             return True
-        out = self._known(block)
+        out = self._by_shape(block)
         if out is None:
             if is_notable(block):
                 return True
@@ -3485,7 +3479,7 @@ class Relay:
                 self._shape = head, tail, *new
         return out
 
-    def _known(self, block: bytes) -> bytes | None:
+    def _by_shape(self, block: bytes) -> bytes | None:
         """The same for a block that differs from an earlier one only in the plain
         characters of its text: it need not be searched (6 µs a step instead of 11)."""
         head, tail, new_head, new_tail = self._shape
@@ -3727,6 +3721,13 @@ def logfmt(value: Any) -> str:
     """A value of a log line; quoted unless it is one plain word."""
     text = "" if value is None else str(value)
     return text if PLAIN_WORD.fullmatch(text) else json.dumps(text)
+
+
+def trim_memory() -> None:
+    """Gives the kernel back what is free: 5 MiB of two workers after a load. During
+    one it would be asked for again at once, at 6% of a request's CPU."""
+    with contextlib.suppress(AttributeError):  # glibc alone has it
+        LIBC.malloc_trim(0)
 
 
 @dataclass(slots=True)
@@ -5881,8 +5882,8 @@ class Worker(ThreadWorker):
             kept = super().handle(conn)
             while kept is True and self.alive:
                 full = len(self.busy) >= self.cfg.threads  # somebody may be waiting
-                here = conn.parser.unreader.buf.getvalue()  # gunicorn's to look at
-                if full or here or is_quiet(conn.sock, KEEP_THREAD):
+                ahead = conn.parser.unreader.buf.getvalue()  # gunicorn's to look at
+                if full or ahead or is_quiet(conn.sock, KEEP_THREAD):
                     break
                 kept = super().handle(conn)
         finally:
@@ -5986,13 +5987,6 @@ def share_memory(arbiter: Any) -> None:
         # M_ARENA_MAX: one heap for all threads takes 87 MiB under load, not 93.
         LIBC.mallopt(-8, 1)
     trim_memory()
-
-
-def trim_memory() -> None:
-    """Gives the kernel back what is free: 5 MiB of two workers after a load. During
-    one it would be asked for again at once, at 6% of a request's CPU."""
-    with contextlib.suppress(AttributeError):  # glibc alone has it
-        LIBC.malloc_trim(0)
 
 
 def bound_clients(arbiter: Any, worker: Any) -> None:

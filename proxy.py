@@ -9,10 +9,10 @@ It hands out keys with credits and limits, and relays OpenAI-style requests.
 One request:
 
     client -- POST -> authenticate - 401      bearer -> SHA-256 -> key, account
-                      read body    - 400 413  bounded, strict; a large one is counted first
+                      read body    - 400 413  bounded; a large one is counted first
                       model        - 404      keys.json
                       rate         - 429      Flask-Limiter, one storage for all workers
-                      admit        - 402 429  its transaction: lease and hold are one row
+                      admit        - 402 429  lease and hold are one row
                       send         - 503 4xx  dialect -> upstream, or the next upstream
                       relay                   bytes as they come; usage read on the way
     client <- last byte -- settle             the charge is on disk before it leaves
@@ -34,6 +34,7 @@ import hmac
 import html
 import itertools
 import json
+import math
 import mmap
 import os
 import random
@@ -145,6 +146,7 @@ class ProxyError(Exception):
         super().__init__(message)
         self.message, self.param, self.headers = message, param, headers or {}
         self.code = code or self.code
+        self.reason = self.code  # for the log; some know more
 
     def envelope(self) -> bytes:
         """The body that OpenAI's SDKs read, as UTF-8 JSON."""
@@ -231,13 +233,11 @@ class UpstreamFailed(Unavailable):
         self.reason, self.clean, self.transient = reason, clean, transient
 
 
-class Refused(ProxyError):
+class Refused(BadRequest):
     """An upstream's 400, 404, 413 or 422: the client's own mistake, passed on."""
 
-    type = "invalid_request_error"
-
     def __init__(self, status: int, message: str, code: str | None, param: str | None):
-        super().__init__(message, code=code or "invalid_request", param=param)
+        super().__init__(message, code=code, param=param)
         self.status = status
 
 
@@ -259,14 +259,19 @@ HTTP_CODES = {
 }
 
 
-def from_http(error: HTTPException) -> ProxyError:
-    """Werkzeug's own refusals (404, 405, ...) as one of ours."""
-    status = error.code or 500
-    ours = ProxyError(f"{error.name}.", code=HTTP_CODES.get(status))
+def from_status(status: int, message: str) -> ProxyError:
+    """What Werkzeug or gunicorn refuses by a mere status, as one of ours."""
+    ours = ProxyError(message)
     ours.status = status
     if status < 500:
-        ours.type = "invalid_request_error"
-        ours.code = HTTP_CODES.get(status, "invalid_request")
+        ours.type = BadRequest.type
+        ours.code = HTTP_CODES.get(status, BadRequest.code)
+    return ours
+
+
+def from_http(error: HTTPException) -> ProxyError:
+    """Werkzeug's own refusals (404, 405, ...) as one of ours."""
+    ours = from_status(error.code or 500, f"{error.name}.")
     if allowed := getattr(error, "valid_methods", None):
         ours.headers["Allow"] = ", ".join(sorted(allowed))
     return ours
@@ -457,8 +462,8 @@ def whole(value: Any, path: str, low: int, high: int) -> int:
     return value
 
 
-def to_micro(value: Any, path: str, scale: int = MICRO) -> int:
-    """An amount with at most six decimals as an integer of `scale` parts."""
+def to_micro(value: Any, path: str) -> int:
+    """Micro-credits of an amount of credits; ConfigError beyond six decimals."""
     if type(value) is bool or not isinstance(value, (int, float, Decimal)):
         raise ConfigError(f"{path}: must be a number")
     amount = Decimal(str(value))
@@ -467,7 +472,7 @@ def to_micro(value: Any, path: str, scale: int = MICRO) -> int:
     micro = amount * MICRO
     if micro != micro.to_integral_value():
         raise ConfigError(f"{path}: has more than six decimals")
-    return int(micro) * (scale // MICRO)
+    return int(micro)
 
 
 def typed_amount(text: str, path: str) -> int:
@@ -499,14 +504,14 @@ def parse_limits(value: Any, path: str, common: Limits | None = None) -> Limits:
 
 
 def parse_price(value: Any, path: str) -> Price:
-    """A price: credits per million tokens, i.e. micro-credits per token, or each."""
+    """A price: micro-credits per million tokens are pico-credits per token."""
     value = fields(value, path, "input cached output image request")
     if not value:
         raise ConfigError(f"{path}: names no price (0 is one)")
     parts = {}
     for name, amount in value.items():
-        scale = MICRO * (1 if name in ("input", "cached", "output") else MICRO)
-        parts[name] = to_micro(amount, f"{path}.{name}", scale)
+        micro = to_micro(amount, f"{path}.{name}")
+        parts[name] = micro * (PICO if name in ("image", "request") else 1)
     parts.setdefault("cached", parts.get("input", 0))
     return Price(**parts)
 
@@ -562,8 +567,7 @@ def text_of(value: Any, path: str) -> str:
 def parse_model(
     id: str, value: Any, path: str, upstreams: dict[str, UpstreamConfig]
 ) -> Model:
-    known = "about defaults max_output"
-    value = fields(value, path, known, needed="upstream price")
+    value = fields(value, path, "about defaults max_output", needed="upstream price")
     names = value["upstream"]
     names = names if isinstance(names, list) and names else [names]
     routes = []
@@ -577,18 +581,14 @@ def parse_model(
     defaults = value.get("defaults", {})
     if not isinstance(defaults, dict) or {"model", "n", "best_of"} & {*defaults}:
         raise ConfigError(f"{path}.defaults: must be an object without 'model' or 'n'")
+    longest = value.get("max_output", DEFAULT_MAX_OUTPUT)
     return Model(
         printable_name(id, path, 200),
         tuple(routes),
         parse_price(value["price"], f"{path}.price"),
         text_of(value.get("about", ""), f"{path}.about"),
         plain(defaults, f"{path}.defaults"),
-        whole(
-            value.get("max_output", DEFAULT_MAX_OUTPUT),
-            f"{path}.max_output",
-            1,
-            MAX_TOKENS,
-        ),
+        whole(longest, f"{path}.max_output", 1, MAX_TOKENS),
     )
 
 
@@ -632,9 +632,7 @@ def parse_account(
 def parse_key(account: Account, name: str, value: Any, path: str) -> Key:
     """A declared key; only its hash and a hint are kept."""
     printable_name(name, path)
-    if not isinstance(value, str):
-        raise ConfigError(f"{path}: must be a text")
-    if value.startswith("sha256:"):
+    if text_of(value, path).startswith("sha256:"):
         hash, hint = value[7:].lower(), "sha256"
         if not re.fullmatch("[0-9a-f]{64}", hash):
             raise ConfigError(f"{path}: sha256: takes 64 hexadecimal digits")
@@ -681,11 +679,11 @@ def demo_key(
     account: Account, text: str, models: dict[str, Model]
 ) -> tuple[str, str] | None:
     """(key, model) if this key is public by design: it reaches nothing but echo."""
-    for name in account.models or ():
-        if any(upstream.dialect != "echo" for upstream, _ in models[name].routes):
-            return None
     if not account.models or account.admin or text.startswith("sha256:"):
         return None
+    for name in account.models:
+        if any(upstream.dialect != "echo" for upstream, _ in models[name].routes):
+            return None
     return text, sorted(account.models)[0]
 
 
@@ -880,7 +878,6 @@ def new_request_id() -> str:
     return f"req_{time.time_ns() // 10**6:011x}{random.getrandbits(52):013x}"
 
 
-OFD_SETLK = getattr(fcntl, "F_OFD_SETLK", None)
 FLOCK = struct.Struct("hhqqi")
 
 
@@ -888,7 +885,7 @@ class FileLock:
     """Byte locks of one file, between processes; the kernel drops a dead one's.
 
     Byte 0 is the writer's, 1 to MAX_WORKERS are the workers' slots. The file's first
-    page is memory that all processes share: the ledger's mark and, behind it, a token
+    page is memory that all processes share: the ledger's mark and, behind it, a version
     that changes whenever keys do.
     """
 
@@ -913,10 +910,11 @@ class FileLock:
         os.pwrite(self._fd, mark.ljust(64, b"\0"), 0)
         os.fsync(self._fd)
 
-    def token(self) -> bytes:
+    def version(self) -> bytes:
+        """Of the keys: another one after any of them has changed."""
         return self._shared[64:80]
 
-    def change_token(self) -> None:
+    def change_version(self) -> None:
         self._shared[64:80] = secrets.token_bytes(16)
 
     def close(self) -> None:
@@ -927,12 +925,8 @@ class FileLock:
         # Linux's locks of an open file: POSIX ones vanish as soon as the process
         # closes any other descriptor of the file (fcntl(2)), as `check` would.
         try:
-            if OFD_SETLK:
-                lock = FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
-                fcntl.fcntl(self._fd, OFD_SETLK, lock)
-            else:
-                mode = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX
-                fcntl.lockf(self._fd, mode | fcntl.LOCK_NB, 1, byte)
+            lock = FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, lock)
         except OSError:
             return False
         return True
@@ -1021,6 +1015,30 @@ class Job(Turn):
             self.error = error
 
 
+HOLD = """
+INSERT INTO requests(account, id, key, model, path, stream, slot, state, created, hold)
+SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, 0, ?8, ?10 WHERE
+    (SELECT count(*) FROM requests WHERE key = ?3 AND state = 0) < ?9
+    AND coalesce((SELECT granted - spent - held FROM accounts WHERE id = ?1), 0) >= ?11
+"""
+
+
+def affordable(db: sqlite3.Connection, key: Key, account: Account, quote: Quote) -> int:
+    """The output tokens a choice that can be paid for; raises why none can."""
+    left, running = db.execute(
+        "SELECT (SELECT granted - spent - held FROM accounts WHERE id = ?),"
+        " (SELECT count(*) FROM requests WHERE key = ? AND state = 0)",
+        (account.id, key.id),
+    ).fetchone()
+    most = account.limits.concurrent
+    if running >= most:
+        raise RateLimited(f"Too many requests at once: {most} per key.", 1)
+    tokens = quote.affordable((left or 0) + account.credits)
+    if tokens < 0:
+        raise InsufficientCredits("The account has no credits left for this.")
+    return tokens
+
+
 class Ledger:
     """Credits, leases, keys and windows in one SQLite file, for all workers.
 
@@ -1045,7 +1063,7 @@ class Ledger:
         self._commits = self._synced = 0
         self._keys: set[str] = set()  # ids that have a row
         self._ring: dict[str, tuple] | None = None
-        self._ring_token = b""
+        self._ring_version = b""
         self._unsettled: deque[tuple[Lease, Charge]] = deque()
         self._distrusted = False  # a failed fsync may have lost what it says is clean
         self._create()
@@ -1352,15 +1370,14 @@ class Ledger:
 
         self.write(operation)
 
-    def tally(self, counts: dict[tuple[str, int], int]) -> None:
-        """Adds requests that were refused, by (model, status)."""
-        rows = [(*name, count) for name, count in counts.items()]
-        if rows:
+    def tally(self, counts: Mapping[int, int]) -> None:
+        """Adds requests that were refused, by status; they have no model."""
+        if counts:
             self.write(
                 lambda db: db.executemany(
-                    "INSERT INTO tallies VALUES (?, 'status', ?, ?, 0) ON CONFLICT"
+                    "INSERT INTO tallies VALUES ('', 'status', ?, ?, 0) ON CONFLICT"
                     " DO UPDATE SET requests = requests + excluded.requests",
-                    rows,
+                    counts.items(),
                 )
             )
 
@@ -1382,45 +1399,16 @@ class Ledger:
         `count` is called first, in the same transaction: what it writes is committed
         even where the hold is refused, and it may refuse as well.
         """
-        created = int(time.time() * 1000)
+        row = (account.id, request_id, key.id, model, path, stream, self.slot)
+        row += (int(time.time() * 1000), account.limits.concurrent)
 
         def lease(db: sqlite3.Connection, tokens: int) -> Lease | None:
-            """Holds the cost of so many tokens if the limits allow it."""
-            hold = quote.hold(tokens)
+            hold, declared = quote.hold(tokens), account.credits
             if hold > MAX_HOLD:
                 return None
-            row = (account.id, request_id, key.id, model, path, stream, self.slot)
-            inserted = db.execute(
-                "INSERT INTO requests(account, id, key, model, path, stream, slot, state,"
-                " hold, created) SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, 0, ?8, ?9 WHERE"
-                " (SELECT count(*) FROM requests WHERE key = ?3 AND state = 0) < ?10"
-                " AND coalesce((SELECT granted - spent - held FROM accounts"
-                " WHERE id = ?1), 0) >= ?11",
-                row
-                + (hold, created, account.limits.concurrent, hold - account.credits),
-            ).rowcount
-            if not inserted:
+            if not db.execute(HOLD, (*row, hold, hold - declared)).rowcount:
                 return None
-            return Lease(
-                request_id, account.id, key.name, account.credits, hold, tokens
-            )
-
-        def affordable(db: sqlite3.Connection) -> int:
-            """The tokens that can be paid for, where not all can; or why none."""
-            left, running = db.execute(
-                "SELECT (SELECT granted - spent - held FROM accounts WHERE id = ?),"
-                " (SELECT count(*) FROM requests WHERE key = ? AND state = 0)",
-                (account.id, key.id),
-            ).fetchone()
-            if running >= account.limits.concurrent:
-                raise RateLimited(
-                    f"Too many requests at once: {account.limits.concurrent} per key.",
-                    1,
-                )
-            tokens = quote.affordable((left or 0) + account.credits)
-            if tokens < 0:
-                raise InsufficientCredits("The account has no credits left for this.")
-            return tokens
+            return Lease(request_id, account.id, key.name, declared, hold, tokens)
 
         def operation(db: sqlite3.Connection) -> Lease:
             count()
@@ -1430,7 +1418,8 @@ class Ledger:
                     " VALUES (?, ?, ?, ?, 0) ON CONFLICT DO NOTHING",
                     (key.id, account.id, key.name, key.hint),
                 )
-            return lease(db, quote.tokens) or lease(db, affordable(db))
+            whole = lease(db, quote.tokens)
+            return whole or lease(db, affordable(db, key, account, quote))
 
         held = self.write(operation)
         self._keys.add(key.id)
@@ -1496,17 +1485,18 @@ class Ledger:
     def find_key(self, hash: str) -> tuple | None:
         """(account, name, hint, admin, revoked, hash, made) of the key with this hash.
 
-        All keys made here or revoked are kept in memory; a token that is shared with
-        all processes tells when to read them again.
+        All keys made here or revoked are kept in memory; a version that is shared
+        with all processes tells when to read them again.
         """
-        token = self._lock.token()
-        if self._ring is None or token != self._ring_token:
+        version = self._lock.version()
+        if self._ring is None or version != self._ring_version:
             rows = self.read(
                 "SELECT k.id, k.account, k.name, k.hint, k.admin, k.revoked, k.hash,"
                 " a.made FROM keys k LEFT JOIN accounts a ON a.id = k.account"
                 " WHERE k.hash IS NOT NULL OR k.revoked IS NOT NULL"
             )
-            self._ring, self._ring_token = {id: row for id, *row in rows}, token
+            self._ring = {id: row for id, *row in rows}
+            self._ring_version = version
         return self._ring.get(key_id(hash))
 
     def forget_keys(self) -> None:
@@ -1517,14 +1507,14 @@ class Ledger:
         try:
             return self.write(operation, durable=True)
         finally:
-            self._lock.change_token()
+            self._lock.change_version()
 
-    def make_account(self, id: str, declared: bool = False) -> bool:
+    def make_account(self, id: str) -> bool:
         """Makes the account at run time; False if there is one already."""
 
         def operation(db: sqlite3.Connection) -> bool:
             row = db.execute("SELECT made FROM accounts WHERE id = ?", (id,)).fetchone()
-            if declared or (row and row[0]):
+            if row and row[0]:
                 return False
             db.execute(
                 "INSERT INTO accounts(id, made, created) VALUES (?, 1, ?)"
@@ -1569,7 +1559,8 @@ class Ledger:
         def operation(db: sqlite3.Connection) -> None:
             now = int(time.time())
             db.execute(
-                "INSERT INTO grants(account, amount, note, created) VALUES (?, ?, ?, ?)",
+                "INSERT INTO grants(account, amount, note, created)"
+                " VALUES (?, ?, ?, ?)",
                 (account, amount, note, now),
             )
             db.execute(
@@ -1580,9 +1571,10 @@ class Ledger:
 
         self.write(operation, durable=True)
 
-    def has_account(self, id: str) -> bool:
-        """Whether the account was made at run time."""
-        return bool(self.read("SELECT 1 FROM accounts WHERE id = ? AND made", id))
+    def made(self, id: str) -> bool | None:
+        """Whether the account was made at run time; None if it has no row."""
+        rows = self.read("SELECT made FROM accounts WHERE id = ?", id)
+        return bool(rows[0][0]) if rows else None
 
     # Proof and upkeep
 
@@ -1593,8 +1585,8 @@ class Ledger:
         it does not know (any more), whose grants are not known then.
         """
         with self.snapshot() as db:
-            wrong = [row[0] for row in db.execute("PRAGMA quick_check")]
-            wrong = [] if wrong == ["ok"] else wrong
+            pages = db.execute("PRAGMA quick_check")
+            wrong = [text for (text,) in pages if text != "ok"]
             rows = db.execute(
                 "SELECT a.id, granted, spent, held, a.lost, coalesce(g.s, 0),"
                 " coalesce(r.cost, 0), coalesce(r.hold, 0), coalesce(r.lost, 0),"
@@ -1615,16 +1607,12 @@ class Ledger:
             ).fetchone()[0]
         if orphans:
             wrong.append(f"{orphans} rows belong to no account")
-        for id, granted, spent, held, lost, grants, cost, hold, losses, usage in rows:
-            sums = {"granted": (granted, grants), "spent": (spent, cost)}
-            sums |= {
-                "held": (held, hold),
-                "lost": (lost, losses),
-                "usage": (spent, usage),
-            }
-            for name, (kept, summed) in sums.items():
-                if kept != summed:
-                    wrong.append(f"{id}: {name} is {kept}, its rows sum to {summed}")
+        for id, granted, spent, held, lost, *sums in rows:
+            kept = {"granted": granted, "spent": spent, "held": held}
+            kept |= {"lost": lost, "usage": spent}
+            for (name, amount), total in zip(kept.items(), sums):
+                if amount != total:
+                    wrong.append(f"{id}: {name} is {amount}, its rows sum to {total}")
             own = declared(id)
             if own is not None and granted + own - spent - held < 0:
                 wrong.append(f"{id}: spent and held exceed what was granted")
@@ -1688,6 +1676,8 @@ class LedgerStorage(Storage, MovingWindowSupport):
 
     def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
         """Adds `amount` hits unless `limit` of them are younger than `expiry` s."""
+        if amount > limit:
+            return False
         oldest = -MOMENT * (limit - amount + 1)
 
         def operation(db: sqlite3.Connection) -> tuple[bool, bytes, int]:
@@ -1696,15 +1686,14 @@ class LedgerStorage(Storage, MovingWindowSupport):
             rows = db.execute(
                 "INSERT INTO windows VALUES (?1, ?2) ON CONFLICT DO UPDATE"
                 " SET hits = substr(CAST(hits || excluded.hits AS BLOB), ?3)"
-                " WHERE length(hits) < -?4 OR substr(hits, ?4, ?5) <= ?6 RETURNING hits",
+                " WHERE length(hits) < -?4 OR substr(hits, ?4, ?5) <= ?6"
+                " RETURNING hits",
                 (key, moment(now) * amount, -MOMENT * limit, oldest, MOMENT, since),
             ).fetchall()
             fits = bool(rows)
             rows = rows or db.execute(WINDOW, (key,)).fetchall()
             return fits, rows[0][0], now
 
-        if amount > limit:
-            return False
         fits, hits, now = self._ledger.write(operation, single=True)
         self._last.window = key, *self._stats(hits, now, expiry)
         return fits
@@ -1765,7 +1754,7 @@ class Usage:
     estimated: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Call:
     """One request as the client made it; `size` is its body's UTF-8 bytes."""
 
@@ -1826,13 +1815,11 @@ def cost(usage: Usage, price: Price) -> int:
 
 def estimate(call: Call, relayed: int) -> Usage:
     """The usage of an answer that was not reported; `relayed` bytes of its text."""
-    input, output = (
-        -(-size // BYTES_PER_TOKEN) for size in (call.text_size(), relayed)
-    )
-    return Usage(input, 0, output, estimated=True)
+    input = -(-call.text_size() // BYTES_PER_TOKEN)
+    return Usage(input, 0, -(-relayed // BYTES_PER_TOKEN), estimated=True)
 
 
-def read_usage(document: Any) -> Usage | None:
+def read_usage(document: dict[str, Any]) -> Usage | None:
     """The usage that an answer or event reports; None if none is to be believed.
 
     Both of OpenAI's namings, and DeepSeek's cache hits (top level of `usage`).
@@ -2031,13 +2018,18 @@ def event_data(event: bytes) -> bytes:
     return b"\n".join(line[5:].removeprefix(b" ") for line in lines)
 
 
-def event_document(event: bytes) -> dict[str, Any]:
-    """The JSON object that an event carries, or an empty one."""
+def json_object(data: bytes) -> dict[str, Any]:
+    """The JSON object that an upstream sent, or an empty one for anything else."""
     try:
-        document = json.loads(event_data(event))
+        document = json.loads(data)
     except (ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
+
+
+def event_document(event: bytes) -> dict[str, Any]:
+    """The JSON object that an event carries, or an empty one."""
+    return json_object(event_data(event))
 
 
 def is_notable(block: bytes) -> bool:
@@ -2057,7 +2049,7 @@ def is_notable(block: bytes) -> bool:
 
 
 def has_value(block: bytes, name: bytes) -> bool:
-    """Whether a member of this name is anything but null; text has its quotes escaped."""
+    """Whether a member of this name is not null; quotes in a text are escaped."""
     count = block.count(name)
     nulls = block.count(name + b":null") if count else 0
     return count > nulls and count > nulls + block.count(name + b": null")
@@ -2144,7 +2136,7 @@ class Watch:
         self.chunked = chunked and type(client) is socket.socket
         self.reason: str | None = None
         now = time.monotonic()
-        self.deadline, self.heard, self.stall = now + ANSWER_TIMEOUT, now, None
+        self.deadline, self.heard, self.stall = now + ANSWER_TIMEOUT, now, math.inf
         self._upstream: socket.socket | None = None
         self._lock = threading.Lock()
         self._sleeper: threading.Event | None = None
@@ -2190,8 +2182,7 @@ class Watch:
         self.check()
 
     def overdue(self, now: float) -> bool:
-        stalled = self.stall is not None and now - self.heard > self.stall
-        return now > self.deadline or stalled
+        return now > self.deadline or now - self.heard > self.stall
 
 
 class Carried(Turn):
@@ -2207,7 +2198,7 @@ class Carried(Turn):
         """One step; whether it is the last."""
         try:
             return self.step()
-        except BaseException as error:  # noqa: BLE001 - it is the relay's to handle
+        except BaseException as error:  # the relay raises it
             self.error = error
             return True
 
@@ -2237,7 +2228,7 @@ class Watcher:
     def draining(self) -> bool:
         return self._drain is not None
 
-    def add(self, watch: Watch, capacity: int = 1 << 30) -> bool:
+    def add(self, watch: Watch, capacity: float = math.inf) -> bool:
         """Watches it, unless that makes more than `capacity` at once."""
         with self._lock:
             if self.draining or len(self._watches) >= capacity:
@@ -2305,7 +2296,7 @@ class Watcher:
                 if now - looked > WATCH_INTERVAL / 2:
                     self._deadlines(now)
                     looked = now
-            except Exception:  # noqa: BLE001
+            except Exception:
                 # A socket or the set changed under our hands: look again. Whatever
                 # it was, without this thread no stream would go on.
                 continue
@@ -2375,9 +2366,8 @@ class Reply:
 
     def __init__(self, sock: socket.socket):
         self._sock, self._buffer = sock, b""
-        self._left: int | None = (
-            0  # bytes of the body, or of the chunk; None: to the end
-        )
+        # Bytes to come of the body, or of the chunk; None: to the connection's end.
+        self._left: int | None = 0
         self._chunked = self.ended = False
         for _ in range(MAX_INFORMATIONAL):
             self._read_head()
@@ -2445,10 +2435,8 @@ class Reply:
             elif self._left is None:
                 data, self._buffer = self._buffer, b""
             else:
-                data, self._buffer = (
-                    self._buffer[: self._left],
-                    self._buffer[self._left :],
-                )
+                left = self._left
+                data, self._buffer = self._buffer[:left], self._buffer[left:]
                 self._left -= len(data)
                 self.ended = not self._left
             if data:
@@ -2505,7 +2493,7 @@ class Reply:
             raise ValueError("no chunk size") from None
 
     def _skip_trailers(self, at: int, end: int) -> int:
-        """The place after the last chunk and its trailers, or `at` until they are here."""
+        """Where the body's trailers end, or `at` until all of them are here."""
         last = self._buffer.find(b"\r\n\r\n", end)
         if last < 0:
             if len(self._buffer) - end > MAX_HEAD:
@@ -2803,7 +2791,7 @@ class OpenAI(Dialect):
         if status in CLIENT_STATUS:
             return refusal(status, answer.read_all(1 << 20), self.upstream.key)
         if status in BUSY_STATUS:
-            return UpstreamFailed(reason, seconds(answer.retry_after), clean=True)
+            return UpstreamFailed(reason, retry_seconds(answer.retry_after), clean=True)
         if status in REFUSED_STATUS:
             return UpstreamFailed(reason, clean=True)
         if status >= 500:
@@ -2811,20 +2799,15 @@ class OpenAI(Dialect):
         return UpstreamFailed(f"{reason}, {answer.kind or 'no content type'}")
 
 
-def seconds(retry_after: str | None) -> int:
-    """Whole seconds, 1 to 60, out of an upstream's Retry-After."""
-    text = (retry_after or "").strip()
+def retry_seconds(text: str) -> int:
+    """Whole seconds, 1 to 60, out of an upstream's Retry-After; 2 if it names none."""
     return max(1, min(60, int(text))) if text.isdecimal() and len(text) < 6 else 2
 
 
 def refusal(status: int, data: bytes, key: str) -> Refused:
     """The client's own mistake as the upstream tells it: OpenAI's form, an error
     that is a text (vLLM), FastAPI's `detail`. The operator's key is cut out."""
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError):
-        document = {}
-    document = document if isinstance(document, dict) else {}
+    document = json_object(data)
     error = document.get("error") or document.get("detail") or document
     message = error.get("message") if isinstance(error, dict) else error
     if not isinstance(message, str):
@@ -2909,9 +2892,8 @@ class ImageDialect(Dialect):
         images = next(steps)
         if call.stream:
             answer = Answer((), True, images=0)
-            answer.pieces = self._events(
-                answer, call.model, itertools.chain([images], steps)
-            )
+            steps = itertools.chain([images], steps)
+            answer.pieces = self._events(answer, call.model, steps)
             return answer
         while images is None:
             images = next(steps)
@@ -2944,8 +2926,8 @@ class ImageDialect(Dialect):
                 spoken = time.monotonic()
                 yield b": the image is being made\n"
         answer.images = 1
-        delta = {"role": "assistant", "content": image_url(images[0])}
-        for delta, finish in ((delta, None), ({}, "stop")):
+        whole = {"role": "assistant", "content": image_url(images[0])}
+        for delta, finish in ((whole, None), ({}, "stop")):
             choice = {"index": 0, "delta": delta, "finish_reason": finish}
             yield sse(head | {"choices": [choice]})
         yield sse(head | {"choices": [], "usage": NO_TOKENS})
@@ -2960,16 +2942,9 @@ class Images(ImageDialect):
 
     scheme = "images"
     members = (
-        "n",
-        "size",
-        "seed",
-        "watermark",
-        "quality",
-        "style",
-        "background",
-        "user",
-    )
-    members += ("guidance_scale", "image", "response_format", "output_format")
+        "n size seed watermark quality style background user"
+        " guidance_scale image response_format output_format"
+    ).split()
 
     def __init__(self, upstream: UpstreamConfig):
         super().__init__(upstream)
@@ -3014,12 +2989,10 @@ class Images(ImageDialect):
         except Refused as refused:
             raise policy_refusal(refused.code) or refused from None
         try:
-            document = json.loads(answer.read_all())
-        except (ValueError, RecursionError):
-            document = None
+            document = json_object(answer.read_all())
         finally:
             answer.close()
-        if isinstance(document, dict) and count_images(document):
+        if count_images(document):
             return document
         raise image_failure(document)
 
@@ -3049,9 +3022,8 @@ def moderated() -> Refused:
     return Refused(400, message, "content_policy_violation", None)
 
 
-def image_failure(document: Any) -> ProxyError:
+def image_failure(document: dict[str, Any]) -> ProxyError:
     """Why a 200 without an image has none: its own error, or its first entry's."""
-    document = document if isinstance(document, dict) else {}
     data = document.get("data")
     for holder in [document, *(data if isinstance(data, list) else [])]:
         error = holder.get("error") if isinstance(holder, dict) else None
@@ -3147,12 +3119,9 @@ class JiMeng(ImageDialect):
         connection = Connection(self.pool, watch)
         answer = connection.post(f"{self.upstream.path}/?{query}", body, headers)
         try:
-            reply = json.loads(answer.read_all(1 << 20))
-        except (ValueError, RecursionError):
-            reply = None
+            reply = json_object(answer.read_all(1 << 20))
         finally:
             answer.close()
-        reply = reply if isinstance(reply, dict) else {}
         data = reply.get("data")
         if reply.get("code") == 10000 and isinstance(data, dict):
             return data
@@ -3192,10 +3161,8 @@ def volcengine_signature(
 
     `query` is sorted and percent-encoded; `secret` is used as it is, not decoded.
     """
-    date, digest = (
-        time.strftime("%Y%m%dT%H%M%SZ", now),
-        hashlib.sha256(body).hexdigest(),
-    )
+    date = time.strftime("%Y%m%dT%H%M%SZ", now)
+    digest = hashlib.sha256(body).hexdigest()
     signed = {"content-type": "application/json", "host": host}
     signed |= {"x-content-sha256": digest, "x-date": date}
     names = ";".join(signed)
@@ -3307,10 +3274,11 @@ class Relay:
         self._answer: Answer | None = None
         self._started = time.monotonic()
         self._ttfb: int | None = None
-        self._usage: Usage | None = None
+        self._usage: Usage | None = None  # as the upstream reported it
         self._relayed = 0  # bytes of the answer's text
         self._finishes: set[Any] = set()  # indices of choices that have their finish
-        self._ended = self._resolved = self._closed = False
+        self._ended = self._closed = False
+        self.charge: Charge | None = None  # how it ended, once the ledger was told
         self._names: tuple[bytes, bytes] | None = None
         self._buffer: EventBuffer | None = None
         self._block: bytes | None = b""
@@ -3327,8 +3295,8 @@ class Relay:
                 return Response(self, 200, STREAM_HEADERS, None, kind, True)
             body = self._whole()
         except Ended as ended:
-            self._abandon(499 if ended.args[0] == "client" else 503)
-            raise UpstreamFailed(ended.args[0]) from None
+            self._abandon(499 if str(ended) == "client" else 503)
+            raise UpstreamFailed(str(ended)) from None
         except ProxyError as error:
             self._abandon(error.status)
             raise
@@ -3365,9 +3333,9 @@ class Relay:
         body = {**self.model.defaults, **self.call.body, "model": upstream_id}
         if not self.model.price.output or self.call.path in NO_OUTPUT:
             return body
-        named = [name for name in CAPS if body.get(name)]
-        for name in named or filter(None, [dialect.cap_name(self.call)]):
-            body[name] = min(body.get(name) or MAX_TOKENS, self.lease.tokens)
+        caps = [name for name in CAPS if body.get(name)]
+        for name in caps or filter(None, [dialect.cap_name(self.call)]):
+            body[name] = min(body.get(name) or self.lease.tokens, self.lease.tokens)
         return body
 
     # JSON
@@ -3401,10 +3369,10 @@ class Relay:
         try:
             yield from self._blocks()
         except Ended as ended:
-            if ended.args[0] != "client":
-                yield self._break(ended.args[0])
+            if str(ended) != "client":
+                yield self._break(UpstreamFailed(str(ended)))
         except ProxyError as error:
-            yield self._break(getattr(error, "reason", error.code), error)
+            yield self._break(error)
 
     def _blocks(self) -> Iterator[bytes]:
         """Blocks of whole events as they come; the charge is written before the end."""
@@ -3549,11 +3517,11 @@ class Relay:
         if self._ttfb is None:
             self._ttfb = int((now - self._started) * 1000)
 
-    def _break(self, reason: str, error: ProxyError | None = None) -> bytes:
+    def _break(self, error: ProxyError) -> bytes:
         """The error event that ends a stream which could not end well."""
-        self._services.log.note("stream", request=self.lease.id, reason=reason)
+        self._services.log.note("stream", request=self.lease.id, reason=error.reason)
         self._resolve_now_or_later(503)
-        return b"data: " + (error or UpstreamFailed(reason)).envelope() + b"\n\n"
+        return b"data: " + error.envelope() + b"\n\n"
 
     def _rename(self, block: bytes) -> bytes:
         """The block with the client's name of the model where the upstream's stood."""
@@ -3604,16 +3572,10 @@ class Relay:
             int((time.monotonic() - self._started) * 1000),
         )
 
-    def _resolve(self, status: int, free: bool = False) -> None:
-        """Writes how the request ended into the ledger, and one line into the log."""
+    def _resolve(self, status: int) -> None:
+        """Writes how the request ended into the ledger; raises LedgerUnavailable."""
         charge = self._charge(status)
-        if free:
-            charge = Charge(status, ttfb=charge.ttfb, duration=charge.duration)
         self._services.ledger.resolve(self.lease, charge)
-        self._done(charge)
-
-    def _done(self, charge: Charge) -> None:
-        self._resolved = True
         self.charge = charge
 
     def _settle_patiently(self) -> None:
@@ -3627,25 +3589,23 @@ class Relay:
                     raise
             self.watch.sleep(0.25)
 
-    def _resolve_now_or_later(self, status: int, free: bool = False) -> None:
+    def _resolve_now_or_later(self, status: int) -> None:
         """Never raises: what cannot be written now is kept and written later."""
-        if self._resolved:
+        if self.charge is not None:
             return
         try:
-            self._resolve(status, free)
+            self._resolve(status)
         except LedgerUnavailable as error:
-            charge = self._charge(status)
-            if free:
-                charge = Charge(status)
-            self._services.ledger.resolve_later(self.lease, charge)
+            self.charge = self._charge(status)
+            self._services.ledger.resolve_later(self.lease, self.charge)
             self._services.log.note(
                 "ledger", request=self.lease.id, reason=error.reason
             )
-            self._done(charge)
 
     def _abandon(self, status: int) -> None:
         """Ends a request whose answer never began: free."""
-        self._resolve_now_or_later(status, free=True)
+        self._usage = None
+        self._resolve_now_or_later(status)
         self.close()
 
     def close(self) -> None:
@@ -3739,9 +3699,9 @@ class Services:
     upstreams: Upstreams
     watcher: Watcher
     log: RequestLog
-    capacity: int
-    limiter: Limiter | None = None
-    refused: Counter[tuple[str, int]] = field(default_factory=Counter)
+    limiter: Limiter
+    capacity: float
+    refused: Counter[int] = field(default_factory=Counter)
     pid: int = field(default_factory=os.getpid)
     closed: threading.Event = field(default_factory=threading.Event)
 
@@ -3754,7 +3714,7 @@ class Services:
         while not self.closed.wait(UPKEEP_INTERVAL):
             try:
                 self.tidy()
-            except Exception as error:  # noqa: BLE001 - nothing may end this thread
+            except Exception as error:  # nothing may end this thread
                 self.log.note("upkeep", reason=type(error).__name__)
 
     def reload(self) -> None:
@@ -3783,6 +3743,14 @@ class Services:
         self.ledger.close()
 
 
+def made_key(
+    config: Config, id: str, account: str, name: str, hint: str, hash: str, admin: int
+) -> Key:
+    """A key made at run time, out of its row; an admin account's keys are admin's."""
+    admins = bool(admin) or config.account(account).admin
+    return Key(id, name, account, hash, hint, admins, "proxy.db")
+
+
 def identify(services: Services, header: str) -> tuple[Key, Account]:
     """The key and account of an Authorization header, or Unauthorized."""
     scheme, _, bearer = header.partition(" ")
@@ -3791,61 +3759,61 @@ def identify(services: Services, header: str) -> tuple[Key, Account]:
         raise Unauthorized
     hash, config = sha256(bearer), services.config
     key = config.keys.get(key_id(hash))
-    row = services.ledger.find_key(hash)
-    if key is None and row is not None and row[5] == hash:
-        account, name, hint, admin, _, _, made = row
-        if made or account in config.accounts:
-            admin = bool(admin) or config.account(account).admin
-            key = Key(key_id(hash), name, account, hash, hint, admin, "proxy.db")
-    if key is None or key.hash != hash or (row and row[4]):
+    if row := services.ledger.find_key(hash):
+        account, name, hint, admin, revoked, stored, made = row
+        if revoked:
+            raise Unauthorized
+        if key is None and stored == hash and (made or account in config.accounts):
+            key = made_key(config, key_id(hash), account, name, hint, hash, admin)
+    if key is None or key.hash != hash:
         raise Unauthorized
     return key, config.account(key.account)
 
 
-def create_app(
-    keys: ConfigFile | str | os.PathLike | None = None,
-    db: str | os.PathLike | None = None,
-    capacity: int = 1 << 30,
-) -> Flask:
-    """The WSGI application of one worker process.
+def build_app(config_file: ConfigFile, db: str, capacity: float = math.inf) -> Flask:
+    """The application out of an opened keys.json; `capacity` bounds its relays at once.
 
-    keys, db: the two files; by default PROXY_KEYS and PROXY_DB as on the command
-    line. capacity: requests relayed at once. Raises ConfigError, LedgerUnavailable.
+    Raises LedgerUnavailable. Its Services are the extension "proxy"; they are closed
+    by whoever made it, if ever.
     """
-    config_file = keys if isinstance(keys, ConfigFile) else None
-    keys, db = default_files(config_file.path if config_file else keys, db)
-    config_file = config_file or ConfigFile(keys)
     ledger = Ledger(db)
     try:
         ledger.claim()
     except LedgerUnavailable:
         ledger.close()
         raise
-    services = Services(
-        config_file, ledger, Upstreams(), Watcher(), RequestLog(), capacity
-    )
-    services.reload()  # the file may have changed since the master read it
-    app = Flask("proxy", static_folder=None)
-    app.extensions["proxy"] = services
-    app.url_map.strict_slashes = app.url_map.merge_slashes = False
-    threading.Thread(target=services.upkeep, name="upkeep", daemon=True).start()
-    services.limiter = limiter = Limiter(
+    limiter = Limiter(
         key_func=lambda: g.key.id,
         storage_uri="sqlite://",
         storage_options={"ledger": ledger},
         strategy="moving-window",
     )
+    parts = (Upstreams(), Watcher(), RequestLog(), limiter, capacity)
+    services = Services(config_file, ledger, *parts)
+    services.reload()  # the file may have changed since the master read it
+    threading.Thread(target=services.upkeep, name="upkeep", daemon=True).start()
+    app = Flask("proxy", static_folder=None)
+    app.url_map.strict_slashes = app.url_map.merge_slashes = False
     # Known to the app already, Flask-Limiter adds none of its hooks. They would look
     # for the limits of each view, again for every request, at 15% of its CPU; the one
     # hook here knows them and asks Flask-Limiter's strategy and storage itself.
-    app.extensions["limiter"] = {limiter}
+    app.extensions |= {"proxy": services, "limiter": {limiter}}
     limiter.init_app(app)
-    add_hooks(app, services)
-    add_routes(app, services)
-    add_account_routes(app, services)
-    add_admin_routes(app, services)
-    add_pages(app, services)
+    for add in PARTS:
+        add(app, services)
     return app
+
+
+def create_app(
+    keys: str | os.PathLike | None = None, db: str | os.PathLike | None = None
+) -> Flask:
+    """The WSGI application of one worker process.
+
+    keys, db: the two files; by default PROXY_KEYS and PROXY_DB as on the command
+    line. Raises ConfigError, LedgerUnavailable.
+    """
+    keys, db = default_files(keys, db)
+    return build_app(ConfigFile(keys), db)
 
 
 def default_files(
@@ -3881,7 +3849,7 @@ def count_request(services: Services, here: Any, relayed: bool) -> Callable[[], 
 
 
 def add_hooks(app: Flask, services: Services) -> None:
-    """Who asks, what every answer carries, and how failures are told."""
+    """Who asks, and what every answer carries."""
 
     @app.before_request
     def authenticate() -> None:
@@ -3915,14 +3883,14 @@ def add_hooks(app: Flask, services: Services) -> None:
             add("x-ratelimit-reset-requests", f"{left:.3f}s")
         return response
 
-    def count_refusal(status: int) -> None:
-        """Counts for the metrics what the ledger does not hold."""
-        if request.endpoint == "relay" and not g.get("admitted"):
-            services.refused["", status] += 1
+
+def add_error_handlers(app: Flask, services: Services) -> None:
+    """How failures are told, counted and logged."""
 
     @app.errorhandler(ProxyError)
     def refused(error: ProxyError) -> Response:
-        count_refusal(error.status)
+        if request.endpoint == "relay" and not g.get("admitted"):
+            services.refused[error.status] += 1  # the ledger has no row of it
         if isinstance(error, LedgerUnavailable):
             services.log.note("ledger", request=g.request_id, reason=error.reason)
         return tell(error)
@@ -3963,38 +3931,42 @@ def add_routes(app: Flask, services: Services) -> None:
 
     @app.get("/v1/models")
     def models() -> Response:
-        entries = [model_entry(services.config, model) for model in usable(services)]
-        return json_response({"object": "list", "data": entries})
+        config = services.config
+        allowed = usable(config, g.account)
+        return list_response([model_entry(config, model) for model in allowed])
 
     @app.get("/v1/models/<path:id>")
     def model(id: str) -> Response:
         return json_response(model_entry(services.config, find_model(services, id)))
 
 
-def add_account_routes(app: Flask, services: Services) -> None:
-    """What an account may see and do of its own; for admin keys, of any account.
+def account_routes(app: Flask, services: Services) -> Callable:
+    """What adds a view under /v1/account and, for admin keys, /v1/accounts/ID.
 
-    Each view gets the account's id: its own, or the one in an admin's path.
+    The view gets the account's id first: the key's own, or the one in the path.
     """
-    config_file, ledger = services.config_file, services.ledger
 
     def route(path: str, method: str = "GET") -> Callable:
-        """The route under /v1/account, and for admins under /v1/accounts/ID."""
-
-        def register(view: Callable) -> Callable:
+        def add(view: Callable) -> None:
             def own(**values: str) -> Response:
                 return view(g.key.account, **values)
 
-            def any(account: str, **values: str) -> Response:
-                live = request.method == "POST"
+            def other(account: str, **values: str) -> Response:
+                live = method == "POST"
                 return view(known_account(services, account, live), **values)
 
-            for base, function in (("/v1/account", own), (ONE_ACCOUNT, any)):
+            for base, function in (("/v1/account", own), (ONE_ACCOUNT, other)):
                 name = f"{function.__name__}_{view.__name__}"
                 app.add_url_rule(base + path, name, function, methods=[method])
-            return view
 
-        return register
+        return add
+
+    return route
+
+
+def add_account_routes(app: Flask, services: Services) -> None:
+    """What an account may see of its own; for admin keys, of any account."""
+    route, ledger = account_routes(app, services), services.ledger
 
     @route("")
     def account(id: str) -> Response:
@@ -4003,27 +3975,33 @@ def add_account_routes(app: Flask, services: Services) -> None:
     @route("/usage")
     def usage(id: str) -> Response:
         days = integer_argument("days", 30, 366)
-        rows = usage_rows(ledger, id, days)
-        return json_response({"object": "list", "days": days, "data": rows})
+        return list_response(usage_rows(ledger, id, days), days=days)
 
     @route("/requests")
     def requests(id: str) -> Response:
         limit = integer_argument("limit", 50, 200)
-        rows = receipts(ledger, id, limit + 1, request.args.get("after"))
-        more = len(rows) > limit
-        return json_response({"object": "list", "data": rows[:limit], "has_more": more})
+        low = moment_id("since") or ""
+        high = moment_id("until") or "s"  # above all ids
+        high = min(high, request.args.get("after") or high)
+        rows = receipts(ledger, id, low, high, limit + 1)
+        return list_response(rows[:limit], has_more=len(rows) > limit)
 
     @route("/requests/<request_id>")
     def receipt(id: str, request_id: str) -> Response:
-        rows = receipts(ledger, id, 1, only=request_id)
+        # No id of a request begins with another's.
+        rows = receipts(ledger, id, request_id, request_id + " ", 1)
         if not rows:
             raise NotFound("This account has made no such request.")
         return json_response(rows[0])
 
+
+def add_key_routes(app: Flask, services: Services) -> None:
+    """An account's keys: lists, makes and revokes them."""
+    route, ledger = account_routes(app, services), services.ledger
+
     @route("/keys")
     def keys(id: str) -> Response:
-        rows = list_keys(config_file.current, ledger, id)
-        return json_response({"object": "list", "data": rows})
+        return list_response(list_keys(services.config, ledger, id))
 
     @route("/keys", "POST")
     def make_key(id: str) -> Response:
@@ -4053,14 +4031,11 @@ def add_admin_routes(app: Flask, services: Services) -> None:
     @app.get("/v1/accounts")
     def accounts() -> Response:
         admin_only()
-        limit, after = (
-            integer_argument("limit", 100, 1000),
-            request.args.get("after", ""),
-        )
+        limit = integer_argument("limit", 100, 1000)
+        after = request.args.get("after", "")
         ids = [id for id in all_accounts(services.config, ledger) if id > after]
         rows = [account_entry(services, id) for id in ids[:limit]]
-        more = len(ids) > limit
-        return json_response({"object": "list", "data": rows, "has_more": more})
+        return list_response(rows, has_more=len(ids) > limit)
 
     @app.post("/v1/accounts")
     def make_account() -> Response:
@@ -4068,7 +4043,7 @@ def add_admin_routes(app: Flask, services: Services) -> None:
         body = small_body("id credits")
         id = named(account_name, body.get("id"), "id")
         amount = named(to_micro, body.get("credits", 0), "credits")
-        if not ledger.make_account(id, declared=id in services.config.accounts):
+        if id in services.config.accounts or not ledger.make_account(id):
             raise BadRequest("There is an account of this name already.", param="id")
         if amount:
             ledger.grant(id, amount, "at the start")
@@ -4087,9 +4062,8 @@ def add_admin_routes(app: Flask, services: Services) -> None:
     def metrics() -> Response:
         admin_only()
         text = "".join(f"{line}\n" for line in metric_lines(services))
-        return Response(
-            text, 200, None, None, "text/plain; version=0.0.4; charset=utf-8"
-        )
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return Response(text, content_type=kind)
 
 
 def add_pages(app: Flask, services: Services) -> None:
@@ -4124,9 +4098,8 @@ def known_account(services: Services, id: str, live: bool = False) -> str:
     """`id` if an admin asks and there is such an account; `live`: one that keys and
     credits are good for, not one that keys.json has lost."""
     admin_only()
-    made = services.ledger.has_account(id)
-    listed = id in all_accounts(services.config, services.ledger)
-    if not (made or id in services.config.accounts or (listed and not live)):
+    made = services.ledger.made(id)
+    if not (made or id in services.config.accounts or (made is False and not live)):
         raise NotFound("There is no such account.")
     return id
 
@@ -4160,10 +4133,14 @@ def json_response(document: Any, status: int = 200) -> Response:
     return Response(to_json(document), status, None, None, "application/json")
 
 
-def usable(services: Services) -> list[Model]:
-    """The models that this request's account may use."""
-    models = services.config.models.values()
-    return [model for model in models if g.account.may_use(model.id)]
+def list_response(rows: list[dict[str, Any]], **more: Any) -> Response:
+    """A list as OpenAI has it; `more` are members beside it."""
+    return json_response({"object": "list", "data": rows} | more)
+
+
+def usable(config: Config, account: Account) -> list[Model]:
+    """The models that an account may use."""
+    return [model for model in config.models.values() if account.may_use(model.id)]
 
 
 def find_model(services: Services, id: str) -> Model:
@@ -4186,29 +4163,25 @@ def model_entry(config: Config, model: Model) -> dict[str, Any]:
     }
 
 
-def list_keys(
+def find_keys(
     config: Config, ledger: Ledger, account: str | None = None
-) -> list[dict[str, Any]]:
-    """All keys of one account, or of all: declared, then made at run time."""
+) -> Iterator[tuple[Key, tuple[int | None, ...]]]:
+    """All keys of one account, or of all: declared, then made at run time; each with
+    when it was created, used and revoked (unix seconds)."""
     rows = {
-        row[0]: row[1:]
-        for row in ledger.read(
+        id: row
+        for id, *row in ledger.read(
             "SELECT id, account, name, hint, hash, admin, created, used, revoked"
             " FROM keys WHERE ?1 IS NULL OR account = ?1 ORDER BY created, id",
             account,
         )
     }
-    out = []
     for key in config.keys.values():
         if account in (None, key.account):
-            created, used, revoked = rows.pop(key.id, (None,) * 8)[5:]
-            out.append(key_entry(key, created, used, revoked))
+            yield key, rows.pop(key.id, (None,) * 8)[5:]
     for id, (owner, name, hint, hash, admin, *times) in rows.items():
         if hash:
-            admin = bool(admin) or config.account(owner).admin
-            key = Key(id, name, owner, hash, hint, admin, "proxy.db")
-            out.append(key_entry(key, *times))
-    return out
+            yield made_key(config, id, owner, name, hint, hash, admin), times
 
 
 def key_entry(
@@ -4227,14 +4200,19 @@ def key_entry(
     }
 
 
+def list_keys(
+    config: Config, ledger: Ledger, account: str | None = None
+) -> list[dict[str, Any]]:
+    return [key_entry(key, *times) for key, times in find_keys(config, ledger, account)]
+
+
 def known_key(
     config: Config, ledger: Ledger, id: str, account: str | None = None
 ) -> Key:
     """The key with this id, of this account if one is named; or NotFound."""
-    for entry in list_keys(config, ledger, account):
-        if entry["id"] == id:
-            names = (entry["name"], entry["account"], "", entry["hint"])
-            return Key(id, *names, entry["admin"], entry["source"])
+    for key, _ in find_keys(config, ledger, account):
+        if key.id == id:
+            return key
     raise NotFound("There is no such key.")
 
 
@@ -4252,7 +4230,7 @@ def balance(config: Config, ledger: Ledger, account: str) -> dict[str, Any]:
     granted += config.account(account).credits
     parts = {"granted": granted, "spent": spent, "held": held}
     parts["available"] = max(0, granted - spent - held)
-    return {"account": account} | {k: to_credits(v) for k, v in parts.items()}
+    return {name: to_credits(micro) for name, micro in parts.items()}
 
 
 def account_entry(services: Services, id: str) -> dict[str, Any]:
@@ -4260,7 +4238,6 @@ def account_entry(services: Services, id: str) -> dict[str, Any]:
     config, ledger = services.config, services.ledger
     keys = [key for key in list_keys(config, ledger, id) if not key["revoked"]]
     credits = balance(config, ledger, id)
-    del credits["account"]
     admin = config.account(id).admin
     return {"id": id, "admin": admin, "credits": credits, "keys": len(keys)}
 
@@ -4280,8 +4257,7 @@ def describe_account(services: Services, id: str) -> dict[str, Any]:
         entry["live"] = live_use(services, account)
     entry["models"] = [
         {"id": model.id, "about": model.about, "price": price_entry(model.price)}
-        for model in config.models.values()
-        if account.may_use(model.id)
+        for model in usable(config, account)
     ]
     entry["keys"] = list_keys(config, ledger, id)
     return entry
@@ -4316,32 +4292,18 @@ RECEIPT = (
 
 
 def receipts(
-    ledger: Ledger,
-    account: str,
-    limit: int,
-    after: str | None = None,
-    only: str | None = None,
+    ledger: Ledger, account: str, low: str, high: str, limit: int
 ) -> list[dict[str, Any]]:
-    """An account's requests, newest first; `after` the id that was seen last.
-
-    Ids are sorted by time, so that `since` and `until` of the query string (unix
-    seconds) bound them.
-    """
-    low = moment_id(request.args.get("since"), "since") or ""
-    high = moment_id(request.args.get("until"), "until") or "s"
-    if after:
-        high = min(high, after)
+    """An account's requests with ids from `low` to below `high`, newest first."""
     rows = ledger.read(
         "SELECT r.id, r.created, r.account, k.name, model, path, state, status, stream,"
         " input, cached, output, images, estimated, cost, ttfb, duration"
-        " FROM requests r LEFT JOIN keys k ON k.id = r.key WHERE r.account = ?1"
-        " AND r.id >= ?2 AND r.id < ?3 AND (?5 IS NULL OR r.id = ?5)"
-        " ORDER BY r.id DESC LIMIT ?4",
+        " FROM requests r LEFT JOIN keys k ON k.id = r.key WHERE r.account = ?"
+        " AND r.id >= ? AND r.id < ? ORDER BY r.id DESC LIMIT ?",
         account,
-        only or low,
-        only + "~" if only else high,
+        low,
+        high,
         limit,
-        only,
     )
     return [receipt_entry(dict(zip(RECEIPT, row))) for row in rows]
 
@@ -4354,8 +4316,9 @@ def receipt_entry(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def moment_id(text: str | None, name: str) -> str | None:
-    """The smallest id that a request of this moment (unix seconds) can have."""
+def moment_id(name: str) -> str | None:
+    """The smallest id of a request at the moment (unix seconds) in the query string."""
+    text = request.args.get(name)
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,11}(\.[0-9]{1,6})?", text):
@@ -4501,6 +4464,17 @@ def usage_rows(ledger: Ledger, account: str | None, days: int) -> list[dict[str,
     ]
 
 
+PARTS = (
+    add_hooks,
+    add_error_handlers,
+    add_routes,
+    add_account_routes,
+    add_key_routes,
+    add_admin_routes,
+    add_pages,
+)
+
+
 def start_relay(services: Services, path: str) -> Response:
     """Everything between the rate limit and the upstream's answer.
 
@@ -4541,9 +4515,9 @@ def start_relay(services: Services, path: str) -> Response:
 # Pages -------------------------------------------------------------------------------
 
 PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
-    " img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none';"
-    " frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self';"
+    " style-src 'self'; img-src 'self' data:; connect-src 'self';"
+    " form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -5858,7 +5832,7 @@ class Worker(ThreadWorker):
     def accept(self, listener: Any) -> None:
         """Without a descriptor left nobody is accepted; what runs goes on.
 
-        The more connections a worker has, the later it accepts: another one comes first.
+        The more connections a worker has, the later it accepts: another comes first.
         """
         if self.cfg.workers > 1:
             time.sleep(ACCEPT_PAUSE * min(self.nr_conns, 20))
@@ -5903,11 +5877,7 @@ class Worker(ThreadWorker):
         if not isinstance(exc, ParseException | ssl.SSLError):
             self.log.error("worker: %s", type(exc).__name__)
             status = 500
-        error = ProxyError("The request is malformed.", code=HTTP_CODES.get(status))
-        if status < 500:
-            error.type = BadRequest.type
-            error.code = HTTP_CODES.get(status, BadRequest.code)
-        body = error.envelope()
+        body = from_status(status, "The request is malformed.").envelope()
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
             f"Connection: close\r\nContent-Type: application/json\r\n"
@@ -5924,11 +5894,11 @@ PARSER_STATUS = {
 }
 
 
-def linger(sock: socket.socket, seconds: float = 1.0) -> None:
-    """Lets the peer read the answer before an unread body makes the kernel reset
-    the connection (RFC 9112 §9.6)."""
+def linger(sock: socket.socket) -> None:
+    """Lets the peer read the answer for up to a second, before an unread body makes
+    the kernel reset the connection (RFC 9112 §9.6)."""
     sock.shutdown(socket.SHUT_WR)
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 1
     while (left := deadline - time.monotonic()) > 0:
         sock.settimeout(left)
         if not sock.recv(65536):
@@ -5958,9 +5928,7 @@ class Server(BaseApplication):
             "keepalive": 75,
             "timeout": 60,
             "graceful_timeout": GRACE,
-            "max_requests": 0,
             "control_socket_disable": True,
-            "accesslog": None,
             "loglevel": "warning",
             "proc_name": "proxy",
             "worker_tmp_dir": "/dev/shm" if os.path.isdir("/dev/shm") else None,
@@ -5972,7 +5940,7 @@ class Server(BaseApplication):
             self.cfg.set(name, value)
 
     def load(self) -> Flask:
-        return create_app(*self._files, capacity=self._threads)
+        return build_app(*self._files, self._threads)
 
 
 def share_memory(arbiter: Any) -> None:
@@ -6091,11 +6059,8 @@ def opened(keys: str, db: str | None) -> Iterator[tuple[Config, Ledger]]:
     """The two files, for one command."""
     keys, db = default_files(keys, db)
     config = ConfigFile(keys).current
-    ledger = Ledger(db)
-    try:
+    with contextlib.closing(Ledger(db)) as ledger:
         yield config, ledger
-    finally:
-        ledger.close()
 
 
 def existing(config: Config, ledger: Ledger, account: str) -> str:
@@ -6115,7 +6080,7 @@ def keys_group() -> None:
 @file_options
 @click.argument("account")
 @click.option("--name", default="key", show_default=True)
-@click.option("--credits", type=str, help="Granted to the account at once.")
+@click.option("--credits", help="Granted to the account at once.")
 @click.option("--admin", is_flag=True, help="The key may use the admin routes.")
 def keys_add(
     keys: str, db: str | None, account: str, name: str, credits: str | None, admin: bool
@@ -6125,7 +6090,8 @@ def keys_add(
     printable_name(name, "--name")
     amount = typed_amount(credits, "--credits") if credits else 0
     with opened(keys, db) as (config, ledger):
-        ledger.make_account(account, declared=account in config.accounts)
+        if account not in config.accounts:
+            ledger.make_account(account)
         if amount:
             ledger.grant(account, amount, "keys add")
         click.echo(ledger.make_key(account, name, admin)[0])
@@ -6168,7 +6134,7 @@ def credits_add(
         printable_name(note or "granted", "--note")
         existing(config, ledger, account)
         ledger.grant(account, typed_amount(amount, "AMOUNT"), note)
-        show([balance(config, ledger, account)], False)
+        show([{"account": account} | balance(config, ledger, account)], False)
 
 
 @credits_group.command("show")
@@ -6180,7 +6146,8 @@ def credits_show(keys: str, db: str | None, account: str | None, as_json: bool) 
     with opened(keys, db) as (config, ledger):
         every = all_accounts(config, ledger)
         names = [existing(config, ledger, account)] if account else every
-        show([balance(config, ledger, name) for name in names], as_json)
+        rows = [{"account": name} | balance(config, ledger, name) for name in names]
+        show(rows, as_json)
 
 
 @cli.command()
@@ -6225,13 +6192,8 @@ def provider_rows(config: Config, online: bool) -> Iterator[dict[str, Any]]:
                 if upstream not in asked:
                     asked[upstream] = probe(upstreams.dialect(upstream), watcher)
                 state = asked[upstream] or "accepted"
-            yield {
-                "model": model.id,
-                "upstream": f"{upstream.name}/{id}",
-                "state": state,
-            }
-    watcher.close()
-    upstreams.close()
+            name = f"{upstream.name}/{id}"
+            yield {"model": model.id, "upstream": name, "state": state}
 
 
 def probe(dialect: Dialect, watcher: Watcher) -> str:
@@ -6242,7 +6204,7 @@ def probe(dialect: Dialect, watcher: Watcher) -> str:
     try:
         return dialect.probe(watch)
     except ProxyError as error:
-        return getattr(error, "reason", error.code)
+        return error.reason
     except Ended:
         return "no answer in time"
     finally:
@@ -6270,7 +6232,6 @@ def show(rows: list[dict[str, Any]], as_json: bool) -> None:
     for line in table:
         cells = (text.ljust(width) for text, width in zip(line, widths))
         click.echo("  ".join(cells).rstrip())
-    return None
 
 
 def cell(value: Any) -> str:
@@ -6284,9 +6245,9 @@ def cell(value: Any) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit status; failures are one line."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    named = arguments[:1] and (arguments[0] in cli.commands or arguments[0] == "--help")
     try:
-        arguments = arguments if named else ["serve", *arguments]
+        if not arguments or arguments[0] not in [*cli.commands, "--help"]:
+            arguments = ["serve", *arguments]
         return cli.main(arguments, standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()

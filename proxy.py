@@ -24,6 +24,7 @@ line. Operators edit keys.json; the program alone writes proxy.db. See README.md
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -48,13 +49,14 @@ import ssl
 import stat
 import struct
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from array import array
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from http import HTTPStatus
@@ -72,6 +74,7 @@ from gunicorn.http.errors import ParseException
 from gunicorn.workers.gthread import ThreadWorker
 from limits import RateLimitItem, parse_many
 from limits.storage import MovingWindowSupport, Storage
+from limits.util import WindowStats
 from werkzeug.exceptions import HTTPException
 
 # Constants ---------------------------------------------------------------------------
@@ -93,14 +96,14 @@ MAX_RATE = 10_000  # requests of one window: it is read and written whole
 DEFAULT_MAX_OUTPUT = 4096  # tokens, for a priced model that names no `max_output`
 BYTES_PER_TOKEN = 4  # of an estimate: English needs 3-4 bytes, Chinese 4-5
 
-CONNECT_TIMEOUT = 5.0  # seconds for DNS, TCP and TLS, each
+CONNECT_TIMEOUT = 5.0  # seconds for TCP and TLS, each
 ANSWER_TIMEOUT = 600.0  # seconds to a whole JSON answer; the OpenAI SDKs wait as long
 STREAM_TIMEOUT = 1800.0  # seconds that a stream may live
 STALL_TIMEOUT = 120.0  # seconds without a `data:` line
 UPSTREAM_IDLE = 4.0  # seconds; uvicorn closes idle connections after 5
 LOCK_POLL = 0.0002  # seconds between two looks at the lock between processes
 LEDGER_TIMEOUT = 5.0  # seconds that a write waits for other writers
-SETTLE_PATIENCE = 10.0  # seconds that a stream's end waits for a ledger in trouble
+SETTLE_PATIENCE = 10.0  # seconds that an answer's end waits for a ledger in trouble
 UPKEEP_INTERVAL = 0.25  # seconds between two looks at logs, keys.json and slots
 WATCH_INTERVAL = 0.25  # seconds between two looks at the deadlines
 COMMENT_INTERVAL = 10.0  # seconds between the comments of a stream that waits
@@ -118,7 +121,8 @@ SPARE_THREADS = 16  # per worker, kept for answers that relay nothing
 
 STREAM_HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
 ACCOUNT_ITEMS = tuple(parse_many("300/minute"))  # of all routes that relay nothing
-MAX_KEYS = 100  # of one account, so that keys cannot be made to escape the limits
+DAY = 86400  # seconds
+MAX_KEYS = 100  # of one account in a day: each new key has new limits
 ONE_ACCOUNT = "/v1/accounts/<account>"
 BUSY_STATUS = {429, 503, 529}  # an upstream that has generated nothing, and may later
 REFUSED_STATUS = {401, 402, 403}  # it refuses the operator, who alone can mend it
@@ -220,7 +224,7 @@ class LedgerUnavailable(Unavailable):
 
 class UpstreamFailed(Unavailable):
     """An upstream in trouble; `clean` if it cannot have generated anything,
-    `transient` if the same question may be asked again at once."""
+    `transient` if a question that changes nothing may be asked again."""
 
     def __init__(
         self,
@@ -404,9 +408,9 @@ class Config:
         """Unset environment variable -> the models that answer 503 without it."""
         out: dict[str, list[str]] = {}
         for model in self.models.values():
-            for upstream, _ in model.routes:
-                for name in upstream.missing:
-                    out.setdefault(name, []).append(model.id)
+            unset = [upstream.missing for upstream, _ in model.routes]
+            for name in dict.fromkeys(itertools.chain(*unset)) if all(unset) else ():
+                out.setdefault(name, []).append(model.id)
         return out
 
 
@@ -499,7 +503,7 @@ def parse_limits(value: Any, path: str, common: Limits | None = None) -> Limits:
         raise ConfigError(f"{path}.rate: must read like '60/minute'") from None
     for item in items:
         whole(item.amount, f"{path}.rate", 1, MAX_RATE)
-        whole(item.get_expiry(), f"{path}.rate (seconds)", 1, 366 * 86400)
+        whole(item.get_expiry(), f"{path}.rate (seconds)", 1, 366 * DAY)
     return Limits(rate, items, whole(concurrent, f"{path}.concurrent", 1, 100_000))
 
 
@@ -540,7 +544,10 @@ def parse_upstream(name: str, value: Any, path: str) -> UpstreamConfig:
     if url.scheme == "echo":
         dialect, scheme = "echo", "http"
     if dialect not in DIALECTS or scheme not in ("http", "https"):
-        raise ConfigError(f"{path}.url: unknown scheme '{url.scheme}:'")
+        raise ConfigError(
+            f"{path}.url: must begin with https:// or a dialect"
+            f" ({', '.join(f'{name}+https://' for name in DIALECTS if name)})"
+        )
     if dialect != "echo" and not host:
         raise ConfigError(f"{path}.url: names no host")
     if not re.fullmatch(r"[\w.:-]*", host, re.ASCII):
@@ -884,9 +891,9 @@ FLOCK = struct.Struct("hhqqi")
 class FileLock:
     """Byte locks of one file, between processes; the kernel drops a dead one's.
 
-    Byte 0 is the writer's, 1 to MAX_WORKERS are the workers' slots. The file's first
-    page is memory that all processes share: the ledger's mark and, behind it, a version
-    that changes whenever keys do.
+    Byte 0 is the writer's, 1 to MAX_WORKERS are the workers' slots, the one after them
+    is the speaker's. The file's first page is memory that all processes share: the
+    ledger's mark and, behind it, a version that changes whenever keys do.
     """
 
     def __init__(self, path: str):
@@ -1353,6 +1360,10 @@ class Ledger:
         if db.execute(sql, (boot, boot)).rowcount:
             db.execute("DELETE FROM windows")
 
+    def speaks(self) -> bool:
+        """Whether it is this worker that tells what concerns all of them."""
+        return self._lock.take(MAX_WORKERS + 1)
+
     def sweep(self) -> None:
         """Releases the holds of workers that have died."""
         for (slot,) in self.read("SELECT DISTINCT slot FROM requests WHERE state = 0"):
@@ -1516,10 +1527,16 @@ class Ledger:
             row = db.execute("SELECT made FROM accounts WHERE id = ?", (id,)).fetchone()
             if row and row[0]:
                 return False
+            now = int(time.time())
+            # Keys of a former account of this name are not the new one's.
+            db.execute(
+                "UPDATE keys SET revoked = ? WHERE account = ? AND revoked IS NULL",
+                (now, id),
+            )
             db.execute(
                 "INSERT INTO accounts(id, made, created) VALUES (?, 1, ?)"
                 " ON CONFLICT DO UPDATE SET made = 1",
-                (id, int(time.time())),
+                (id, now),
             )
             return True
 
@@ -1588,7 +1605,7 @@ class Ledger:
             pages = db.execute("PRAGMA quick_check")
             wrong = [text for (text,) in pages if text != "ok"]
             rows = db.execute(
-                "SELECT a.id, granted, spent, held, a.lost, coalesce(g.s, 0),"
+                "SELECT a.id, made, granted, spent, held, a.lost, coalesce(g.s, 0),"
                 " coalesce(r.cost, 0), coalesce(r.hold, 0), coalesce(r.lost, 0),"
                 " coalesce(u.cost, 0)"
                 " FROM accounts a LEFT JOIN (SELECT account, sum(amount) s FROM grants"
@@ -1607,13 +1624,14 @@ class Ledger:
             ).fetchone()[0]
         if orphans:
             wrong.append(f"{orphans} rows belong to no account")
-        for id, granted, spent, held, lost, *sums in rows:
+        for id, made, granted, spent, held, lost, *sums in rows:
             kept = {"granted": granted, "spent": spent, "held": held}
             kept |= {"lost": lost, "usage": spent}
             for (name, amount), total in zip(kept.items(), sums):
                 if amount != total:
                     wrong.append(f"{id}: {name} is {amount}, its rows sum to {total}")
             own = declared(id)
+            own = 0 if own is None and made else own
             if own is not None and granted + own - spent - held < 0:
                 wrong.append(f"{id}: spent and held exceed what was granted")
         return wrong
@@ -1735,12 +1753,15 @@ class LedgerStorage(Storage, MovingWindowSupport):
 # Usage and price ---------------------------------------------------------------------
 
 CAPS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+CAPS += ("n_predict", "num_predict", "max_new_tokens")  # local servers' own names
 CAP_OF_PATH = {
     "chat/completions": "max_tokens",
     "completions": "max_tokens",
     "responses": "max_output_tokens",
 }
-NO_OUTPUT = {"embeddings", "moderations", "rerank", "images/generations"}
+NO_OUTPUT = {"embeddings", "moderations", "rerank"}
+# Of a body, what the model reads besides its messages.
+TEXT_MEMBERS = "prompt input instructions tools functions query documents".split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -1786,10 +1807,13 @@ class Call:
     def text_size(self) -> int:
         """UTF-8 bytes of the text that the model is given."""
         messages = self.body.get("messages")
-        if isinstance(messages, list):
-            texts = (message_text(each) for each in messages if isinstance(each, dict))
-            return sum(len(text.encode("utf-8", "replace")) for text in texts)
-        return len(to_json(self.body.get("prompt") or self.body.get("input") or ""))
+        messages = messages if isinstance(messages, list) else []
+        told = [each for each in messages if isinstance(each, dict)]
+        texts = [message_text(each) for each in told]
+        rest = [each.get("tool_calls") for each in told]
+        rest += [self.body.get(name) for name in TEXT_MEMBERS]
+        size = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        return size + sum(len(to_json(each)) for each in rest if each)
 
     def tokens(self, default: int) -> int:
         """The most output tokens of one choice."""
@@ -1819,28 +1843,46 @@ def estimate(call: Call, relayed: int) -> Usage:
     return Usage(input, 0, -(-relayed // BYTES_PER_TOKEN), estimated=True)
 
 
-def read_usage(document: dict[str, Any]) -> Usage | None:
+def read_usage(document: dict[str, Any], generates: bool = True) -> Usage | None:
     """The usage that an answer or event reports; None if none is to be believed.
 
-    Both of OpenAI's namings, and DeepSeek's cache hits (top level of `usage`).
+    Both of OpenAI's namings, and DeepSeek's cache hits (top level of `usage`). What
+    `total_tokens` has above their sum is output: Gemini and xAI count the thinking
+    only there. Where nothing is generated the total alone is the input.
     """
-    report = document.get("usage")
-    if report is None and isinstance(document.get("response"), dict):
-        report = document["response"].get("usage")
+    holders = (document, document.get("response"), document.get("message"))
+    reports = [each.get("usage") for each in holders if isinstance(each, dict)]
+    report = next((each for each in reports if each is not None), None)
     if not isinstance(report, dict):
         return None
     input = first(report, "prompt_tokens", "input_tokens")
     output = first(report, "completion_tokens", "output_tokens")
+    total = report.get("total_tokens")
+    if not generates and input is None:
+        input = total
     if input is None and output is None:
         return None
     details = report.get("prompt_tokens_details") or report.get("input_tokens_details")
     cached = report.get("prompt_cache_hit_tokens")
     if isinstance(details, dict) and cached is None:
         cached = details.get("cached_tokens")
+    if is_count(input) and is_count(output) and is_count(total):
+        output = max(output, total - input)
     counts = [0 if count is None else count for count in (input, cached, output)]
-    if not all(type(count) is int and 0 <= count <= MAX_TOKENS for count in counts):
+    if not all(map(is_count, counts)):
         return None
     return Usage(counts[0], min(counts[0], counts[1]), counts[2])
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_TOKENS
+
+
+def larger(one: Usage, other: Usage) -> Usage:
+    """Of each count the larger: reports of a stream grow, or tell their parts."""
+    input, output = max(one.input, other.input), max(one.output, other.output)
+    estimated = one.estimated or other.estimated
+    return Usage(input, max(one.cached, other.cached), output, estimated=estimated)
 
 
 def first(report: dict[str, Any], name: str, other: str) -> Any:
@@ -1863,18 +1905,22 @@ def count_images(document: dict[str, Any]) -> int:
 STREAM_TYPE = "text/event-stream"
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\r\n]*)?")
 FRAMING = (b"transfer-encoding", b"content-length")
+# What is billed without an answer that tells, or above the model's price.
+UNSUPPORTED = {"background": True, "service_tier": "priority"}
 EXPONENT = re.compile(rb"\d[eE]")
 PATH = re.compile(r"[a-z0-9_]+(?:[-/][a-z0-9_]+)*")
 EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")
 LINE_END = re.compile(rb"\r\n|\n|\r")
-MODEL_NAME = re.compile(rb'(?<!\\)"model"\s*:\s*"((?:[^"\\]|\\.)*)"')
+# Possessive: a way back for each character would take 130 bytes of memory for it.
+MODEL_NAME = re.compile(rb'(?<!\\)"model"\s*:\s*"((?:[^"\\]++|\\.)*+)"')
 TEXT = re.compile(
-    rb'"(?:content|reasoning_content|reasoning|text|arguments|delta|refusal)"'
-    rb'\s*:\s*"((?:[^"\\]|\\.)*)"'
+    rb'"(?:content|reasoning_content|reasoning|text|arguments|delta|refusal|transcript'
+    rb'|thinking|partial_json)"\s*:\s*"((?:[^"\\]++|\\.)*+)"'
 )
+DELTA = re.compile(rb'"delta"\s*:\s*"((?:[^"\\]++|\\.)*+)"')
 DONE_PATHS = ("chat/completions", "completions")  # whose choices have a finish
-LAST_EVENTS = {"response.completed", "response.incomplete", "response.failed"}
-LAST_EVENTS |= {"image_generation.completed", "image_edit.completed"}
+LAST_EVENTS = ["response.completed", "response.incomplete", "response.failed"]
+LAST_EVENTS += ["message_stop"]  # of /v1/messages
 KEEP, DROP, LAST, FAIL = "keep", "drop", "last", "fail"  # what becomes of an event
 DONE = b"data: [DONE]\n\n"
 
@@ -1921,6 +1967,8 @@ def to_json(document: Any) -> bytes:
         return COMPACT_JSON.encode(document).encode()
     except UnicodeEncodeError:
         raise BadRequest("The body holds half of a surrogate pair.") from None
+    except RecursionError:  # read a few levels deeper than it can be written
+        raise BadRequest("The body is no valid JSON: nested too deeply.") from None
 
 
 def read_body(environ: dict[str, Any], limit: int = MAX_BODY) -> bytes:
@@ -1960,7 +2008,8 @@ def natural(body: dict[str, Any], name: str, highest: int) -> None:
 
 def parse_call(path: str, data: bytes) -> Call:
     """A request's body, checked as far as money and routing depend on it."""
-    if not PATH.fullmatch(path):
+    alias = path not in CAP_OF_PATH and path.rpartition("/")[2] in CAP_OF_PATH
+    if not PATH.fullmatch(path) or alias:  # no other spelling escapes the cap
         raise NotFound("There is no such path.")
     body = parse_json(data)
     model, stream = body.get("model"), body.get("stream")
@@ -1972,8 +2021,11 @@ def parse_call(path: str, data: bytes) -> Call:
         natural(body, name, 2**31 - 1)
     for name in ("n", "best_of"):
         natural(body, name, MAX_CHOICES)
-    if body.get("background"):
-        raise BadRequest("'background' is not supported here.", param="background")
+    for name, value in UNSUPPORTED.items():
+        if body.get(name) == value:
+            raise BadRequest(f"'{name}' may not be {value} here.", param=name)
+    if stream and path.startswith("images/"):
+        raise BadRequest("Images are not streamed here.", param="stream")
     if path == "chat/completions":
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
@@ -2045,6 +2097,7 @@ def is_notable(block: bytes) -> bool:
         or b'.completed"' in block
         or b'.incomplete"' in block
         or b'.failed"' in block
+        or b'"message_stop"' in block
     )
 
 
@@ -2169,6 +2222,11 @@ class Watch:
                 with contextlib.suppress(OSError):
                     socket.socket.shutdown(self._upstream, socket.SHUT_RDWR)
 
+    def hang_up(self) -> None:
+        """Ends the write to a client that does not read."""
+        with contextlib.suppress(OSError, AttributeError):
+            self.client.shutdown(socket.SHUT_RDWR)
+
     def check(self) -> None:
         if self.reason:
             raise Ended(self.reason)
@@ -2236,7 +2294,7 @@ class Watcher:
             self._watches.add(watch)
         if watch.client is not None:
             try:
-                self._register(watch.number, watch)
+                self._register(watch.number, watch, select.EPOLLRDHUP)
             except (OSError, ValueError):
                 watch.client, watch.chunked = None, False
         return True
@@ -2245,9 +2303,9 @@ class Watcher:
         self._watches.discard(watch)
         self._forget(watch.number, watch)
 
-    def _register(self, number: int, who: Watch | Carried) -> None:
+    def _register(self, number: int, who: Watch | Carried, events: int) -> None:
         with self._lock:
-            self._epoll.register(number, select.EPOLLIN)
+            self._epoll.register(number, events)
             self._known[number] = who
 
     def _forget(self, number: int, who: Watch | Carried) -> None:
@@ -2268,13 +2326,13 @@ class Watcher:
         if step():
             return
         turn = Carried(step)
-        self._register(sock.fileno(), turn)
+        self._register(sock.fileno(), turn, select.EPOLLIN)
         turn.lock.acquire()
         turn.check()
 
     def drain(self, seconds: float) -> None:
-        """Ends what still runs after `seconds`."""
-        self._drain = time.monotonic() + seconds
+        """Ends what still runs after `seconds`; a later call does not put it off."""
+        self._drain = min(self._drain or math.inf, time.monotonic() + seconds)
 
     def close(self) -> None:
         """Ends what still runs, and the thread after it."""
@@ -2302,24 +2360,27 @@ class Watcher:
                 continue
 
     def _look(self, watch: Watch) -> None:
-        """A readable client has left, or sends its next request too early."""
+        """A client has left, unless the event was another's on the same number."""
+        poll = select.poll()
         try:
-            gone = not watch.client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
+            poll.register(watch.client, select.POLLRDHUP)
+            gone = bool(poll.poll(0))
         except (OSError, ValueError):
             gone = True
-        if gone and watch in self._watches:
-            watch.end("client")
-        self._forget(watch.number, watch)
+        if gone:
+            if watch in self._watches:
+                watch.end("client")
+            self._forget(watch.number, watch)
 
     def _deadlines(self, now: float) -> None:
-        drained = self._closed or (self._drain is not None and now > self._drain)
+        drain = now if self._closed else self._drain or math.inf
         for watch in list(self._watches):
-            if drained:
+            if now >= drain:
                 watch.end("drain")
             elif watch.overdue(now):
                 watch.end("timeout")
+            if now > drain + 1:
+                watch.hang_up()
 
 
 class Answer:
@@ -2353,6 +2414,8 @@ class Answer:
 
     def close(self) -> None:
         """Gives up what is not read; called once, by whoever got the answer."""
+        if isinstance(self.pieces, Generator):  # it may hold what holds this
+            self.pieces.close()
 
 
 class Reply:
@@ -2364,16 +2427,18 @@ class Reply:
     Raises ValueError for what is no HTTP/1.1 and OSError.
     """
 
-    def __init__(self, sock: socket.socket):
-        self._sock, self._buffer = sock, b""
+    def __init__(self, sock: socket.socket, early: bytes = b""):
+        self._sock, self._buffer = sock, early
         # Bytes to come of the body, or of the chunk; None: to the connection's end.
         self._left: int | None = 0
         self._chunked = self.ended = False
         for _ in range(MAX_INFORMATIONAL):
             self._read_head()
-            if self.status >= 200 or self.status == 101:
+            if self.status >= 200:
+                return self._frame()
+            if self.status == 101:
                 break
-        self._frame()
+        raise ValueError("no final answer")
 
     def _receive(self) -> bool:
         """Waits for more of the answer; False at the end of the connection."""
@@ -2407,7 +2472,7 @@ class Reply:
             if coding.lower() != b"chunked" or length is not None:
                 raise ValueError("an unknown transfer coding")
             self._chunked = True
-        elif self.status in (101, 204, 304):
+        elif self.status in (204, 304):
             self.ended = True
         elif length is None:
             self._left = None
@@ -2548,6 +2613,7 @@ class Connection:
     def __init__(self, pool: Pool, watch: Watch):
         self.pool, self.watch = pool, watch
         self._sent = False
+        self._early = b""  # of the answer
         self.sock: socket.socket | None = None
 
     def post(self, path: str, body: bytes, headers: dict[str, str]) -> HttpAnswer:
@@ -2566,18 +2632,36 @@ class Connection:
             self.watch.attach(self.sock)
             self.sock.sendall(head.encode("latin-1") + body)
             self._sent = True
+        except (BrokenPipeError, ConnectionResetError) as error:
+            # Who refuses a long body by its head may answer and close at once.
+            if is_quiet(self.sock):
+                self._give_up(error)
         except BaseException as error:
             self._give_up(error)
 
     def ready(self, seconds: float) -> bool:
-        """Whether something of the answer is here within `seconds`."""
+        """Whether something of the answer is here; waits for it up to `seconds`.
+
+        A TLS connection may be readable for its session tickets alone.
+        """
         self.watch.check()
-        return not is_quiet(self.sock, seconds)
+        if is_quiet(self.sock, seconds):
+            return False
+        self.sock.settimeout(0)
+        try:
+            self._early = self.sock.recv(RECEIVE)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+        except OSError:
+            pass  # it is told when the answer is read
+        finally:
+            self.sock.settimeout(None)
+        return True
 
     def answer(self) -> HttpAnswer:
         """Waits for the answer's head; the answer owns this then."""
         try:
-            return HttpAnswer(Reply(self.sock), self)
+            return HttpAnswer(Reply(self.sock, self._early), self)
         except BaseException as error:
             self._give_up(error)
 
@@ -2610,8 +2694,8 @@ class Connection:
         # An OSError's text may hold what the upstream sent: only the kind is kept.
         reason = str(error) if type(error) is ValueError else type(error).__name__
         if self._sent:
-            return UpstreamFailed(reason)
-        return UpstreamFailed(reason, wait=2, clean=True)
+            return UpstreamFailed(reason, transient=True)
+        return UpstreamFailed(reason, wait=2, clean=True, transient=True)
 
 
 class Pool:
@@ -2703,7 +2787,12 @@ class Dialect:
         self.upstream, self.pool = upstream, Pool(upstream)
 
     def check(self, call: Call) -> None:
-        """Raises BadRequest or NotFound for what this dialect cannot do."""
+        """Raises BadRequest or NotFound for what this dialect cannot do, and
+        UpstreamFailed where it lacks its key."""
+        if missing := self.upstream.missing:
+            failure = UpstreamFailed(f"{', '.join(missing)} is not set", clean=True)
+            failure.message = "The provider of this model is not configured."
+            raise failure
 
     def send(self, call: Call, body: dict[str, Any], watch: Watch) -> Answer:
         """Sends `body` (the upstream's model id, defaults and cap written into it)
@@ -2714,9 +2803,9 @@ class Dialect:
         """Empty if the credentials are accepted, else why not; spends nothing."""
         return ""
 
-    def cap_name(self, call: Call) -> str | None:
-        """The member that bounds the output where the client sent none."""
-        return CAP_OF_PATH.get(call.path)
+    def cap_name(self, path: str, body: dict[str, Any]) -> str | None:
+        """The member that bounds the output here, whatever else `body` holds."""
+        return CAP_OF_PATH.get(path)
 
 
 class OpenAI(Dialect):
@@ -2741,13 +2830,13 @@ class OpenAI(Dialect):
             body["stream_options"] = options | {"include_usage": True}
         return self.post(call.path, body, watch)
 
-    def cap_name(self, call: Call) -> str | None:
-        # OpenAI's reasoning models refuse `max_tokens`; most other servers know no
-        # other name.
-        chat = call.path == "chat/completions"
-        if chat and self.upstream.host.endswith("openai.com"):
+    def cap_name(self, path: str, body: dict[str, Any]) -> str | None:
+        # OpenAI's reasoning models refuse `max_tokens`, and OpenAI both at once; most
+        # other servers know no other name.
+        theirs = self.upstream.host.endswith(("openai.com", "openai.azure.com"))
+        if theirs and path == "chat/completions" and not body.get("max_tokens"):
             return "max_completion_tokens"
-        return super().cap_name(call)
+        return super().cap_name(path, body)
 
     def post(self, path: str, body: dict[str, Any], watch: Watch) -> HttpAnswer:
         """Posts JSON; an answer that is no success is raised as what it means."""
@@ -2818,12 +2907,15 @@ def refusal(status: int, data: bytes, key: str) -> Refused:
 
 
 def scrub(text: Any, key: str) -> str | None:
-    """A bounded text without the operator's key or its end; None if it is no text."""
+    """A bounded text without the operator's key or its end; None if it is no text.
+
+    The end of a short key ("ollama") may be a part of common words.
+    """
     if not isinstance(text, str):
         return None
     for secret in key.split(":"):
-        if len(secret) >= 4:
-            text = text.replace(secret, "***").replace(secret[-4:], "***")
+        for part in (secret, secret[-4:] if len(secret) >= 16 else ""):
+            text = text.replace(part, "***") if len(part) >= 4 else text
     return text[:2000].encode("utf-8", "replace").decode()
 
 
@@ -2861,10 +2953,9 @@ class ImageDialect(Dialect):
     """Image models, asked through chat completions or /images/generations."""
 
     def check(self, call: Call) -> None:
+        super().check(call)
         if call.path not in ("chat/completions", "images/generations"):
             raise NotFound("Image models answer chat completions and generations only.")
-        if call.path == "images/generations" and call.stream:
-            raise BadRequest("Images are not streamed here.", param="stream")
         if call.path == "chat/completions" and call.choices > 1:
             raise BadRequest("Only one image a request: 'n' must be 1.", param="n")
         if not self.prompt(call).strip():
@@ -2897,9 +2988,11 @@ class ImageDialect(Dialect):
             return answer
         while images is None:
             images = next(steps)
-        document = {"created": int(time.time()), "data": images}
         if call.path == "chat/completions":
+            images = images[:1]  # one was asked for; some servers make four
             document = self._completion(call.model, image_url(images[0]))
+        else:
+            document = {"created": int(time.time()), "data": images}
         return Answer([to_json(document)], False, images=len(images))
 
     @staticmethod
@@ -3036,8 +3129,8 @@ class JiMeng(ImageDialect):
     """`jimeng+https://`: Volcengine's signed submit-and-poll; key "access:secret"."""
 
     scheme = "jimeng"
-    moderation = {50411, 50412, 50413, 50511, 50512, 50518, 50519}
-    busy = {50429, 50430}
+    moderation = (50411, 50412, 50413, 50511, 50512, 50518, 50519)
+    busy = (50429, 50430)
 
     def check(self, call: Call) -> None:
         super().check(call)
@@ -3135,8 +3228,9 @@ class JiMeng(ImageDialect):
         if code in self.busy or (status == 429 and code is None):
             return UpstreamFailed(f"code {code}", wait=2, clean=True, transient=True)
         if code is None or code == 50400:
-            failed = status >= 500
-            return UpstreamFailed(f"status {status}", 2 if failed else None, not failed)
+            refused = 400 <= status < 500
+            wait = 2 if status >= 500 else None
+            return UpstreamFailed(f"status {status}", wait, refused, not refused)
         known = code if type(code) is int else "unknown"
         return UpstreamFailed(f"code {known}", wait=2)
 
@@ -3190,10 +3284,13 @@ class Echo(Dialect):
     def check(self, call: Call) -> None:
         if call.path != "chat/completions":
             raise NotFound("The echo model answers /v1/chat/completions only.")
+        if call.size * call.choices > MAX_ANSWER:
+            raise BadRequest("The answers would be too long.", param="n")
 
     def send(self, call: Call, body: dict[str, Any], watch: Watch) -> Answer:
         limit = min((body[name] for name in CAPS if body.get(name)), default=None)
-        words = re.findall(r"\s*\S+", last_user_text(body))
+        # Behind the last word the blanks would be searched from each of them on.
+        words = re.findall(r"\s*\S+", last_user_text(body).rstrip())
         finish = "length" if limit is not None and len(words) > limit else "stop"
         words, choices = words[:limit], body.get("n") or 1
         asked = sum(len(message_text(each).split()) for each in body["messages"])
@@ -3277,6 +3374,7 @@ class Relay:
         self._usage: Usage | None = None  # as the upstream reported it
         self._relayed = 0  # bytes of the answer's text
         self._finishes: set[Any] = set()  # indices of choices that have their finish
+        self._status = 200  # of a stream that comes to its end
         self._ended = self._closed = False
         self.charge: Charge | None = None  # how it ended, once the ledger was told
         self._names: tuple[bytes, bytes] | None = None
@@ -3310,31 +3408,35 @@ class Relay:
         """Asks the upstreams in turn while nothing can have been generated."""
         failure: ProxyError | None = None
         for upstream, upstream_id in self.model.routes:
-            if upstream.missing:
-                failure = failure or UpstreamFailed("not configured", clean=True)
-                failure.message = "The provider of this model is not configured."
-                continue
             dialect = self._services.upstreams.dialect(upstream)
             try:
                 dialect.check(self.call)
+            except ProxyError as error:
+                failure = failure or error  # what was asked tells more
+                self._note_failure(upstream, error)
+                continue
+            try:
                 body = self._body(dialect, upstream_id)
                 return dialect.send(self.call, body, self.watch)
             except UpstreamFailed as error:
-                self._services.log.note(
-                    "upstream", upstream=upstream.name, reason=error.reason
-                )
                 failure = error
+                self._note_failure(upstream, error)
                 if not error.clean:
                     break
         raise failure
+
+    def _note_failure(self, upstream: UpstreamConfig, error: ProxyError) -> None:
+        if isinstance(error, UpstreamFailed):
+            note = {"upstream": upstream.name, "reason": error.reason}
+            self._services.log.note("upstream", **note)
 
     def _body(self, dialect: Dialect, upstream_id: str) -> dict[str, Any]:
         """The body for one upstream: its model id, the defaults, the cap."""
         body = {**self.model.defaults, **self.call.body, "model": upstream_id}
         if not self.model.price.output or self.call.path in NO_OUTPUT:
             return body
-        caps = [name for name in CAPS if body.get(name)]
-        for name in caps or filter(None, [dialect.cap_name(self.call)]):
+        caps = {name for name in CAPS if body.get(name)}
+        for name in caps | ({dialect.cap_name(self.call.path, body)} - {None}):
             body[name] = min(body.get(name) or self.lease.tokens, self.lease.tokens)
         return body
 
@@ -3350,7 +3452,7 @@ class Relay:
         if not isinstance(document, dict) or document.get("error"):
             raise UpstreamFailed("no JSON object, or an error inside a 200")
         self._heard()
-        usage = read_usage(document)
+        usage = read_usage(document, self.call.path not in NO_OUTPUT)
         images = self._answer.images
         images = count_images(document) if images is None else images
         if usage is None:
@@ -3358,7 +3460,7 @@ class Relay:
             priced = self.model.price.image or not self.model.price.output
             usage = Usage() if priced and images else estimate(self.call, text)
         self._usage = replace(usage, images=images) if images else usage
-        self._resolve(200)
+        self._settle_patiently()
         same = document.get("model") == self.model.id
         return data if same else self._rename_in(data, document)
 
@@ -3388,7 +3490,7 @@ class Relay:
         self.watch.check()
         yield from self._pass(self._buffer.flush())
         if not self._ended:
-            if len(self._finishes - {None}) < self.call.answers:
+            if not self._finished:
                 raise UpstreamFailed("the stream ended without a finish")
             self._settle_patiently()
             yield DONE
@@ -3475,8 +3577,8 @@ class Relay:
         if kept:
             yield self._rename(b"".join(kept))
         if last:
-            self._settle_patiently()
             self._ended = True
+            self._settle_patiently()
             yield self._rename(last[0])
         if fate == FAIL:
             raise UpstreamFailed("an error inside the stream")
@@ -3492,12 +3594,15 @@ class Relay:
         document = event_document(event)
         if document.get("error"):
             return FAIL
-        self._usage = read_usage(document) or self._usage
+        if usage := read_usage(document):
+            self._usage = larger(usage, self._usage or usage)
         if document.get("type") in LAST_EVENTS:
+            if document["type"] == "response.failed":
+                self._status = 503
             return LAST
         choices = document.get("choices")
         if isinstance(choices, list):
-            self._finishes.update(map(finished_index, choices))
+            self._finishes |= {*map(finished_index, choices)} - {None}
             if not choices and "usage" in document and not self.call.wants_usage:
                 return DROP
         return KEEP
@@ -3508,7 +3613,9 @@ class Relay:
         if b"data:" not in block:
             return []
         self._heard()
-        texts = [match.span(1) for match in TEXT.finditer(block)]
+        # The events of /v1/responses tell each text again when it is done.
+        pattern = DELTA if self.call.path == "responses" else TEXT
+        texts = [match.span(1) for match in pattern.finditer(block)]
         self._relayed += sum(end - start for start, end in texts)
         return texts
 
@@ -3540,7 +3647,7 @@ class Relay:
         """The same for one event or answer, by its member; learns how it is written."""
         response = document.get("response")
         holder = response if isinstance(response, dict) else document
-        for match in MODEL_NAME.finditer(data):
+        for match in MODEL_NAME.finditer(data) if document else ():
             if json.loads(b'"' + match[1] + b'"') == holder.get("model"):
                 old, start = match[0], match.start(1) - match.start() - 1
                 new = old[:start] + to_json(self.model.id)
@@ -3550,11 +3657,19 @@ class Relay:
 
     # The end
 
+    @property
+    def _finished(self) -> bool:
+        """Whether each choice of the stream has its finish."""
+        return len(self._finishes) >= self.call.answers
+
     def _charge(self, status: int) -> Charge:
         made = self._answer.images if self._answer is not None else None
         usage = self._usage or estimate(self.call, self._relayed)
         if made is not None:
             usage = replace(self._usage or Usage(), images=made)
+        elif status != 200 and self._usage and not (self._ended or self._finished):
+            # A report in the middle of a stream tells of what was made by then.
+            usage = larger(usage, estimate(self.call, self._relayed))
         free = status != 200 and not self._relayed and not self._usage
         usage = Usage() if free else usage
         amount = 0 if free else cost(usage, self.model.price)
@@ -3583,9 +3698,11 @@ class Relay:
         deadline = time.monotonic() + SETTLE_PATIENCE
         while True:
             try:
-                return self._resolve(200)
-            except LedgerUnavailable:
+                return self._resolve(self._status)
+            except LedgerUnavailable as error:
                 if time.monotonic() > deadline:
+                    # The answer was made: a repeat would be billed again.
+                    error.headers = {"x-should-retry": "false"}
                     raise
             self.watch.sleep(0.25)
 
@@ -3649,6 +3766,19 @@ class RequestLog:
     def request(self, relay: Relay) -> None:
         """The one line of a request; written out later, by the upkeep thread."""
         self._lines.append((time.time(), relay.lease, relay.model.id, relay.charge))
+
+    def unrelayed(self, here: Any, rule: Any, status: int) -> None:
+        """The line of a request that was not let in, or that relays nothing; the
+        path itself may hold anything."""
+        key = here.get("key")
+        self.note(
+            "request",
+            request=here.get("request_id"),
+            account=key and key.account,
+            key=key and key.name,
+            route=rule,
+            status=status,
+        )
 
     @staticmethod
     def _line(now: float, lease: Lease, model: str, charge: Charge) -> str:
@@ -3718,7 +3848,8 @@ class Services:
                 self.log.note("upkeep", reason=type(error).__name__)
 
     def reload(self) -> None:
-        if wrong := self.config_file.refresh():
+        wrong = self.config_file.refresh()
+        if wrong and self.ledger.speaks():
             self.log.note("config", reason=f"{wrong}; the last good one is kept")
 
     def tidy(self) -> None:
@@ -3848,6 +3979,11 @@ def count_request(services: Services, here: Any, relayed: bool) -> Callable[[], 
     return count
 
 
+def tightest(windows: list[tuple[RateLimitItem, WindowStats]]) -> tuple:
+    """Of a key's windows the one that will refuse first."""
+    return min(windows, key=lambda window: window[1].remaining)
+
+
 def add_hooks(app: Flask, services: Services) -> None:
     """Who asks, and what every answer carries."""
 
@@ -3862,10 +3998,15 @@ def add_hooks(app: Flask, services: Services) -> None:
             # would share them.
             raise LedgerUnavailable("the application was made before a fork")
         endpoint = asked.endpoint
-        if endpoint is None or endpoint in PUBLIC:
+        if endpoint in PUBLIC:
             return
         header = asked.environ.get("HTTP_AUTHORIZATION", "")
-        here.key, here.account = identify(services, header)
+        try:
+            here.key, here.account = identify(services, header)
+        except Unauthorized:
+            if endpoint is None:  # 404 or 405, whoever asks
+                return
+            raise
         relayed = endpoint == "relay"
         later = relayed and asked.method == "POST" and has_small_body(asked.environ)
         if not later:
@@ -3876,11 +4017,13 @@ def add_hooks(app: Flask, services: Services) -> None:
         add, here = response.headers.add, g._get_current_object()
         add("x-request-id", here.get("request_id") or new_request_id())
         if windows := here.get("windows"):
-            item, (reset_time, remaining) = windows[-1]
+            item, (reset_time, remaining) = tightest(windows)
             left = max(0.0, reset_time - time.monotonic())
             add("x-ratelimit-limit-requests", str(item.amount))
             add("x-ratelimit-remaining-requests", str(max(0, remaining)))
             add("x-ratelimit-reset-requests", f"{left:.3f}s")
+        if not here.get("admitted") and request.endpoint not in PUBLIC:
+            services.log.unrelayed(here, request.url_rule, response.status_code)
         return response
 
 
@@ -3889,7 +4032,8 @@ def add_error_handlers(app: Flask, services: Services) -> None:
 
     @app.errorhandler(ProxyError)
     def refused(error: ProxyError) -> Response:
-        if request.endpoint == "relay" and not g.get("admitted"):
+        asked = request.endpoint == "relay" and request.method == "POST"
+        if asked and not g.get("admitted"):
             services.refused[error.status] += 1  # the ledger has no row of it
         if isinstance(error, LedgerUnavailable):
             services.log.note("ledger", request=g.request_id, reason=error.reason)
@@ -3928,6 +4072,10 @@ def add_routes(app: Flask, services: Services) -> None:
     @app.post("/v1/<path:path>")
     def relay(path: str) -> Response:
         return start_relay(services, path)
+
+    @app.post("/v1/<any(account,accounts,models):base>/<path:path>")
+    def nothing(base: str, path: str) -> Response:
+        raise NotFound("There is no such path.")  # and not a relay's
 
     @app.get("/v1/models")
     def models() -> Response:
@@ -4010,13 +4158,17 @@ def add_key_routes(app: Flask, services: Services) -> None:
         admin = body.get("admin", False)
         if type(admin) is not bool or (admin and not g.key.admin):
             raise BadRequest("'admin' must be false.", param="admin")
+        now = int(time.time())
         owned = list_keys(services.config, ledger, id)
-        if sum(not key["revoked"] for key in owned) >= MAX_KEYS:
-            raise BadRequest(f"An account may have {MAX_KEYS} keys; revoke one first.")
-        admin = admin or services.config.account(id).admin
+        ends = [key["revoked"] for key in owned]
+        if sum(end is None or end > now - DAY for end in ends) >= MAX_KEYS:
+            raise BadRequest(
+                f"An account may have {MAX_KEYS} keys, with those revoked since a day."
+            )
         text, key = ledger.make_key(id, name, admin)
-        entry = key_entry(key, int(time.time()), None, None)
-        return json_response(entry | {"key": text}, 201)
+        entry = key_entry(key, now, None, None) | {"key": text}
+        entry["admin"] = admin or services.config.account(id).admin
+        return json_response(entry, 201)
 
     @route("/keys/<key_id>", "DELETE")
     def revoke(id: str, key_id: str) -> Response:
@@ -4071,7 +4223,9 @@ def add_pages(app: Flask, services: Services) -> None:
 
     @app.get("/")
     def documentation() -> Response:
-        return page(fill_documentation(services.config, request.host_url), "text/html")
+        demo = live_demo(services.config, services.ledger)
+        text = fill_documentation(services.config, demo, request.host_url)
+        return page(text, "text/html")
 
     @app.get("/dashboard")
     def dashboard() -> Response:
@@ -4265,8 +4419,9 @@ def describe_account(services: Services, id: str) -> dict[str, Any]:
 
 def live_use(services: Services, account: Account) -> dict[str, int]:
     """What this key has left of its limits."""
-    item = account.limits.items[0]
-    window = services.limiter.limiter.get_window_stats(item, g.key.id, "relay")
+    stats = services.limiter.limiter.get_window_stats
+    items = account.limits.items
+    item, window = tightest([(each, stats(each, g.key.id, "relay")) for each in items])
     running = services.ledger.read(
         "SELECT count(*) FROM requests WHERE key = ? AND state = 0", g.key.id
     )
@@ -4397,6 +4552,12 @@ def label(value: str) -> str:
     return f'"{escaped}"'
 
 
+def live_demo(config: Config, ledger: Ledger) -> tuple[str, str] | None:
+    """(key, model) that anyone may try; None if there is none, or it was revoked."""
+    row = ledger.find_key(sha256(config.demo[0])) if config.demo else None
+    return None if row and row[4] else config.demo
+
+
 def balances(config: Config, ledger: Ledger) -> dict[str, int]:
     """Micro-credits that each account has left."""
     left = {id: account.credits for id, account in config.accounts.items()}
@@ -4405,10 +4566,16 @@ def balances(config: Config, ledger: Ledger) -> dict[str, int]:
     return left
 
 
-def fill_documentation(config: Config, root: str) -> str:
-    """The documentation with this server's address, models, prices and limits."""
-    key, model = config.demo or ("sk-your-api-key", "deepseek-chat")
-    names = {"REASONING_MODEL": "deepseek-r1", "IMAGE_MODEL": "jimeng-image"}
+def fill_documentation(config: Config, demo: tuple[str, str] | None, root: str) -> str:
+    """The documentation with this server's address, models, prices and limits.
+
+    The examples name models that are here; the demo's where there is one.
+    """
+    images = [id for id, model in config.models.items() if model.price.image]
+    texts = [id for id in config.models if id not in images]
+    picture = picked(images, "jimeng-image")
+    chat, thinker = picked(texts, "deepseek-chat"), "deepseek-r1"
+    key, model = demo or ("sk-your-api-key", chat)
     values = {
         "BASE_URL": root + "v1",
         "ROOT_URL": root.rstrip("/"),
@@ -4416,12 +4583,22 @@ def fill_documentation(config: Config, root: str) -> str:
         "CONCURRENT": str(config.limits.concurrent),
         "EXAMPLE_KEY": key,
         "EXAMPLE_MODEL": model,
+        "REASONING_MODEL": model if demo or thinker not in texts else thinker,
+        "IMAGE_MODEL": model if demo else picture,
+        "REAL_IMAGE_MODEL": picture,
     }
-    values |= {name: model if config.demo else real for name, real in names.items()}
     text = DOCS_HTML.replace("@MODEL_ROWS@", model_rows(config))
+    text = text.replace("@KEY_NOTE@", DEMO_NOTE if demo else OWN_KEY_NOTE)
+    text = text.replace("@IMAGE_NOTE@", DEMO_IMAGE_NOTE if demo else "")
+    text = text.replace("@NO_IMAGES@", "" if images else NO_IMAGES_NOTE)
     for name, value in values.items():
         text = text.replace(f"@{name}@", html.escape(value))
     return text
+
+
+def picked(ids: list[str], best: str) -> str:
+    """The model `best`, or the first where it is not among them."""
+    return best if best in ids or not ids else ids[0]
 
 
 def model_rows(config: Config) -> str:
@@ -4450,12 +4627,12 @@ def usage_rows(ledger: Ledger, account: str | None, days: int) -> list[dict[str,
         " sum(images), sum(cost) FROM usage WHERE (?1 IS NULL OR account = ?1)"
         " AND day > ?2 GROUP BY day, model ORDER BY day DESC, model",
         account,
-        int(time.time()) // 86400 - days,
+        int(time.time()) // DAY - days,
     )
     names = ("requests", "input_tokens", "cached_tokens", "output_tokens", "images")
     return [
         {
-            "day": time.strftime("%Y-%m-%d", time.gmtime(day * 86400)),
+            "day": time.strftime("%Y-%m-%d", time.gmtime(day * DAY)),
             "model": model,
             **dict(zip(names, counts)),
             "credits": to_credits(cost),
@@ -4559,16 +4736,13 @@ DOCS_HTML = r"""<!doctype html>
 works here once the base URL and the key are changed.</p>
 <figure class="example"><figcaption>Base URL</figcaption>
 <pre id="base-url" data-copy="base URL">@BASE_URL@</pre></figure>
-<p>The examples on this page run as they stand once their key and model are yours. They show the
-key <code>@EXAMPLE_KEY@</code> and the model <code>@EXAMPLE_MODEL@</code>: <code>sk-demo</code> is a
-public key that reaches only the built-in model <code>echo</code>, which answers with your own
-words; <code>sk-your-api-key</code> stands for the key you make yourself. With it, use
-<code>deepseek-chat</code> for conversation, <code>deepseek-r1</code> for reasoning,
-<code>deepseek-coder</code> for code and <code>jimeng-image</code> for pictures.</p></section>
+<p>The examples on this page run as they stand once their key is yours. @KEY_NOTE@</p></section>
 <section id="authentication" class="card"><h2>Authentication</h2>
-<p>Every request carries an API key in the <code>Authorization</code> header. Make your key on the
-<a href="/dashboard">API Keys dashboard</a>; it is shown once. Keep it secret: never put it in a web
-page, an app or a repository. A key that got out can be revoked there and stops working at once.</p>
+<p>Every request carries an API key in the <code>Authorization</code> header. The first key of your
+account comes from whoever runs this server; with it you get more from the
+<a href="/dashboard">API Keys dashboard</a>, each shown once. Keep them secret: never put one in a
+web page, an app or a repository. A key that got out can be revoked there and stops working at
+once.</p>
 <figure class="example"><figcaption>Header</figcaption><pre id="auth-header"
 data-copy="header">Authorization: Bearer @EXAMPLE_KEY@</pre></figure></section>
 <section id="chat" class="card"><h2>Chat completions</h2>
@@ -4649,11 +4823,10 @@ those that your key may use.</p>
 </tbody></table></div></section>
 <section id="images" class="card"><h2>Image generation</h2>
 <p class="endpoint"><b>POST</b>/v1/chat/completions</p>
-<p>JiMeng paints through the same call: name the image model (<code>jimeng-image</code>) and
+<p>JiMeng paints through the same call: name the image model (<code>@REAL_IMAGE_MODEL@</code>) and
 describe the picture in the last user message. It takes some seconds. The answer's
 <code>content</code> is the address of the image and nothing else; download it soon, such links
-last about a day. (Where the example names <code>echo</code>, it only gets its own words
-back: put in <code>jimeng-image</code> with your own key.)</p>
+last about a day. @NO_IMAGES@@IMAGE_NOTE@</p>
 <figure class="example"><figcaption>cURL</figcaption>
 <pre id="image-curl" data-run="sh" data-copy="image with cURL">
 curl @BASE_URL@/chat/completions \
@@ -4835,6 +5008,21 @@ Account calls and <code>/v1/models</code> are counted apart and take nothing fro
 </html>
 """
 
+DEMO_NOTE = (
+    "They show the public key <code>@EXAMPLE_KEY@</code>, which reaches only the built-in"
+    " model <code>@EXAMPLE_MODEL@</code>: it answers with your own words. With a key of"
+    ' your own account, use any of the <a href="#models">models</a>.'
+)
+OWN_KEY_NOTE = (
+    "<code>@EXAMPLE_KEY@</code> stands for it, and <code>@EXAMPLE_MODEL@</code> for any"
+    ' of the <a href="#models">models</a>.'
+)
+DEMO_IMAGE_NOTE = (
+    "(The example names <code>@EXAMPLE_MODEL@</code>, which only gives its own words back:"
+    " put in <code>@REAL_IMAGE_MODEL@</code> with a key of your own.)"
+)
+NO_IMAGES_NOTE = "This server has no image model at the moment. "
+
 DASHBOARD_HTML = r"""<!doctype html>
 <html lang="en">
 <head>
@@ -4926,7 +5114,7 @@ preserveAspectRatio="none"></svg>
 <button class="main">Make key</button><output></output>
 </form>
 <table id="keys" class="stack" role="table"><caption>API keys</caption>
-<thead><tr><th>Name</th><th>Key</th><th>Created</th><th>Last used</th><th>Made in</th>
+<thead><tr><th>Name</th><th>Key</th><th>Created</th><th>Last used</th><th>Kept in</th>
 <th>Revoke</th></tr></thead><tbody></tbody></table>
 </section>
 
@@ -5405,7 +5593,10 @@ async function open(view, known) {
   const account = known || await call(view);
   Object.assign(session, { view, account: null, rows: new Map(), period: {} });
   for (const id of ['requests', 'models', 'day-table']) $(id).tBodies[0].replaceChildren();
-  $('period').reset();
+  for (const id of ['period', 'grant-form', 'key-form']) {
+    $(id).reset();
+    $(id).querySelector('output').textContent = '';
+  }
   showAccount(account);
   $('title').focus();
   schedule();
@@ -5620,7 +5811,7 @@ function showKeys(keys) {
     revoke.addEventListener('click', () => guard(revokeKey(key, key.id === own)));
     return row($('keys'), [
       label, el('code', {}, key.hint || '–'), moment(key.created, calendar),
-      moment(key.last_used, clock), key.source === 'keys.json' ? 'keys.json' : 'dashboard',
+      moment(key.last_used, clock), key.source,
       key.revoked ? el('span', { className: 'soft' }, 'revoked') : revoke]);
   }), 'This account has no keys.');
 }
@@ -5816,16 +6007,16 @@ class Worker(ThreadWorker):
         """Whether the master is; an orphan drains as on SIGTERM."""
         alive = super().is_parent_alive()
         if not alive:
-            self.drain()
+            self.drain(GRACE - GRACE_MARGIN)
         return alive
 
-    def drain(self) -> None:
-        """Refuses new requests; streams end before gunicorn's patience does.
+    def drain(self, seconds: float) -> None:
+        """Refuses new requests; streams end after `seconds`.
 
         Left open, the listening sockets would leave clients waiting unanswered and,
         without a master, keep the port from the next start.
         """
-        self.wsgi.extensions["proxy"].watcher.drain(GRACE - GRACE_MARGIN)
+        self.wsgi.extensions["proxy"].watcher.drain(seconds)
         for listener in self.sockets:
             listener.close()
 
@@ -5841,6 +6032,8 @@ class Worker(ThreadWorker):
         try:
             super().accept(listener)
         except OSError as error:
+            if not self.alive:
+                return
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
             time.sleep(0.05)
@@ -5909,9 +6102,15 @@ class Server(BaseApplication):
     """gunicorn in this process, with the settings that a streaming proxy needs."""
 
     def __init__(
-        self, keys: ConfigFile, db: str, bind: str, workers: int, threads: int
+        self,
+        keys: ConfigFile,
+        db: str,
+        bind: str,
+        workers: int,
+        threads: int,
+        greeting: str,
     ):
-        self._files, self._bind = (keys, db), bind
+        self._files, self._bind, self.greeting = (keys, db), bind, greeting
         self._workers, self._threads = workers, threads
         super().__init__()
 
@@ -5933,8 +6132,8 @@ class Server(BaseApplication):
             "proc_name": "proxy",
             "worker_tmp_dir": "/dev/shm" if os.path.isdir("/dev/shm") else None,
             "post_fork": bound_clients,
-            "post_worker_init": drain_on_term,
-            "when_ready": share_memory,
+            "post_worker_init": drain_on_signals,
+            "when_ready": when_ready,
         }
         for name, value in settings.items():
             self.cfg.set(name, value)
@@ -5943,7 +6142,14 @@ class Server(BaseApplication):
         return build_app(*self._files, self._threads)
 
 
-def share_memory(arbiter: Any) -> None:
+def when_ready(arbiter: Any) -> None:
+    """The port is bound, no worker is made yet."""
+    with contextlib.suppress(OSError):  # a full disk behind standard output
+        click.echo(arbiter.app.greeting)
+    share_memory()
+
+
+def share_memory() -> None:
     """What is loaded by now, 10,000 keys too, stays one copy for all workers.
 
     A request leaves no cycles of ours behind, so they are looked for less often.
@@ -5966,15 +6172,18 @@ def bound_clients(arbiter: Any, worker: Any) -> None:
             listener.sock.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
-def drain_on_term(worker: Any) -> None:
-    """Makes SIGTERM begin the drain."""
-    graceful = signal.getsignal(signal.SIGTERM)
+def drain_on_signals(worker: Any) -> None:
+    """Makes SIGTERM begin the drain; Ctrl-C ends what runs at once, but well."""
+    atexit.register(worker.wsgi.extensions["proxy"].tidy)  # the last lines, too
+    drains = {signal.SIGTERM: GRACE - GRACE_MARGIN, signal.SIGINT: 0, signal.SIGQUIT: 0}
+    usual = {number: signal.getsignal(number) for number in drains}
 
     def stop(number: int, frame: Any) -> None:
-        worker.drain()
-        graceful(number, frame)
+        worker.drain(drains[number])
+        usual[number](number, frame)
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in drains:
+        signal.signal(number, stop)
 
 
 def file_options(command: Callable) -> Callable:
@@ -6001,7 +6210,13 @@ def cli() -> None:
 @cli.command()
 @file_options
 @click.option("--host", envvar="PROXY_HOST", default="127.0.0.1", show_default=True)
-@click.option("--port", envvar="PROXY_PORT", default=8000, show_default=True)
+@click.option(
+    "--port",
+    envvar="PROXY_PORT",
+    type=click.IntRange(1, 65535),
+    default=8000,
+    show_default=True,
+)
 @click.option("--workers", envvar="PROXY_WORKERS", type=click.IntRange(1, MAX_WORKERS))
 @click.option(
     "--threads",
@@ -6019,12 +6234,11 @@ def serve(
     secure_standard_files()
     keys, db = default_files(keys, db)
     config_file = ConfigFile(keys)
-    Ledger(db).close()
     workers = workers or max(2, os.cpu_count() or 2)
-    host = f"[{host}]" if ":" in host else host
-    with contextlib.suppress(OSError):  # a full disk behind standard output
-        greet(config_file.current, f"http://{host}:{port}")
-    Server(config_file, db, f"{host}:{port}", workers, threads).run()
+    bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    with contextlib.closing(Ledger(db)) as ledger:
+        text = greeting(config_file.current, ledger, f"http://{bind}")
+    Server(config_file, db, bind, workers, threads, text).run()
 
 
 def secure_standard_files() -> None:
@@ -6040,27 +6254,35 @@ def secure_standard_files() -> None:
             os.set_blocking(fd, False)
 
 
-def greet(config: Config, url: str) -> None:
+def greeting(config: Config, ledger: Ledger, url: str) -> str:
     """Where it listens, and a line that works as it stands."""
-    click.echo(f"Serving {url}/v1 (documentation {url}/, dashboard {url}/dashboard)")
+    lines = [f"Serving {url}/v1 (documentation {url}/, dashboard {url}/dashboard)"]
     for variable, models in config.missing().items():
-        click.echo(f"  {variable} is not set: no {', '.join(models)}")
-    if config.demo:
-        key, model = config.demo
+        lines.append(f"  {variable} is not set: no {', '.join(models)}")
+    if demo := live_demo(config, ledger):
+        key, model = demo
         body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
-        click.echo(
+        lines.append(
             f"\n  curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' \\\n"
             f"    -H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
         )
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager
-def opened(keys: str, db: str | None) -> Iterator[tuple[Config, Ledger]]:
-    """The two files, for one command."""
-    keys, db = default_files(keys, db)
+def opened(
+    keys: str, db: str | None, makes: bool = False
+) -> Iterator[tuple[Config, Ledger]]:
+    """The two files, for one command; unless it `makes` something, a ledger that is
+    not there yet is not made either."""
+    keys, path = default_files(keys, db)
     config = ConfigFile(keys).current
-    with contextlib.closing(Ledger(db)) as ledger:
-        yield config, ledger
+    with contextlib.ExitStack() as stack:
+        if not (makes or os.path.exists(path) or os.path.exists(path + "-lock")):
+            os.stat(os.path.dirname(path) or ".")  # OSError: it could not be made
+            click.echo(f"{path}: there is no ledger yet.", err=True)
+            path = stack.enter_context(tempfile.TemporaryDirectory()) + "/proxy.db"
+        yield config, stack.enter_context(contextlib.closing(Ledger(path)))
 
 
 def existing(config: Config, ledger: Ledger, account: str) -> str:
@@ -6089,7 +6311,7 @@ def keys_add(
     account_name(account, "ACCOUNT")
     printable_name(name, "--name")
     amount = typed_amount(credits, "--credits") if credits else 0
-    with opened(keys, db) as (config, ledger):
+    with opened(keys, db, makes=True) as (config, ledger):
         if account not in config.accounts:
             ledger.make_account(account)
         if amount:
@@ -6111,7 +6333,7 @@ def keys_list(keys: str, db: str | None, as_json: bool) -> None:
 @click.argument("id")
 def keys_revoke(keys: str, db: str | None, id: str) -> None:
     """Revokes a key, for ever."""
-    with opened(keys, db) as (config, ledger):
+    with opened(keys, db, makes=True) as (config, ledger):
         ledger.revoke(known_key(config, ledger, id))
         click.echo(f"{id} is revoked.")
 
@@ -6130,7 +6352,7 @@ def credits_add(
     keys: str, db: str | None, account: str, amount: str, note: str
 ) -> None:
     """Grants AMOUNT credits to ACCOUNT."""
-    with opened(keys, db) as (config, ledger):
+    with opened(keys, db, makes=True) as (config, ledger):
         printable_name(note or "granted", "--note")
         existing(config, ledger, account)
         ledger.grant(account, typed_amount(amount, "AMOUNT"), note)
@@ -6153,7 +6375,7 @@ def credits_show(keys: str, db: str | None, account: str | None, as_json: bool) 
 @cli.command()
 @file_options
 @click.argument("account", required=False)
-@click.option("--days", default=30, show_default=True)
+@click.option("--days", type=click.IntRange(1, 366), default=30, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def usage(
     keys: str, db: str | None, account: str | None, days: int, as_json: bool
@@ -6171,7 +6393,7 @@ def check(keys: str, db: str | None, online: bool) -> None:
     """Proves the ledger, validates keys.json, warns of what would fail."""
     with opened(keys, db) as (config, ledger):
         show(list(provider_rows(config, online)), False)
-        for line in warnings(config, keys):
+        for line in warnings(config, ledger, keys):
             click.echo(f"warning: {line}")
         wrong = ledger.check(config.granted)
         for line in wrong:
@@ -6211,13 +6433,13 @@ def probe(dialect: Dialect, watcher: Watcher) -> str:
         watcher.remove(watch)
 
 
-def warnings(config: Config, keys: str) -> Iterator[str]:
+def warnings(config: Config, ledger: Ledger, keys: str) -> Iterator[str]:
     """What would fail, or is not as safe as it could be."""
     if os.stat(keys).st_mode & 0o077 and len(config.keys) > bool(config.demo):
         yield f"{keys} holds keys and can be read by others: chmod 600 {keys}"
     if sqlite3.sqlite_version_info < (3, 37):
         yield f"SQLite {sqlite3.sqlite_version} is too old: 3.37 is needed"
-    if config.demo:
+    if live_demo(config, ledger):
         yield "the demo key is public: remove it before others can reach this server"
 
 
@@ -6246,7 +6468,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit status; failures are one line."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if not arguments or arguments[0] not in [*cli.commands, "--help"]:
+        if not arguments or arguments[0][:1] == "-" and arguments[0] != "--help":
             arguments = ["serve", *arguments]
         return cli.main(arguments, standalone_mode=False) or 0
     except click.ClickException as error:

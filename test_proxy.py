@@ -36,6 +36,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -2171,6 +2172,19 @@ def test_check_finds_an_account_that_was_overspent(
     assert ledger.check(lambda id: 899) != []
 
 
+def test_check_finds_one_that_was_made_at_run_time_and_overspent(
+    make_ledger: Callable[..., proxy.Ledger],
+) -> None:
+    ledger, alice = make_ledger(), replace(TEAM, id="alice", credits=0)
+    ledger.make_account("alice")
+    ledger.grant("alice", 5, "")
+    ledger.settle(admit(ledger, 5, account=alice), charge(5))
+    assert ledger.check(lambda id: None) == []
+    alter(ledger, "UPDATE grants SET amount = 4")
+    alter(ledger, "UPDATE accounts SET granted = 4")
+    assert ledger.check(lambda id: None) != []
+
+
 def test_check_finds_a_file_that_is_damaged(
     make_ledger: Callable[..., proxy.Ledger],
 ) -> None:
@@ -2335,7 +2349,8 @@ def make_model(price: dict, **more: Any) -> proxy.Model:
         ("responses", {"input": "a", "max_output_tokens": 9}, 9, 1),
         ("responses", {"input": "a"}, 1000, 1),
         ("embeddings", {"input": ["a", "b"], "max_tokens": 9}, 0, 1),
-        ("images/generations", {"prompt": "a"}, 0, 1),
+        ("images/generations", {"prompt": "a", "n": 3}, 1000, 3),
+        ("what/ever", {"n_predict": 5000}, 5000, 1),
         ("what/ever", {}, 1000, 1),
     ],
 )
@@ -2423,6 +2438,11 @@ TOLD_ANEW = {"input_tokens": 20, "output_tokens": 5}
         ({"completion_tokens": 5}, (0, 0, 5)),
         ({"prompt_tokens": 20, "completion_tokens": None}, (20, 0, 0)),
         ({"prompt_tokens": proxy.MAX_TOKENS}, (proxy.MAX_TOKENS, 0, 0)),
+        # Gemini and xAI count the thinking only in the total.
+        ({**TOLD, "total_tokens": 100}, (20, 0, 80)),
+        ({**TOLD, "total_tokens": 1}, (20, 0, 5)),
+        ({**TOLD, "total_tokens": "100"}, (20, 0, 5)),
+        ({"prompt_tokens": 20, "total_tokens": 100}, (20, 0, 0)),
     ],
 )
 def test_usage_is_read_under_either_naming(usage: dict, counts: tuple) -> None:
@@ -2456,6 +2476,11 @@ def test_missing_usage_is_none(usage: Any) -> None:
     assert proxy.read_usage({"response": usage}) is None
 
 
+def test_where_nothing_is_generated_the_total_is_the_input() -> None:
+    report = {"usage": {"total_tokens": 9}}
+    assert proxy.read_usage(report, generates=False) == proxy.Usage(9)
+
+
 PART = [{"type": "text", "text": "hello"}, {"type": "image_url", "image_url": {}}, 5]
 
 
@@ -2472,8 +2497,11 @@ PART = [{"type": "text", "text": "hello"}, {"type": "image_url", "image_url": {}
         ("chat/completions", {"messages": [{"role": "user", "content": None}]}, 0),
         ("completions", {"prompt": "12"}, 1),
         ("responses", {"input": "123456"}, 2),
+        ("chat/completions", {"messages": [{"tool_calls": [{"id": 1}]}]}, 3),
+        ("chat/completions", {"messages": [{}], "tools": [{"a": "b"}]}, 3),
+        ("rerank", {"query": "12", "documents": ["12", "34"]}, 4),
         ("what/ever", {"messages": ["text", 5, None]}, 0),
-        ("what/ever", {}, 1),
+        ("what/ever", {}, 0),
     ],
 )
 def test_an_estimate_counts_the_texts_and_says_so(
@@ -2723,6 +2751,30 @@ def test_a_large_event_in_small_pieces_is_searched_once(
     passed = buffer.feed(start) + b"".join(buffer.feed(piece) for _ in range(2500))
     assert passed + buffer.feed(b"\n\n") == start + piece * 2500 + b"\n\n"
     assert time.thread_time() - spent < 3  # it takes 0.1; searched anew 12
+
+
+@pytest.mark.parametrize("name", ["TEXT", "DELTA", "MODEL_NAME"])
+def test_a_long_text_is_searched_in_little_memory(name: str) -> None:
+    member = {"TEXT": b"content", "DELTA": b"delta", "MODEL_NAME": b"model"}[name]
+    data = b'{"%b": "%b"}' % (member, b"x" * (1 << 20))
+    tracemalloc.start()
+    assert getattr(proxy, name).search(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+@pytest.mark.parametrize("message", ["model llama3 not found", "max_tokens: 5"])
+@pytest.mark.parametrize("key", ["ollama", "token-abc"])
+def test_words_that_hold_the_end_of_a_short_key_are_left(key: str, message: str) -> None:
+    assert proxy.scrub(message, key) == message
+
+
+@pytest.mark.parametrize("depth", range(960, 1010))
+def test_deep_nesting_is_written_as_it_is_or_refused(depth: int) -> None:
+    body = b'{"model": "m", "a": %b}' % (b"[" * depth + b"]" * depth)
+    with suppress(proxy.BadRequest):
+        proxy.to_json(proxy.parse_call("what/ever", body).body)
 
 
 # Application -------------------------------------------------------------------------
@@ -3014,6 +3066,71 @@ def test_a_changed_file_is_in_use_within_a_second(
     wait_for(known, 1, "the new key")
 
 
+REFUSALS = {
+    "no key": (CHAT, {}, HELLO, 401, '"" key=""'),
+    "no model": (CHAT, bearer(TEAM_KEY), {}, 400, "team key=main"),
+    "an unknown model": (
+        CHAT, bearer(TEAM_KEY), HELLO | {"model": "x"}, 404, "team key=main"),
+    "no credits": (CHAT, bearer(POOR_KEY), HELLO, 402, "poor key=main"),
+    "no such path": ("/v2/secret-path", bearer(TEAM_KEY), {}, 404, "team key=main"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_refused_request_is_one_line_of_the_log(
+    app: Callable, capfd: pytest.CaptureFixture, name: str
+) -> None:
+    path, headers, body, status, who = REFUSALS[name]
+    served = app()
+    answer = served.test_client().post(path, json=body, headers=headers)
+    served.extensions["proxy"].log.flush()
+    (line,) = capfd.readouterr().err.splitlines()
+    id = answer.headers["x-request-id"]
+    assert f"event=request request={id} account={who} " in line
+    assert line.endswith(f" status={status}") and "secret" not in line
+
+
+@pytest.mark.parametrize(
+    "rate, limit", [("3/minute;50/hour", "3"), ("50/second;2/minute", "2")]
+)
+def test_of_several_windows_the_tightest_is_told(
+    app: Callable, rate: str, limit: str
+) -> None:
+    api = Api(app(accounts={"team": {"limits": {"rate": rate}}}))
+    answer = api("POST", CHAT, **HELLO)
+    assert answer.headers["x-ratelimit-limit-requests"] == limit
+    live = api.get("/v1/account")["live"]
+    assert (live["requests_limit"], live["requests_remaining"]) == (
+        int(limit),
+        int(limit) - 1,
+    )
+
+
+@pytest.mark.parametrize(
+    "method, path, status", [("GET", CHAT, 405), ("POST", "/v2/x", 404)]
+)
+def test_an_answer_to_a_key_tells_its_limits_even_where_nothing_is(
+    app: Callable, method: str, path: str, status: int
+) -> None:
+    api = Api(app())
+    answer = api(method, path)
+    assert answer.status_code == status
+    assert answer.headers["x-ratelimit-limit-requests"] == "300"
+    answer = api(method, path, "sk-unknown")
+    assert answer.status_code == status
+    assert "x-ratelimit-limit-requests" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "path", ["accounts/alice", "accounts/alice/grant", "account/key", "models/chat"]
+)
+def test_a_mistyped_account_path_is_no_relay(app: Callable, path: str) -> None:
+    api = Api(app())
+    answer = api("POST", f"/v1/{path}", **HELLO)
+    assert (answer.status_code, answer.json["error"]["code"]) == (404, "not_found")
+    assert answer.headers["x-ratelimit-limit-requests"] == "300"
+
+
 def test_a_broken_file_is_logged_once_and_the_last_good_one_serves(
     app: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture,
@@ -3021,9 +3138,12 @@ def test_a_broken_file_is_logged_once_and_the_last_good_one_serves(
     monkeypatch.setattr(proxy, "UPKEEP_INTERVAL", 60)  # this test does the upkeep
     served, path = app(), tmp_path / "keys.json"
     good = path.read_text()
+    other = proxy.create_app(path, tmp_path / "proxy.db")  # another worker
     path.write_text('{"limits":\n{"rate": oops}}')
     for _ in range(3):
         served.extensions["proxy"].tidy()
+        other.extensions["proxy"].tidy()
+    other.extensions["proxy"].close()
     answer = served.test_client().get("/v1/models", headers=bearer(TEAM_KEY))
     path.write_text(good)  # for the check after the test
     log = capfd.readouterr().err
@@ -3318,19 +3438,71 @@ def test_the_ledger_stands_beside_the_keys_file(
 ) -> None:
     monkeypatch.delenv("PROXY_DB", raising=False)
     monkeypatch.setenv("PROXY_KEYS", str(keys_file(tmp_path, "http://127.0.0.1:9")))
-    assert proxy.main(["keys", "list"]) == 0
+    assert proxy.main(["keys", "add", "alice"]) == 0
     assert (tmp_path / "proxy.db").exists()
     monkeypatch.setenv("PROXY_DB", str(tmp_path / "elsewhere.db"))
-    assert proxy.main(["keys", "list"]) == 0
+    assert proxy.main(["keys", "add", "alice"]) == 0
     assert (tmp_path / "elsewhere.db").exists()
 
 
-def test_the_greeting_has_a_curl_line_for_the_demo_key_only(
-    run: Callable, capsys: pytest.CaptureFixture
-) -> None:
-    config = proxy.ConfigFile(run.keys).current
-    proxy.greet(config, "http://127.0.0.1:8000")
-    out = capsys.readouterr().out
+@pytest.mark.parametrize(
+    "command", [["check"], ["keys", "list"], ["credits", "show"], ["usage"]]
+)
+def test_a_command_that_only_reads_makes_no_ledger(run: Callable, command: list) -> None:
+    status, out, err = run(*command)
+    assert status == 0 and out and "there is no ledger yet" in err
+    assert {path.name for path in run.db.parent.iterdir()} == {"keys.json"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["serve", "--port", "0"],
+        ["serve", "--port", "99999"],
+        ["usage", "--days", "0"],
+        ["usage", "--days", "99999999999999999999"],
+        ["key", "list"],
+    ],
+)
+def test_a_mistyped_command_is_told(run: Callable, words: list[str]) -> None:
+    status, out, err = run(*words)
+    assert status == 2 and not out and words[-1] in err or "No such command" in err
+
+
+def test_a_revoked_demo_key_is_offered_no_more(run: Callable) -> None:
+    run("keys", "revoke", proxy.key_id(proxy.sha256(DEMO_KEY)))
+    config, ledger = proxy.ConfigFile(run.keys).current, proxy.Ledger(run.db)
+    assert DEMO_KEY not in proxy.greeting(config, ledger, "http://127.0.0.1:8000")
+    ledger.close()
+    assert "demo key" not in run("check")[1]
+
+
+def test_a_variable_is_missed_by_models_that_need_it_only() -> None:
+    document = {
+        "upstreams": {"a": {"url": "https://a/v1", "key": "$PROXY_TEST_UNSET_KEY"}},
+        "models": {
+            "only": {"upstream": "a/x", "price": {"input": 1}},
+            "first": {"upstream": ["a/x", "echo/echo"], "price": {"input": 1}},
+        },
+    }
+    document["upstreams"]["echo"] = {"url": "echo:"}
+    config = proxy.parse_config(document)
+    assert config.missing() == {"PROXY_TEST_UNSET_KEY": ["only"]}
+
+
+def test_a_server_greets_only_once_its_port_is_bound(files: Callable) -> None:
+    keys, db = files()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "proxy.py", "--keys", keys, "--db", db, "--port", port]
+        ended = subprocess.run(command, cwd=PROJECT, capture_output=True, timeout=30)
+    assert ended.returncode == 1 and not ended.stdout
+
+
+def test_the_greeting_has_a_curl_line_for_the_demo_key_only(run: Callable) -> None:
+    config, ledger = proxy.ConfigFile(run.keys).current, proxy.Ledger(run.db)
+    out = proxy.greeting(config, ledger, "http://127.0.0.1:8000")
+    ledger.close()
     assert f"curl http://127.0.0.1:8000{CHAT}" in out and DEMO_KEY in out
     for secret in TEAM_KEY, ADMIN_KEY, SECRET:
         assert secret not in out
@@ -3405,6 +3577,8 @@ class Stage:
                 "two": {"upstream": ["main/gpt-test", "spare/gpt-spare"], **TOKENS},
                 "dead-first": {"upstream": ["dead/x", "spare/gpt-spare"], **TOKENS},
                 "unset-first": {"upstream": ["unset/x", "spare/gpt-spare"], **TOKENS},
+                "dead-echo": {"upstream": ["dead/x", "echo/echo"], **TOKENS},
+                "echo-spare": {"upstream": ["echo/echo", "spare/x"], **TOKENS},
                 **{name: {"upstream": f"{name}/x", **TOKENS} for name in NOWHERE},
                 "mild": {"upstream": "main/m", **TOKENS, "defaults": MILD},
                 "picture": {"upstream": "main/dall-e", **IMAGE},
@@ -3595,18 +3769,25 @@ def test_defaults_stand_where_the_client_sent_none(stage, own):
     assert {name: sent[name] for name in MILD} == {**MILD, **own}
 
 
+BOTH_CAPS = {"max_completion_tokens": 7, "max_tokens": 7}
+
+
 @pytest.mark.parametrize(
     "path, asked, cap",
     [
         ("chat/completions", {}, {"max_tokens": 1000}),
         ("chat/completions", {"max_tokens": None}, {"max_tokens": 1000}),
         ("chat/completions", {"max_tokens": 7}, {"max_tokens": 7}),
+        ("chat/completions", {"max_completion_tokens": 7}, BOTH_CAPS),
+        ("chat/completions", {"max_tokens": 5000}, {"max_tokens": 5000}),
+        # Under another name it would bound nothing, or more than was priced.
         (
             "chat/completions",
-            {"max_completion_tokens": 7},
-            {"max_completion_tokens": 7},
+            {"max_output_tokens": 7},
+            {"max_output_tokens": 7, "max_tokens": 7},
         ),
-        ("chat/completions", {"max_tokens": 5000}, {"max_tokens": 5000}),
+        ("chat/completions", {"n_predict": 7}, {"n_predict": 7, "max_tokens": 7}),
+        ("responses", {"max_tokens": 9}, {"max_tokens": 9, "max_output_tokens": 9}),
         ("completions", {}, {"max_tokens": 1000}),
         ("responses", {}, {"max_output_tokens": 1000}),
         ("responses", {"max_output_tokens": 9}, {"max_output_tokens": 9}),
@@ -3619,6 +3800,42 @@ def test_the_cap_is_written_under_the_name_of_the_path(stage, path, asked, cap):
     sent = stage.main.requests[0]
     found = {name: sent.json[name] for name in proxy.CAPS if sent.json.get(name)}
     assert sent.path == f"/v1/{path}" and found == cap
+
+
+@pytest.mark.parametrize("host", ["api.openai.com", "x.openai.azure.com"])
+@pytest.mark.parametrize(
+    "asked, name",
+    [
+        ({}, "max_completion_tokens"),
+        ({"max_completion_tokens": 7}, "max_completion_tokens"),
+        ({"max_tokens": 7}, "max_tokens"),
+    ],
+)
+def test_openai_is_sent_one_cap_for_it_refuses_two(host, asked, name):
+    upstream = proxy.parse_upstream("u", {"url": f"https://{host}/v1"}, "upstreams.u")
+    assert proxy.OpenAI(upstream).cap_name("chat/completions", asked) == name
+
+
+@pytest.mark.parametrize("path", ["v1/chat/completions", "a/completions", "b/responses"])
+def test_another_spelling_of_a_path_does_not_escape_the_cap(stage, path):
+    response = stage.post(path, {"model": "chat", "messages": SAY_HELLO})
+    assert (response.status_code, error_of(response)["code"]) == (404, "not_found")
+    assert not stage.main.requests
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("responses", {"background": True}),
+        ("chat/completions", {"service_tier": "priority"}),
+        ("images/generations", {"stream": True}),
+    ],
+)
+def test_what_cannot_be_charged_rightly_is_refused(stage, path, body):
+    ask = {"model": "chat", "messages": SAY_HELLO, "prompt": "x", **body}
+    response = stage.post(path, ask)
+    assert response.status_code == 400 and error_of(response)["param"] == [*body][0]
+    assert not stage.main.requests
 
 
 @pytest.mark.parametrize("name", [None, *proxy.CAPS[:2]])
@@ -3967,8 +4184,37 @@ def test_streams_and_answers_come_through_tls_as_they_are(gateway, tmp_path):
         assert len(up.connections) < 6  # they are kept
 
 
-def test_a_model_without_its_key_says_so(stage):
+def test_a_slow_image_over_tls_streams_comments_too(tmp_path, monkeypatch, app):
+    monkeypatch.setattr(proxy, "COMMENT_INTERVAL", 0.02)
+    gate = threading.Event()
+    with TlsUpstream(tmp_path, [json_answer(B64, gate=gate)]) as up:
+        monkeypatch.setenv("SSL_CERT_FILE", str(up.cert))
+        monkeypatch.setattr(proxy.Pool, "_tls", None)
+        ark = {"url": f"images+{up.url}"}
+        model = {"any-image": {"upstream": "ark/flux", "price": {"image": 0.04}}}
+        served = app(upstreams={"ark": ark}, models=model)
+        threading.Timer(0.3, gate.set).start()
+        ask = HELLO | {"model": "any-image", "stream": True}
+        answer = served.test_client().post(CHAT, json=ask, headers=bearer(TEAM_KEY))
+        comments = answer.data.partition(b"data:")[0].count(b": the image")
+        answer.close()
+    assert answer.status_code == 200 and comments >= 2
+
+
+@pytest.mark.parametrize(
+    "model, status, code", [("dead-echo", 503, "provider_unavailable"), ("echo-spare", 200, None)]
+)
+def test_a_route_that_cannot_do_the_path_hides_no_other(stage, model, status, code):
+    stage.spare.script = [json_answer(chat_json("hi"))]
+    response = stage.post("completions", {"model": model, "prompt": "x"})
+    error = response.json.get("error", {})
+    assert (response.status_code, error.get("code")) == (status, code)
+
+
+def test_a_model_without_its_key_says_so(stage, capfd):
     assert "not configured" in error_of(stage.chat("unset"))["message"]
+    stage.app.extensions["proxy"].log.flush()
+    assert f"{UNSET} is not set" in capfd.readouterr().err
 
 
 SECRET_TOLD = f"Bad key {SECRET}, yours ends in {SECRET[-4:]}"
@@ -4322,6 +4568,43 @@ def test_running_usage_is_charged_once(stage):
     assert stage.row(response)["cost"] == 100 + 2 * (len(chunks) - 1)
 
 
+@pytest.mark.parametrize(
+    "report, relayed, output",
+    [(usage_of(12, 0), 400, 100), (usage_of(12, 300), 400, 300)],
+)
+def test_a_cut_stream_is_charged_the_larger_of_report_and_estimate(
+    stage, report, relayed, output
+):
+    chunks = chat_chunks("x" * relayed, include_usage_chunk=False)[:-1]
+    chunks[0]["usage"] = report
+    stage.main.script = [sse(chunks, done=False, chunked=False)]
+    response = stage.chat(stream=True)
+    assert ends_in_error(stage, response)
+    row = stage.row(response)
+    assert (row["input"], row["output"], row["estimated"]) == (12, output, 1)
+
+
+def test_done_without_a_finish_is_no_end_whatever_was_reported(stage):
+    chunks = chat_chunks("a b", include_usage_chunk=False)[:-1]
+    chunks[1]["usage"] = usage_of(5, 1)
+    stage.main.script = [sse(chunks)]
+    assert ends_in_error(stage, stage.chat(stream=True))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"type": {}, "usage": {"prompt_tokens": 1}, "choices": []}\n\n',
+        b'data: {"model": "a\\qb", "choices": []}\n\n',
+        b'data: {"model": "a\tb", "choices": []}\n\n',
+    ],
+)
+def test_an_event_that_is_odd_does_not_end_the_stream(stage, event):
+    first, *rest = chat_chunks("a b")
+    stage.main.script = [sse([first, event, *rest])]
+    assert sse_events(stage.chat(stream=True).data)[-1] == "[DONE]"
+
+
 def test_a_stream_without_usage_is_charged_an_estimate(stage):
     chunks = chat_chunks("x" * 400, include_usage_chunk=False)
     stage.main.script = [sse(chunks)]
@@ -4495,6 +4778,39 @@ def test_responses_end_with_their_own_last_event(stage, last, error):
     whole = b"".join(events).replace(b'"gpt-test"', b'"chat"')
     assert response.data == whole and stage.row(response)["cost"] == 660
     assert "stream_options" not in stage.main.requests[0].json
+
+
+def test_a_failed_response_of_which_nothing_came_is_free(stage):
+    first, *_, last = responses_events("response.failed")
+    last = last.replace(json.dumps(RESPONSES_USAGE).encode(), b"null")
+    stage.main.script = [sse([first, last], done=False)]
+    response = stage.post("responses", {"model": "chat", "input": "x", "stream": True})
+    assert b"response.failed" in response.data
+    row = stage.row(response)
+    assert (row["state"], row["status"], row["cost"]) == (proxy.RELEASED, 503, 0)
+
+
+def test_the_text_of_a_cut_response_counts_once(stage):
+    stage.main.script = [sse(responses_events()[:3], done=False, chunked=False)]
+    response = stage.post("responses", {"model": "chat", "input": "x", "stream": True})
+    assert ends_in_error(stage, response)
+    assert stage.row(response)["output"] == 2  # "Hello"
+
+
+def test_a_stream_of_messages_is_whole_and_its_reports_add_up(stage):
+    told = {"message": {"model": "m", "usage": {"input_tokens": 50, "output_tokens": 1}}}
+    events = [
+        {"type": "message_start", **told},
+        {"type": "content_block_delta", "delta": {"type": "text_delta", "text": "Hi"}},
+        {"type": "message_delta", "usage": {"output_tokens": 30}},
+        {"type": "message_stop"},
+    ]
+    stage.main.script = [sse(events, done=False)]
+    ask = {"model": "chat", "messages": SAY_HELLO, "max_tokens": 99, "stream": True}
+    response = stage.post("messages", ask)
+    assert documents(response.data)[-1] == events[-1]
+    row = stage.row(response)
+    assert (row["status"], row["input"], row["output"]) == (200, 50, 30)
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
@@ -4871,6 +5187,49 @@ def test_a_watcher_that_is_closed_ends_what_it_carries():
         sock.close()
 
 
+def test_a_second_signal_does_not_put_the_drain_off() -> None:
+    watcher, watch = proxy.Watcher(), proxy.Watch()
+    watcher.add(watch)
+    watcher.drain(0.05)
+    watcher.drain(60)
+    wait_for(lambda: watch.reason == "drain", 2)
+    watcher.remove(watch)
+    watcher.close()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"HTTP/1.1 103 Early Hints\r\nContent-Length: 0\r\n\r\n", b"HTTP/1.1 101 X\r\n\r\n"],
+)
+def test_an_answer_that_is_not_final_is_nobodys(head: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(head * 30)
+        with pytest.raises(ValueError):
+            proxy.Reply(ours)
+
+
+def test_an_answer_to_a_body_that_is_not_read_is_told() -> None:
+    """A server that refuses 6 MB by their head, and closes."""
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(refuse_by_the_head, server)
+        url = {"url": f"http://127.0.0.1:{server.getsockname()[1]}/v1"}
+        dialect = proxy.OpenAI(proxy.parse_upstream("u", url, "upstreams.u"))
+        with pytest.raises(proxy.Refused) as refused:
+            dialect.post("x", {"prompt": "x" * (6 << 20)}, proxy.Watch())
+    assert refused.value.status == 413
+
+
+def refuse_by_the_head(server: socket.socket) -> None:
+    """Answer 413 to the head of one request; what comes after it is not read."""
+    sock, _ = server.accept()
+    with sock:
+        read_until(sock, b"\r\n\r\n")
+        body = b'{"error": {"message": "too long"}}'
+        size = ("Content-Length", str(len(body)))
+        sock.sendall(head(413, ("Content-Type", "application/json"), size) + body)
+
+
 # -- Relay: clients on a socket ------------------------------------------------------
 
 
@@ -4962,6 +5321,17 @@ def test_a_client_that_leaves_a_running_stream_pays_for_what_came(real):
     assert real.main.requests[0].closed.wait(2)
     row = real.rows()[-1]
     assert (row["status"], row["estimated"]) == (499, 1) and 0 < row["cost"] < 200
+
+
+def test_a_client_that_sends_more_and_leaves_is_seen_to_leave(real):
+    real.main.script = [stall()]
+    body = json.dumps({"model": "chat", "messages": SAY_HELLO}).encode()
+    with socket.create_connection(("127.0.0.1", real.port), 5) as sock:
+        sock.sendall(request_bytes("/v1/chat/completions", body) + b"\r\n")
+        real.main.wait_requests()
+        sock.close()
+        real.wait_idle(2)
+    assert real.main.requests[0].closed.wait(2)
 
 
 # -- Dialects: DeepSeek --------------------------------------------------------------
@@ -5179,10 +5549,8 @@ VOLCENGINE = {
     "done with null": ([None, DONE_NULL], WALK, 503, DOWN, "no", 0, 1, 1),
     "never done": ([], NEVER, 503, DOWN, "no", 0, 1, None),
     "cut on submit": ([raw(b"")], WALK, 503, DOWN, "no", 0, 1, 0),
-    "cut on a poll": ([None, raw(b"")], WALK, 503, DOWN, "no", 0, 1, 1),
     "no JSON on submit": ([typed(b"<html>", "text/html")], WALK, 503, DOWN, "no",
                           0, 1, 0),
-    "no JSON on a poll": ([None, typed(b"<")], WALK, 503, DOWN, "no", 0, 1, 1),
     "an array": ([typed(b"[]")], WALK, 503, DOWN, "no", 0, 1, 0),
 }  # fmt: skip
 
@@ -5212,6 +5580,22 @@ def test_whatever_volcengine_answers(stage, monkeypatch, name, path):
     row = stage.row(response)
     assert (row["cost"], row["images"]) == (credits * 10**6, int(credits > 0))
     assert ACCESS_KEY not in response.text and "Vendor" not in response.text
+
+
+@pytest.mark.parametrize(
+    "fault", [raw(b""), typed(b"<html>", "text/html"), json_answer({}, 502)]
+)
+def test_a_poll_that_fails_on_its_way_is_made_again(stage, fault):
+    stage.volc.script = [None, fault, fault]
+    response = stage.chat("jimeng-image")
+    assert response.status_code == 200 and stage.row(response)["cost"] == 40_000
+    assert (stage.volc.submits, stage.volc.polls) == (1, 2 + len(stage.volc.states))
+
+
+def test_a_submit_that_may_have_been_heard_is_not_made_elsewhere(stage):
+    stage.volc.script = [typed(b"<html>", "text/html")]
+    assert_unavailable(stage, stage.chat("two-images"), "no")
+    assert not stage.ark.requests
 
 
 def test_a_task_that_was_not_done_in_time_is_in_the_log(stage, monkeypatch, capfd):
@@ -5294,7 +5678,6 @@ def test_a_task_asks_for_one_image_of_the_last_user_message(stage, body, task):
         ("chat/completions", {"size": "huge"}),
         ("images/generations", {"prompt": ""}),
         ("images/generations", {"response_format": "b64_json"}),
-        ("images/generations", {"stream": True}),
     ],
 )
 def test_what_jimeng_cannot_do_is_refused_before_it_is_asked(stage, path, body):
@@ -5347,7 +5730,6 @@ def test_a_submit_that_fails_has_a_status_also_in_a_stream(stage, script, status
         (volc_error(50511), POLICY),
         (volc_error(50500), DOWN),
         (DONE_EMPTY, DOWN),
-        (raw(b""), DOWN),
     ],
 )
 def test_an_image_that_fails_later_ends_the_stream_in_an_error_event(
@@ -5553,6 +5935,44 @@ def test_a_client_that_leaves_while_an_image_is_made_pays_nothing(real, model, s
     assert (row["status"], row["cost"], row["images"]) == (499, 0, 0)
     time.sleep(0.1)
     assert len(maker.requests) == asked, "nobody waits for the image any more"
+
+
+def test_images_through_chat_are_one_and_charged_as_one(stage):
+    urls = [{"url": f"https://images.example/{n}.png"} for n in range(4)]
+    stage.ark.script = [json_answer({"created": 1, "data": urls})]
+    response = stage.chat("any-image")
+    assert said(response) == urls[0]["url"]
+    row = stage.row(response)
+    assert (row["images"], row["cost"]) == (1, 40_000)
+
+
+def test_a_stream_of_an_image_leaves_nothing_behind(stage):
+    def answers() -> int:
+        return sum(type(each) is proxy.Answer for each in gc.get_objects())
+
+    gc.disable()
+    try:
+        before = answers()
+        assert stage.chat("any-image", stream=True).status_code == 200
+        assert answers() == before
+    finally:
+        gc.enable()
+
+
+# -- Dialects: echo ------------------------------------------------------------------
+
+
+def test_blanks_are_no_work(stage):
+    started = time.monotonic()
+    words = [{"role": "user", "content": "a" + " " * 100_000}]
+    assert said(stage.chat("echo", messages=words)) == "a"
+    assert time.monotonic() - started < 2
+
+
+def test_echoes_above_what_an_answer_may_have_are_refused(stage):
+    words = [{"role": "user", "content": "x" * (1 << 20)}]
+    response = stage.chat("echo", messages=words, n=20)
+    assert (response.status_code, error_of(response)["param"]) == (400, "n")
 
 
 # -- The documentation's examples ----------------------------------------------------
@@ -6119,6 +6539,32 @@ def test_draining_finishes_short_streams_and_settles_long_ones(sig, gateway, tmp
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGQUIT])
+def test_an_interrupted_server_ends_its_streams_well(sig, gateway, gate, tmp_path):
+    with Upstream([sse(WORDS, gate=gate)]) as up:
+        server = gateway(up.url, workers=2)
+        stream = Visit(server, TEAM_KEY, stream=True).start()
+        started = time.monotonic()
+        os.kill(server.master_pid, sig)
+        assert json.loads(sse_events(stream.finish().body)[-1])["error"]
+        server.process.wait(10)
+    assert time.monotonic() - started < 5
+    row = (stream.id, proxy.SETTLED, 503)
+    assert query(tmp_path, "SELECT id, state, status FROM requests") == [row]
+    assert f"event=request request={stream.id}" in server.log()
+
+
+def test_a_client_that_does_not_read_is_settled_before_the_end(gateway, tmp_path):
+    big = [chat_chunk("gpt-test", {"content": "x" * 100_000})] * 300
+    with Upstream([sse(big, done=False)]) as up:
+        server = gateway(up.url, workers=1, constants=QUICK_TERM)
+        Visit(server, TEAM_KEY, stream=True).start()  # and reads no more
+        os.kill(server.master_pid, signal.SIGTERM)
+        server.process.wait(10)
+    ((state, cost),) = query(tmp_path, "SELECT state, cost FROM requests")
+    assert state == proxy.SETTLED and cost > 0
 
 
 def test_a_draining_server_refuses_new_requests_at_once(gateway, gate):
@@ -6705,10 +7151,14 @@ def test_a_client_that_leaves_a_silent_upstream_frees_its_slot(
         sock.close()
 
 
-def test_a_worker_whose_listener_a_signal_has_closed_accepts_nothing():
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_whose_listener_a_signal_has_closed_accepts_nothing(workers):
     worker = proxy.Worker.__new__(proxy.Worker)
-    worker.cfg, worker.nr_conns, worker.alive = SimpleNamespace(workers=2), 1, False
-    worker.accept(None)  # gunicorn's listener has no socket then
+    worker.cfg, worker.nr_conns = SimpleNamespace(workers=workers), 1
+    worker.alive = False
+    listener = socket.socket()
+    listener.close()
+    worker.accept(listener)
 
 
 def test_connections_that_ask_at_once_again_leave_threads_to_others(gateway):
@@ -6975,13 +7425,15 @@ def test_a_key_may_revoke_itself(api: Api) -> None:
     assert api.refusal("GET", "/v1/account", made["key"]) == (401, "unauthorized")
 
 
-def test_an_account_has_so_many_keys_until_it_revokes_one(
-    api: Api, monkeypatch: Any
-) -> None:
+def test_an_account_has_so_many_keys_a_day(api: Api, monkeypatch: Any) -> None:
     monkeypatch.setattr(proxy, "MAX_KEYS", 3)
+    now = time.time()
     ids = [api.post("/v1/account/keys", name=f"k{n}")["id"] for n in range(2)]
     assert api.refusal("POST", "/v1/account/keys") == (400, "invalid_request")
     api("DELETE", f"/v1/account/keys/{ids[0]}")
+    # Or each new one would bring its own sixty requests.
+    assert api.refusal("POST", "/v1/account/keys") == (400, "invalid_request")
+    monkeypatch.setattr(proxy.time, "time", lambda: now + 86402)
     api.post("/v1/account/keys", name="again")
 
 
@@ -7109,6 +7561,26 @@ def test_a_key_is_shown_as_admin_exactly_if_it_is(
     rows = api.get("/v1/account/keys", key)["data"]
     assert [row["admin"] for row in rows] == [may, may]
     assert made["admin"] == may
+
+
+def test_an_account_that_is_admin_no_more_has_no_admin_keys(
+    api: Api, tmp_path: Path
+) -> None:
+    made = api.post("/v1/account/keys", ADMIN_KEY, name="second")
+    keys_file(tmp_path, "http://127.0.0.1:9", accounts={"boss": {"admin": False}})
+    wait_for(lambda: api("GET", "/v1/accounts", ADMIN_KEY).status_code == 404)
+    assert api.refusal("GET", "/v1/accounts", made["key"]) == (404, "not_found")
+    assert api.get("/v1/account", made["key"])["admin"] is False
+
+
+def test_a_new_account_has_no_keys_of_a_former_one(api: Api, tmp_path: Path) -> None:
+    old = api.post("/v1/account/keys", OTHER_KEY, name="laptop")["key"]
+    take_out_other(api, tmp_path)
+    api.post("/v1/accounts", ADMIN_KEY, id="other")
+    assert api.refusal("GET", "/v1/account", old) == (401, "unauthorized")
+    new = api.post("/v1/accounts/other/keys", ADMIN_KEY, name="new")["key"]
+    assert api.get("/v1/account", new)["id"] == "other"
+    keys_file(tmp_path, "http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("id", ["team", "lab"])
@@ -7486,12 +7958,37 @@ def documentation(api: Api, **headers: str) -> Page:
     return Page(api.client.get("/", headers=headers).text)
 
 
+@pytest.mark.parametrize(
+    "models, named",
+    [
+        ({}, {"echo"}),
+        ({"mine": "input"}, {"mine"}),
+        ({"mine": "input", "paint": "image"}, {"mine", "paint"}),
+    ],
+)
+def test_the_examples_name_models_that_are_here(
+    app: Callable, models: dict, named: set
+) -> None:
+    gone = "chat deepseek-chat deepseek-r1 embed flat jimeng-image seedream".split()
+    mine = {
+        name: {"upstream": "main/x", "price": {kind: 1}} for name, kind in models.items()
+    }
+    order = {name: None for name in (*gone, "echo" if mine else "-")} | mine
+    page = documentation(Api(app(accounts={"demo": None}, models=order)))
+    found = re.findall(r'"?model"?[:=] ?"([\w-]+)"', page.html)
+    wanted = named if "paint" in named else named | {"jimeng-image"}
+    assert {*found} == wanted and DEMO_KEY not in page.html
+    assert ("no image model" in page.html) == ("paint" not in named)
+
+
 def in_one_line(text: str) -> str:
     """The text with single spaces."""
     return " ".join(text.split())
 
 
-def test_the_documentation_has_all_of_the_contract(api: Api) -> None:
+def test_the_documentation_has_all_of_the_contract(app: Callable) -> None:
+    coder = {"upstream": "main/x", "about": "Code", "price": {"input": 1}}
+    api = Api(app(models={"deepseek-coder": coder}))
     words = in_one_line(documentation(api).words)
     assert [text for text in TOLD_ON_THE_PAGE if text not in words] == []
 
@@ -8312,6 +8809,23 @@ def test_an_admin_makes_an_account_and_grants_it_credits(tab: Tab) -> None:
     tab.type("#account-name", name)
     tab.click("#account-form button")
     tab.until("#account-form output", "already")
+
+
+def test_what_was_typed_for_one_account_is_not_left_for_the_next(tab: Tab) -> None:
+    tab.sign_in(ADMIN_KEY)
+    tab.type("#grant-credits", "0.5")
+    tab.click("#grant-form button")
+    tab.until("#grant-form output", "Granted 0.5")
+    tab.type("#grant-credits", "7")
+    tab.type("#key-name", "theirs")
+    tab.click("#key-admin")
+    name = f"zz {time.monotonic_ns()}"
+    tab.type("#account-name", name)
+    tab.click("#account-form button")
+    tab.until("#account-id", name)
+    typed = "return ['grant-credits', 'key-name'].map((id) => $(id).value).join('')"
+    assert tab.js(typed) == "" and tab.text("#grant-form output") == ""
+    assert tab.js("return $('key-admin').checked") is False
 
 
 def test_only_admins_see_the_admins_part(tab: Tab, newcomer: str) -> None:

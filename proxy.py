@@ -18,7 +18,7 @@ One request:
     client <- last byte -- settle             the charge is on disk before it leaves
 
 Sections, each needing only what stands above it: Constants, Errors, Configuration,
-Ledger, Limits, Usage and price, Wire, Upstreams, Relay, Application, Pages, Command
+Ledger, Limits, Wire, Calls and prices, Upstreams, Relay, Pages, Application, Command
 line. Operators edit keys.json; the program alone writes proxy.db. See README.md.
 """
 
@@ -443,6 +443,10 @@ def account_name(value: Any, path: str) -> str:
     return value
 
 
+def join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
 def fields(value: Any, path: str, known: str, needed: str = "") -> dict[str, Any]:
     """An object whose members are all known and whose needed ones are there."""
     if not isinstance(value, dict):
@@ -454,10 +458,6 @@ def fields(value: Any, path: str, known: str, needed: str = "") -> dict[str, Any
         if name not in value:
             raise ConfigError(f"{join(path, name)}: is required")
     return value
-
-
-def join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def whole(value: Any, path: str, low: int, high: int) -> int:
@@ -533,6 +533,12 @@ def from_environment(text: str) -> tuple[str, tuple[str, ...]]:
     return re.sub(r"\$([A-Za-z_][A-Za-z0-9_]*)", value, text), tuple(missing)
 
 
+def text_of(value: Any, path: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{path}: must be a text")
+    return value
+
+
 def parse_upstream(name: str, value: Any, path: str) -> UpstreamConfig:
     value = fields(value, path, "key", needed="url")
     try:
@@ -565,10 +571,13 @@ def parse_upstream(name: str, value: Any, path: str) -> UpstreamConfig:
     return UpstreamConfig(name, dialect, secure, host, port, base, key, missing)
 
 
-def text_of(value: Any, path: str) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(f"{path}: must be a text")
-    return value
+def plain(value: Any, path: str) -> Any:
+    """JSON with floats for decimals, as it will be forwarded."""
+    try:
+        floats = json.loads(json.dumps(value, default=float))
+        return json.loads(json.dumps(floats, allow_nan=False))
+    except ValueError:
+        raise ConfigError(f"{path}: a number is too large") from None
 
 
 def parse_model(
@@ -597,15 +606,6 @@ def parse_model(
         plain(defaults, f"{path}.defaults"),
         whole(longest, f"{path}.max_output", 1, MAX_TOKENS),
     )
-
-
-def plain(value: Any, path: str) -> Any:
-    """JSON with floats for decimals, as it will be forwarded."""
-    try:
-        floats = json.loads(json.dumps(value, default=float))
-        return json.loads(json.dumps(floats, allow_nan=False))
-    except ValueError:
-        raise ConfigError(f"{path}: a number is too large") from None
 
 
 def parse_account(
@@ -650,6 +650,18 @@ def parse_key(account: Account, name: str, value: Any, path: str) -> Key:
     return Key(key_id(hash), name, account.id, hash, hint, account.admin)
 
 
+def demo_key(
+    account: Account, text: str, models: dict[str, Model]
+) -> tuple[str, str] | None:
+    """(key, model) if this key is public by design: it reaches nothing but echo."""
+    if not account.models or account.admin or text.startswith("sha256:"):
+        return None
+    for name in account.models:
+        if any(upstream.dialect != "echo" for upstream, _ in models[name].routes):
+            return None
+    return text, sorted(account.models)[0]
+
+
 def parse_config(document: Any) -> Config:
     """The whole of keys.json; raises ConfigError with the path of what is wrong."""
     known = "limits accounts upstreams models"
@@ -680,18 +692,6 @@ def parse_config(document: Any) -> Config:
             keys.add(key)
             demo = demo or demo_key(account, text, models)
     return Config(limits, accounts, keys, models, int(time.time()), demo)
-
-
-def demo_key(
-    account: Account, text: str, models: dict[str, Model]
-) -> tuple[str, str] | None:
-    """(key, model) if this key is public by design: it reaches nothing but echo."""
-    if not account.models or account.admin or text.startswith("sha256:"):
-        return None
-    for name in account.models:
-        if any(upstream.dialect != "echo" for upstream, _ in models[name].routes):
-            return None
-    return text, sorted(account.models)[0]
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -818,6 +818,10 @@ END;
 """
 
 
+def ceil_micro(pico: int) -> int:
+    return -(-pico // PICO)
+
+
 @dataclass(frozen=True, slots=True)
 class Quote:
     """The most a request can cost: `fixed` pico-credits and `token` of them for each
@@ -874,10 +878,6 @@ def schema() -> str:
     steps = "".join(f" WHEN \\1 <= {bound} THEN {i}" for i, bound in enumerate(BUCKETS))
     case = rf"CASE{steps} ELSE {len(BUCKETS)} END"
     return re.sub(r"@place\((.*?)\)", case, SCHEMA)
-
-
-def ceil_micro(pico: int) -> int:
-    return -(-pico // PICO)
 
 
 def new_request_id() -> str:
@@ -1660,7 +1660,6 @@ class Ledger:
 
 # Limits ------------------------------------------------------------------------------
 
-
 MOMENT = 8  # bytes
 WINDOW = "SELECT hits FROM windows WHERE key = ?"
 
@@ -1750,156 +1749,6 @@ class LedgerStorage(Storage, MovingWindowSupport):
         self._ledger.write(lambda db: db.execute(sql, (key,)))
 
 
-# Usage and price ---------------------------------------------------------------------
-
-CAPS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-CAPS += ("n_predict", "num_predict", "max_new_tokens")  # local servers' own names
-CAP_OF_PATH = {
-    "chat/completions": "max_tokens",
-    "completions": "max_tokens",
-    "responses": "max_output_tokens",
-}
-NO_OUTPUT = {"embeddings", "moderations", "rerank"}
-# Of a body, what the model reads besides its messages.
-TEXT_MEMBERS = "prompt input instructions tools functions query documents".split()
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What an answer used: tokens by class (`cached` is a part of `input`), images."""
-
-    input: int = 0
-    cached: int = 0
-    output: int = 0
-    images: int = 0
-    estimated: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One request as the client made it; `size` is its body's UTF-8 bytes."""
-
-    path: str
-    body: dict[str, Any]
-    model: str
-    stream: bool
-    wants_usage: bool
-    size: int
-
-    @property
-    def prompts(self) -> int:
-        """How many prompts it holds: a list of token numbers is one, others a batch."""
-        prompt = self.body.get("prompt")
-        if self.path != "completions" or not isinstance(prompt, list) or not prompt:
-            return 1
-        return 1 if isinstance(prompt[0], int) else len(prompt)
-
-    @property
-    def answers(self) -> int:
-        """How many choices come back."""
-        return self.prompts * (self.body.get("n") or 1)
-
-    @property
-    def choices(self) -> int:
-        """How many choices are generated at the most."""
-        return max(self.answers, self.prompts * (self.body.get("best_of") or 1))
-
-    def text_size(self) -> int:
-        """UTF-8 bytes of the text that the model is given."""
-        messages = self.body.get("messages")
-        messages = messages if isinstance(messages, list) else []
-        told = [each for each in messages if isinstance(each, dict)]
-        texts = [message_text(each) for each in told]
-        rest = [each.get("tool_calls") for each in told]
-        rest += [self.body.get(name) for name in TEXT_MEMBERS]
-        size = sum(len(text.encode("utf-8", "replace")) for text in texts)
-        return size + sum(len(to_json(each)) for each in rest if each)
-
-    def tokens(self, default: int) -> int:
-        """The most output tokens of one choice."""
-        if self.path in NO_OUTPUT:
-            return 0
-        return max([self.body.get(name) or 0 for name in CAPS]) or default
-
-
-def quote(call: Call, model: Model) -> Quote:
-    """The worst case: a token has at least one byte, and no answer is cached."""
-    price = model.price
-    fixed = call.size * max(price.input, price.cached) + price.request
-    fixed += price.image * (call.body.get("n") or 1)
-    return Quote(fixed, price.output, call.tokens(model.max_output), call.choices)
-
-
-def cost(usage: Usage, price: Price) -> int:
-    """Micro-credits, rounded up once."""
-    pico = (usage.input - usage.cached) * price.input + usage.cached * price.cached
-    pico += usage.output * price.output + usage.images * price.image
-    return ceil_micro(pico + price.request)
-
-
-def estimate(call: Call, relayed: int) -> Usage:
-    """The usage of an answer that was not reported; `relayed` bytes of its text."""
-    input = -(-call.text_size() // BYTES_PER_TOKEN)
-    return Usage(input, 0, -(-relayed // BYTES_PER_TOKEN), estimated=True)
-
-
-def read_usage(document: dict[str, Any], generates: bool = True) -> Usage | None:
-    """The usage that an answer or event reports; None if none is to be believed.
-
-    Both of OpenAI's namings, and DeepSeek's cache hits (top level of `usage`). What
-    `total_tokens` has above their sum is output: Gemini and xAI count the thinking
-    only there. Where nothing is generated the total alone is the input.
-    """
-    holders = (document, document.get("response"), document.get("message"))
-    reports = [each.get("usage") for each in holders if isinstance(each, dict)]
-    report = next((each for each in reports if each is not None), None)
-    if not isinstance(report, dict):
-        return None
-    input = first(report, "prompt_tokens", "input_tokens")
-    output = first(report, "completion_tokens", "output_tokens")
-    total = report.get("total_tokens")
-    if not generates and input is None:
-        input = total
-    if input is None and output is None:
-        return None
-    details = report.get("prompt_tokens_details") or report.get("input_tokens_details")
-    cached = report.get("prompt_cache_hit_tokens")
-    if isinstance(details, dict) and cached is None:
-        cached = details.get("cached_tokens")
-    if is_count(input) and is_count(output) and is_count(total):
-        output = max(output, total - input)
-    counts = [0 if count is None else count for count in (input, cached, output)]
-    if not all(map(is_count, counts)):
-        return None
-    return Usage(counts[0], min(counts[0], counts[1]), counts[2])
-
-
-def is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= MAX_TOKENS
-
-
-def larger(one: Usage, other: Usage) -> Usage:
-    """Of each count the larger: reports of a stream grow, or tell their parts."""
-    input, output = max(one.input, other.input), max(one.output, other.output)
-    estimated = one.estimated or other.estimated
-    return Usage(input, max(one.cached, other.cached), output, estimated=estimated)
-
-
-def first(report: dict[str, Any], name: str, other: str) -> Any:
-    value = report.get(name)
-    return report.get(other) if value is None else value
-
-
-def count_images(document: dict[str, Any]) -> int:
-    """Images that an /images/generations answer delivers."""
-    data = document.get("data")
-    entries = data if isinstance(data, list) else []
-    return sum(
-        isinstance(entry, dict) and bool(entry.get("url") or entry.get("b64_json"))
-        for entry in entries
-    )
-
-
 # Wire --------------------------------------------------------------------------------
 
 STREAM_TYPE = "text/event-stream"
@@ -1907,8 +1756,6 @@ STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\r\n]*)?")
 FRAMING = (b"transfer-encoding", b"content-length")
 # What is billed without an answer that tells, or above the model's price.
 UNSUPPORTED = {"background": True, "service_tier": "priority"}
-EXPONENT = re.compile(rb"\d[eE]")
-PATH = re.compile(r"[a-z0-9_]+(?:[-/][a-z0-9_]+)*")
 EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")
 LINE_END = re.compile(rb"\r\n|\n|\r")
 # Possessive: a way back for each character would take 130 bytes of memory for it.
@@ -1997,50 +1844,13 @@ def has_small_body(environ: dict[str, Any]) -> bool:
     return announced.isdigit() and len(announced) < 5
 
 
-def natural(body: dict[str, Any], name: str, highest: int) -> None:
-    """`name` may be missing, null or a whole number from 1 to `highest`."""
-    value = body.get(name)
-    if value is not None and (type(value) is not int or not 1 <= value <= highest):
-        raise BadRequest(
-            f"'{name}' must be a whole number from 1 to {highest}.", param=name
-        )
-
-
-def parse_call(path: str, data: bytes) -> Call:
-    """A request's body, checked as far as money and routing depend on it."""
-    alias = path not in CAP_OF_PATH and path.rpartition("/")[2] in CAP_OF_PATH
-    if not PATH.fullmatch(path) or alias:  # no other spelling escapes the cap
-        raise NotFound("There is no such path.")
-    body = parse_json(data)
-    model, stream = body.get("model"), body.get("stream")
-    if not isinstance(model, str) or not 1 <= len(model) <= 200:
-        raise BadRequest("'model' must be the name of a model.", param="model")
-    if stream is not None and type(stream) is not bool:
-        raise BadRequest("'stream' must be true or false.", param="stream")
-    for name in CAPS:
-        natural(body, name, 2**31 - 1)
-    for name in ("n", "best_of"):
-        natural(body, name, MAX_CHOICES)
-    for name, value in UNSUPPORTED.items():
-        if body.get(name) == value:
-            raise BadRequest(f"'{name}' may not be {value} here.", param=name)
-    if stream and path.startswith("images/"):
-        raise BadRequest("Images are not streamed here.", param="stream")
-    if path == "chat/completions":
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise BadRequest("'messages' must be a list of messages.", param="messages")
-        if not all(isinstance(message, dict) for message in messages):
-            raise BadRequest("Each of 'messages' must be an object.", param="messages")
-    options = body.get("stream_options")
-    if options is not None and not isinstance(options, dict):
-        raise BadRequest("'stream_options' must be an object.", param="stream_options")
-    wants_usage = bool((options or {}).get("include_usage"))
-    if b"\\ud" in data or b"\\uD" in data:
-        to_json(body)  # BadRequest for half of a surrogate pair
-    # A float may be longer as we write it: 1e15 is 1000000000000000.0.
-    size = len(to_json(body)) if EXPONENT.search(data) else 0
-    return Call(path, body, model, bool(stream), wants_usage, max(size, len(data)))
+def message_text(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 def last_user_text(body: dict[str, Any]) -> str:
@@ -2049,15 +1859,6 @@ def last_user_text(body: dict[str, Any]) -> str:
         if message.get("role") == "user":
             return message_text(message)
     return ""
-
-
-def message_text(message: dict[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    texts = [part.get("text") for part in parts if isinstance(part, dict)]
-    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 def sse(document: Any) -> bytes:
@@ -2084,6 +1885,13 @@ def event_document(event: bytes) -> dict[str, Any]:
     return json_object(event_data(event))
 
 
+def has_value(block: bytes, name: bytes) -> bool:
+    """Whether a member of this name is not null; quotes in a text are escaped."""
+    count = block.count(name)
+    nulls = block.count(name + b":null") if count else 0
+    return count > nulls and count > nulls + block.count(name + b": null")
+
+
 def is_notable(block: bytes) -> bool:
     """Whether an event of this block must be looked at; others pass by the block.
 
@@ -2099,13 +1907,6 @@ def is_notable(block: bytes) -> bool:
         or b'.failed"' in block
         or b'"message_stop"' in block
     )
-
-
-def has_value(block: bytes, name: bytes) -> bool:
-    """Whether a member of this name is not null; quotes in a text are escaped."""
-    count = block.count(name)
-    nulls = block.count(name + b":null") if count else 0
-    return count > nulls and count > nulls + block.count(name + b": null")
 
 
 class EventBuffer:
@@ -2175,6 +1976,206 @@ def split_events(block: bytes) -> Iterator[bytes]:
         start = match.end()
     if start < len(block):
         yield block[start:]
+
+
+# Calls and prices --------------------------------------------------------------------
+
+EXPONENT = re.compile(rb"\d[eE]")
+PATH = re.compile(r"[a-z0-9_]+(?:[-/][a-z0-9_]+)*")
+CAPS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
+CAPS |= {"n_predict", "num_predict", "max_new_tokens"}  # local servers' own names
+CAP_OF_PATH = {
+    "chat/completions": "max_tokens",
+    "completions": "max_tokens",
+    "responses": "max_output_tokens",
+}
+NO_OUTPUT = {"embeddings", "moderations", "rerank"}
+# Of a body, what the model reads besides its messages.
+TEXT_MEMBERS = "prompt input instructions tools functions query documents".split()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an answer used: tokens by class (`cached` is a part of `input`), images."""
+
+    input: int = 0
+    cached: int = 0
+    output: int = 0
+    images: int = 0
+    estimated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request as the client made it; `size` is its body's UTF-8 bytes."""
+
+    path: str
+    body: dict[str, Any]
+    model: str
+    stream: bool
+    wants_usage: bool
+    size: int
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts it holds: a list of token numbers is one, others a batch."""
+        prompt = self.body.get("prompt")
+        if self.path != "completions" or not isinstance(prompt, list) or not prompt:
+            return 1
+        return 1 if isinstance(prompt[0], int) else len(prompt)
+
+    @property
+    def answers(self) -> int:
+        """How many choices come back."""
+        return self.prompts * (self.body.get("n") or 1)
+
+    @property
+    def choices(self) -> int:
+        """How many choices are generated at the most."""
+        return max(self.answers, self.prompts * (self.body.get("best_of") or 1))
+
+    def text_size(self) -> int:
+        """UTF-8 bytes of the text that the model is given."""
+        messages = self.body.get("messages")
+        messages = messages if isinstance(messages, list) else []
+        told = [each for each in messages if isinstance(each, dict)]
+        texts = [message_text(each) for each in told]
+        rest = [each.get("tool_calls") for each in told]
+        rest += [self.body.get(name) for name in TEXT_MEMBERS]
+        size = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        return size + sum(len(to_json(each)) for each in rest if each)
+
+    def tokens(self, default: int) -> int:
+        """The most output tokens of one choice."""
+        if self.path in NO_OUTPUT:
+            return 0
+        caps = [self.body[name] or 0 for name in CAPS & self.body.keys()]
+        return max(caps, default=0) or default
+
+
+def natural(body: dict[str, Any], name: str, highest: int) -> None:
+    """`name` may be missing, null or a whole number from 1 to `highest`."""
+    value = body.get(name)
+    if value is not None and (type(value) is not int or not 1 <= value <= highest):
+        raise BadRequest(
+            f"'{name}' must be a whole number from 1 to {highest}.", param=name
+        )
+
+
+def parse_call(path: str, data: bytes) -> Call:
+    """A request's body, checked as far as money and routing depend on it."""
+    alias = path not in CAP_OF_PATH and path.rpartition("/")[2] in CAP_OF_PATH
+    if not PATH.fullmatch(path) or alias:  # no other spelling escapes the cap
+        raise NotFound("There is no such path.")
+    body = parse_json(data)
+    model, stream = body.get("model"), body.get("stream")
+    if not isinstance(model, str) or not 1 <= len(model) <= 200:
+        raise BadRequest("'model' must be the name of a model.", param="model")
+    if stream is not None and type(stream) is not bool:
+        raise BadRequest("'stream' must be true or false.", param="stream")
+    for name in CAPS & body.keys():
+        natural(body, name, 2**31 - 1)
+    for name in ("n", "best_of"):
+        natural(body, name, MAX_CHOICES)
+    for name, value in UNSUPPORTED.items():
+        if body.get(name) == value:
+            raise BadRequest(f"'{name}' may not be {value} here.", param=name)
+    if stream and path.startswith("images/"):
+        raise BadRequest("Images are not streamed here.", param="stream")
+    if path == "chat/completions":
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise BadRequest("'messages' must be a list of messages.", param="messages")
+        if not all(isinstance(message, dict) for message in messages):
+            raise BadRequest("Each of 'messages' must be an object.", param="messages")
+    options = body.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise BadRequest("'stream_options' must be an object.", param="stream_options")
+    wants_usage = bool((options or {}).get("include_usage"))
+    if b"\\ud" in data or b"\\uD" in data:
+        to_json(body)  # BadRequest for half of a surrogate pair
+    # A float may be longer as we write it: 1e15 is 1000000000000000.0.
+    size = len(to_json(body)) if EXPONENT.search(data) else 0
+    return Call(path, body, model, bool(stream), wants_usage, max(size, len(data)))
+
+
+def quote(call: Call, model: Model) -> Quote:
+    """The worst case: a token has at least one byte, and no answer is cached."""
+    price = model.price
+    fixed = call.size * max(price.input, price.cached) + price.request
+    fixed += price.image * (call.body.get("n") or 1)
+    return Quote(fixed, price.output, call.tokens(model.max_output), call.choices)
+
+
+def cost(usage: Usage, price: Price) -> int:
+    """Micro-credits, rounded up once."""
+    pico = (usage.input - usage.cached) * price.input + usage.cached * price.cached
+    pico += usage.output * price.output + usage.images * price.image
+    return ceil_micro(pico + price.request)
+
+
+def estimate(call: Call, relayed: int) -> Usage:
+    """The usage of an answer that was not reported; `relayed` bytes of its text."""
+    input = -(-call.text_size() // BYTES_PER_TOKEN)
+    return Usage(input, 0, -(-relayed // BYTES_PER_TOKEN), estimated=True)
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_TOKENS
+
+
+def first(report: dict[str, Any], name: str, other: str) -> Any:
+    value = report.get(name)
+    return report.get(other) if value is None else value
+
+
+def read_usage(document: dict[str, Any], generates: bool = True) -> Usage | None:
+    """The usage that an answer or event reports; None if none is to be believed.
+
+    Both of OpenAI's namings, and DeepSeek's cache hits (top level of `usage`). What
+    `total_tokens` has above their sum is output: Gemini and xAI count the thinking
+    only there. Where nothing is generated the total alone is the input.
+    """
+    report = document.get("usage")
+    for name in ("response", "message"):
+        if report is None and isinstance(document.get(name), dict):
+            report = document[name].get("usage")
+    if not isinstance(report, dict):
+        return None
+    input = first(report, "prompt_tokens", "input_tokens")
+    output = first(report, "completion_tokens", "output_tokens")
+    total = report.get("total_tokens")
+    if not generates and input is None:
+        input = total
+    if input is None and output is None:
+        return None
+    details = report.get("prompt_tokens_details") or report.get("input_tokens_details")
+    cached = report.get("prompt_cache_hit_tokens")
+    if isinstance(details, dict) and cached is None:
+        cached = details.get("cached_tokens")
+    if is_count(input) and is_count(output) and is_count(total):
+        output = max(output, total - input)
+    counts = [0 if count is None else count for count in (input, cached, output)]
+    if not all(map(is_count, counts)):
+        return None
+    return Usage(counts[0], min(counts[0], counts[1]), counts[2])
+
+
+def larger(one: Usage, other: Usage) -> Usage:
+    """Of each count the larger: reports of a stream grow, or tell their parts."""
+    input, output = max(one.input, other.input), max(one.output, other.output)
+    estimated = one.estimated or other.estimated
+    return Usage(input, max(one.cached, other.cached), output, estimated=estimated)
+
+
+def count_images(document: dict[str, Any]) -> int:
+    """Images that an /images/generations answer delivers."""
+    data = document.get("data")
+    entries = data if isinstance(data, list) else []
+    return sum(
+        isinstance(entry, dict) and bool(entry.get("url") or entry.get("b64_json"))
+        for entry in entries
+    )
 
 
 # Upstreams ---------------------------------------------------------------------------
@@ -2607,6 +2608,13 @@ class HttpAnswer(Answer):
         self._connection.release(self._reply.reusable)
 
 
+def is_quiet(sock: socket.socket, seconds: float = 0) -> bool:
+    """Whether a connection says nothing, not even its end, for `seconds`."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return not poll.poll(seconds * 1000)
+
+
 class Connection:
     """One request's use of a connection to an upstream."""
 
@@ -2764,13 +2772,6 @@ class Pool:
         return cls._tls
 
 
-def is_quiet(sock: socket.socket, seconds: float = 0) -> bool:
-    """Whether a connection says nothing, not even its end, for `seconds`."""
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return not poll.poll(seconds * 1000)
-
-
 class Dialect:
     """How one kind of upstream is asked. A subclass levels what differs.
 
@@ -2806,6 +2807,37 @@ class Dialect:
     def cap_name(self, path: str, body: dict[str, Any]) -> str | None:
         """The member that bounds the output here, whatever else `body` holds."""
         return CAP_OF_PATH.get(path)
+
+
+def retry_seconds(text: str) -> int:
+    """Whole seconds, 1 to 60, out of an upstream's Retry-After; 2 if it names none."""
+    return max(1, min(60, int(text))) if text.isdecimal() and len(text) < 6 else 2
+
+
+def scrub(text: Any, key: str) -> str | None:
+    """A bounded text without the operator's key or its end; None if it is no text.
+
+    The end of a short key ("ollama") may be a part of common words.
+    """
+    if not isinstance(text, str):
+        return None
+    for secret in key.split(":"):
+        for part in (secret, secret[-4:] if len(secret) >= 16 else ""):
+            text = text.replace(part, "***") if len(part) >= 4 else text
+    return text[:2000].encode("utf-8", "replace").decode()
+
+
+def refusal(status: int, data: bytes, key: str) -> Refused:
+    """The client's own mistake as the upstream tells it: OpenAI's form, an error
+    that is a text (vLLM), FastAPI's `detail`. The operator's key is cut out."""
+    document = json_object(data)
+    error = document.get("error") or document.get("detail") or document
+    message = error.get("message") if isinstance(error, dict) else error
+    if not isinstance(message, str):
+        message = to_json(message).decode() if message else "The provider refused this."
+    told = error if isinstance(error, dict) else {}
+    texts = (message, told.get("code"), told.get("param"))
+    return Refused(status, *(scrub(text, key) for text in texts))
 
 
 class OpenAI(Dialect):
@@ -2888,35 +2920,11 @@ class OpenAI(Dialect):
         return UpstreamFailed(f"{reason}, {answer.kind or 'no content type'}")
 
 
-def retry_seconds(text: str) -> int:
-    """Whole seconds, 1 to 60, out of an upstream's Retry-After; 2 if it names none."""
-    return max(1, min(60, int(text))) if text.isdecimal() and len(text) < 6 else 2
-
-
-def refusal(status: int, data: bytes, key: str) -> Refused:
-    """The client's own mistake as the upstream tells it: OpenAI's form, an error
-    that is a text (vLLM), FastAPI's `detail`. The operator's key is cut out."""
-    document = json_object(data)
-    error = document.get("error") or document.get("detail") or document
-    message = error.get("message") if isinstance(error, dict) else error
-    if not isinstance(message, str):
-        message = to_json(message).decode() if message else "The provider refused this."
-    told = error if isinstance(error, dict) else {}
-    texts = (message, told.get("code"), told.get("param"))
-    return Refused(status, *(scrub(text, key) for text in texts))
-
-
-def scrub(text: Any, key: str) -> str | None:
-    """A bounded text without the operator's key or its end; None if it is no text.
-
-    The end of a short key ("ollama") may be a part of common words.
-    """
-    if not isinstance(text, str):
-        return None
-    for secret in key.split(":"):
-        for part in (secret, secret[-4:] if len(secret) >= 16 else ""):
-            text = text.replace(part, "***") if len(part) >= 4 else text
-    return text[:2000].encode("utf-8", "replace").decode()
+def as_system(message: dict[str, Any]) -> dict[str, Any]:
+    """DeepSeek refuses the role `developer`."""
+    if message.get("role") == "developer":
+        return message | {"role": "system"}
+    return message
 
 
 class DeepSeek(OpenAI):
@@ -2942,11 +2950,17 @@ class DeepSeek(OpenAI):
         return self.get(self.upstream.path.removesuffix("/v1") + "/user/balance", watch)
 
 
-def as_system(message: dict[str, Any]) -> dict[str, Any]:
-    """DeepSeek refuses the role `developer`."""
-    if message.get("role") == "developer":
-        return message | {"role": "system"}
-    return message
+NO_TOKENS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+
+
+def image_url(entry: Any) -> str | None:
+    """The URL of one image; `data:` for one that came as base64."""
+    entry = entry if isinstance(entry, dict) else {}
+    if isinstance(entry.get("url"), str):
+        return entry["url"]
+    if isinstance(entry.get("b64_json"), str):
+        return f"data:image/png;base64,{entry['b64_json']}"
+    return None
 
 
 class ImageDialect(Dialect):
@@ -3027,7 +3041,26 @@ class ImageDialect(Dialect):
         yield DONE
 
 
-NO_TOKENS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+def moderated() -> Refused:
+    message = "The provider's moderation refused this content."
+    return Refused(400, message, "content_policy_violation", None)
+
+
+def policy_refusal(code: Any) -> Refused | None:
+    """The 400 of content that the vendor's moderation refuses."""
+    if isinstance(code, str) and code.endswith("SensitiveContentDetected"):
+        return moderated()
+    return None
+
+
+def image_failure(document: dict[str, Any]) -> ProxyError:
+    """Why a 200 without an image has none: its own error, or its first entry's."""
+    data = document.get("data")
+    for holder in [document, *(data if isinstance(data, list) else [])]:
+        error = holder.get("error") if isinstance(holder, dict) else None
+        if isinstance(error, dict):
+            return policy_refusal(error.get("code")) or UpstreamFailed("an image error")
+    return UpstreamFailed("no image in the answer")
 
 
 class Images(ImageDialect):
@@ -3093,36 +3126,32 @@ class Images(ImageDialect):
         return self._api.probe(watch)
 
 
-def image_url(entry: Any) -> str | None:
-    """The URL of one image; `data:` for one that came as base64."""
-    entry = entry if isinstance(entry, dict) else {}
-    if isinstance(entry.get("url"), str):
-        return entry["url"]
-    if isinstance(entry.get("b64_json"), str):
-        return f"data:image/png;base64,{entry['b64_json']}"
-    return None
+def volcengine_signature(
+    access: str, secret: str, host: str, query: str, body: bytes, now: time.struct_time
+) -> dict[str, str]:
+    """The headers of a signed POST to / (Volcengine's HMAC-SHA256, cv, cn-north-1).
 
-
-def policy_refusal(code: Any) -> Refused | None:
-    """The 400 of content that the vendor's moderation refuses."""
-    if isinstance(code, str) and code.endswith("SensitiveContentDetected"):
-        return moderated()
-    return None
-
-
-def moderated() -> Refused:
-    message = "The provider's moderation refused this content."
-    return Refused(400, message, "content_policy_violation", None)
-
-
-def image_failure(document: dict[str, Any]) -> ProxyError:
-    """Why a 200 without an image has none: its own error, or its first entry's."""
-    data = document.get("data")
-    for holder in [document, *(data if isinstance(data, list) else [])]:
-        error = holder.get("error") if isinstance(holder, dict) else None
-        if isinstance(error, dict):
-            return policy_refusal(error.get("code")) or UpstreamFailed("an image error")
-    return UpstreamFailed("no image in the answer")
+    `query` is sorted and percent-encoded; `secret` is used as it is, not decoded.
+    """
+    date = time.strftime("%Y%m%dT%H%M%SZ", now)
+    digest = hashlib.sha256(body).hexdigest()
+    signed = {"content-type": "application/json", "host": host}
+    signed |= {"x-content-sha256": digest, "x-date": date}
+    names = ";".join(signed)
+    lines = "".join(f"{name}:{value}\n" for name, value in signed.items())
+    canonical = f"POST\n/\n{query}\n{lines}\n{names}\n{digest}"
+    scope = f"{date[:8]}/cn-north-1/cv/request"
+    text = f"HMAC-SHA256\n{date}\n{scope}\n{sha256(canonical)}"
+    key = secret.encode()
+    for part in [*scope.split("/"), text]:
+        key = hmac.digest(key, part.encode(), "sha256")
+    return {
+        "Content-Type": "application/json",
+        "X-Date": date,
+        "X-Content-Sha256": digest,
+        "Authorization": f"HMAC-SHA256 Credential={access}/{scope}, "
+        f"SignedHeaders={names}, Signature={key.hex()}",
+    }
 
 
 class JiMeng(ImageDialect):
@@ -3248,34 +3277,6 @@ class JiMeng(ImageDialect):
         return ""
 
 
-def volcengine_signature(
-    access: str, secret: str, host: str, query: str, body: bytes, now: time.struct_time
-) -> dict[str, str]:
-    """The headers of a signed POST to / (Volcengine's HMAC-SHA256, cv, cn-north-1).
-
-    `query` is sorted and percent-encoded; `secret` is used as it is, not decoded.
-    """
-    date = time.strftime("%Y%m%dT%H%M%SZ", now)
-    digest = hashlib.sha256(body).hexdigest()
-    signed = {"content-type": "application/json", "host": host}
-    signed |= {"x-content-sha256": digest, "x-date": date}
-    names = ";".join(signed)
-    lines = "".join(f"{name}:{value}\n" for name, value in signed.items())
-    canonical = f"POST\n/\n{query}\n{lines}\n{names}\n{digest}"
-    scope = f"{date[:8]}/cn-north-1/cv/request"
-    text = f"HMAC-SHA256\n{date}\n{scope}\n{sha256(canonical)}"
-    key = secret.encode()
-    for part in [*scope.split("/"), text]:
-        key = hmac.digest(key, part.encode(), "sha256")
-    return {
-        "Content-Type": "application/json",
-        "X-Date": date,
-        "X-Content-Sha256": digest,
-        "Authorization": f"HMAC-SHA256 Credential={access}/{scope}, "
-        f"SignedHeaders={names}, Signature={key.hex()}",
-    }
-
-
 class Echo(Dialect):
     """`echo:`: answers with the last user message; words count as tokens."""
 
@@ -3354,6 +3355,13 @@ class Upstreams:
 
 
 # Relay -------------------------------------------------------------------------------
+
+
+def finished_index(choice: Any) -> int | None:
+    """The index of a choice that has its finish, else None."""
+    if not isinstance(choice, dict) or not choice.get("finish_reason"):
+        return None
+    return choice["index"] if type(choice.get("index")) is int else 0
 
 
 class Relay:
@@ -3435,8 +3443,9 @@ class Relay:
         body = {**self.model.defaults, **self.call.body, "model": upstream_id}
         if not self.model.price.output or self.call.path in NO_OUTPUT:
             return body
-        caps = {name for name in CAPS if body.get(name)}
-        for name in caps | ({dialect.cap_name(self.call.path, body)} - {None}):
+        own = dialect.cap_name(self.call.path, body)
+        caps = {name for name in CAPS & body.keys() if body[name]}
+        for name in caps | ({own} if own else set()):
             body[name] = min(body.get(name) or self.lease.tokens, self.lease.tokens)
         return body
 
@@ -3735,958 +3744,6 @@ class Relay:
             self._answer.close()
         self._resolve_now_or_later(499)
         self._services.log.request(self)
-
-
-def finished_index(choice: Any) -> int | None:
-    """The index of a choice that has its finish, else None."""
-    if not isinstance(choice, dict) or not choice.get("finish_reason"):
-        return None
-    return choice["index"] if type(choice.get("index")) is int else 0
-
-
-# Application -------------------------------------------------------------------------
-
-
-class RequestLog:
-    """Lines of logfmt for standard error, written by the upkeep thread.
-
-    A log that is full or closed must not stop a request, so lines are dropped
-    rather than waited for.
-    """
-
-    def __init__(self) -> None:
-        self._lines: deque[str | tuple] = deque(maxlen=10_000)
-
-    def note(self, event: str, **fields: Any) -> None:
-        parts = [f"{name}={logfmt(value)}" for name, value in fields.items()]
-        self._lines.append(
-            f"time={stamp(time.time())} event={event} {' '.join(parts)}\n"
-        )
-
-    def request(self, relay: Relay) -> None:
-        """The one line of a request; written out later, by the upkeep thread."""
-        self._lines.append((time.time(), relay.lease, relay.model.id, relay.charge))
-
-    def unrelayed(self, here: Any, rule: Any, status: int) -> None:
-        """The line of a request that was not let in, or that relays nothing; the
-        path itself may hold anything."""
-        key = here.get("key")
-        self.note(
-            "request",
-            request=here.get("request_id"),
-            account=key and key.account,
-            key=key and key.name,
-            route=rule,
-            status=status,
-        )
-
-    @staticmethod
-    def _line(now: float, lease: Lease, model: str, charge: Charge) -> str:
-        ttfb = "" if charge.ttfb is None else charge.ttfb
-        return (
-            f"time={stamp(now)} event=request request={lease.id}"
-            f" account={logfmt(lease.account)} key={logfmt(lease.key)}"
-            f" model={logfmt(model)} status={charge.status} input={charge.input}"
-            f" cached={charge.cached} output={charge.output} images={charge.images}"
-            f" cost={charge.cost / MICRO:.6f} estimated={int(charge.estimated)}"
-            f" ttfb_ms={ttfb} duration_ms={charge.duration}\n"
-        )
-
-    def flush(self) -> None:
-        while self._lines:
-            lines = [self._lines.popleft() for _ in range(min(100, len(self._lines)))]
-            text = "".join(x if isinstance(x, str) else self._line(*x) for x in lines)
-            with contextlib.suppress(OSError):
-                os.write(2, text.encode("utf-8", "replace"))
-
-
-def stamp(now: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-
-
-PLAIN_WORD = re.compile(r"[\w.:/+@%-]+")
-
-
-def logfmt(value: Any) -> str:
-    """A value of a log line; quoted unless it is one plain word."""
-    text = "" if value is None else str(value)
-    return text if PLAIN_WORD.fullmatch(text) else json.dumps(text)
-
-
-def trim_memory() -> None:
-    """Gives the kernel back what is free: 5 MiB of two workers after a load. During
-    one it would be asked for again at once, at 6% of a request's CPU."""
-    with contextlib.suppress(AttributeError):  # glibc alone has it
-        LIBC.malloc_trim(0)
-
-
-@dataclass(slots=True)
-class Services:
-    """Everything that one application owns. `capacity` bounds its relays at once."""
-
-    config_file: ConfigFile
-    ledger: Ledger
-    upstreams: Upstreams
-    watcher: Watcher
-    log: RequestLog
-    limiter: Limiter
-    capacity: float
-    refused: Counter[int] = field(default_factory=Counter)
-    pid: int = field(default_factory=os.getpid)
-    closed: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def config(self) -> Config:
-        return self.config_file.current
-
-    def upkeep(self) -> None:
-        """The thread that does what no request should wait for."""
-        while not self.closed.wait(UPKEEP_INTERVAL):
-            try:
-                self.tidy()
-            except Exception as error:  # nothing may end this thread
-                self.log.note("upkeep", reason=type(error).__name__)
-
-    def reload(self) -> None:
-        wrong = self.config_file.refresh()
-        if wrong and self.ledger.speaks():
-            self.log.note("config", reason=f"{wrong}; the last good one is kept")
-
-    def tidy(self) -> None:
-        self.reload()
-        self.ledger.forget_keys()
-        self.upstreams.tidy()
-        with contextlib.suppress(LedgerUnavailable):
-            counts, self.refused = self.refused, Counter()
-            self.ledger.tally(counts)
-            self.ledger.sweep()
-            self.ledger.retry()
-            self.ledger.checkpoint()
-        self.log.flush()
-        if self.watcher.idle:
-            trim_memory()
-
-    def close(self) -> None:
-        self.closed.set()
-        self.watcher.close()
-        self.upstreams.close()
-        self.tidy()
-        self.ledger.close()
-
-
-def made_key(
-    config: Config, id: str, account: str, name: str, hint: str, hash: str, admin: int
-) -> Key:
-    """A key made at run time, out of its row; an admin account's keys are admin's."""
-    admins = bool(admin) or config.account(account).admin
-    return Key(id, name, account, hash, hint, admins, "proxy.db")
-
-
-def identify(services: Services, header: str) -> tuple[Key, Account]:
-    """The key and account of an Authorization header, or Unauthorized."""
-    scheme, _, bearer = header.partition(" ")
-    bearer = bearer.strip()
-    if scheme.lower() != "bearer" or not BEARER.fullmatch(bearer):
-        raise Unauthorized
-    hash, config = sha256(bearer), services.config
-    key = config.keys.get(key_id(hash))
-    if row := services.ledger.find_key(hash):
-        account, name, hint, admin, revoked, stored, made = row
-        if revoked:
-            raise Unauthorized
-        if key is None and stored == hash and (made or account in config.accounts):
-            key = made_key(config, key_id(hash), account, name, hint, hash, admin)
-    if key is None or key.hash != hash:
-        raise Unauthorized
-    return key, config.account(key.account)
-
-
-def build_app(config_file: ConfigFile, db: str, capacity: float = math.inf) -> Flask:
-    """The application out of an opened keys.json; `capacity` bounds its relays at once.
-
-    Raises LedgerUnavailable. Its Services are the extension "proxy"; they are closed
-    by whoever made it, if ever.
-    """
-    ledger = Ledger(db)
-    try:
-        ledger.claim()
-    except LedgerUnavailable:
-        ledger.close()
-        raise
-    limiter = Limiter(
-        key_func=lambda: g.key.id,
-        storage_uri="sqlite://",
-        storage_options={"ledger": ledger},
-        strategy="moving-window",
-    )
-    parts = (Upstreams(), Watcher(), RequestLog(), limiter, capacity)
-    services = Services(config_file, ledger, *parts)
-    services.reload()  # the file may have changed since the master read it
-    threading.Thread(target=services.upkeep, name="upkeep", daemon=True).start()
-    app = Flask("proxy", static_folder=None)
-    app.url_map.strict_slashes = app.url_map.merge_slashes = False
-    # Known to the app already, Flask-Limiter adds none of its hooks. They would look
-    # for the limits of each view, again for every request, at 15% of its CPU; the one
-    # hook here knows them and asks Flask-Limiter's strategy and storage itself.
-    app.extensions |= {"proxy": services, "limiter": {limiter}}
-    limiter.init_app(app)
-    for add in PARTS:
-        add(app, services)
-    return app
-
-
-def create_app(
-    keys: str | os.PathLike | None = None, db: str | os.PathLike | None = None
-) -> Flask:
-    """The WSGI application of one worker process.
-
-    keys, db: the two files; by default PROXY_KEYS and PROXY_DB as on the command
-    line. Raises ConfigError, LedgerUnavailable.
-    """
-    keys, db = default_files(keys, db)
-    return build_app(ConfigFile(keys), db)
-
-
-def default_files(
-    keys: str | os.PathLike | None, db: str | os.PathLike | None
-) -> tuple[str, str]:
-    """keys.json and, beside it, proxy.db; unless the environment names others."""
-    keys = os.fspath(keys or os.environ.get("PROXY_KEYS") or "keys.json")
-    beside = os.path.join(os.path.dirname(keys), "proxy.db")
-    return keys, os.fspath(db or os.environ.get("PROXY_DB") or beside)
-
-
-def count_request(services: Services, here: Any, relayed: bool) -> Callable[[], None]:
-    """What counts this request in its key's windows, or raises RateLimited.
-
-    Relays count in the key's own rate, everything else in ACCOUNT_ITEMS. The result
-    may be called in another thread; it leaves in `windows` of `here`, Flask's `g`,
-    what it saw.
-    """
-    items = here.account.limits.items if relayed else ACCOUNT_ITEMS
-    key, scope = here.key.id, "relay" if relayed else "account"
-    strategy, windows = services.limiter.limiter, here.windows
-
-    def count() -> None:
-        for item in items:
-            fits = strategy.hit(item, key, scope)
-            stats = strategy.get_window_stats(item, key, scope)
-            windows.append((item, stats))
-            if not fits:
-                wait = stats.reset_time - time.monotonic()
-                raise RateLimited(f"Too many requests: {item} a key.", wait)
-
-    return count
-
-
-def tightest(windows: list[tuple[RateLimitItem, WindowStats]]) -> tuple:
-    """Of a key's windows the one that will refuse first."""
-    return min(windows, key=lambda window: window[1].remaining)
-
-
-def add_hooks(app: Flask, services: Services) -> None:
-    """Who asks, and what every answer carries."""
-
-    @app.before_request
-    def authenticate() -> None:
-        # The proxies `g` and `request` cost 0.6 µs at each use.
-        here, asked = g._get_current_object(), request._get_current_object()
-        here.request_id = new_request_id()
-        here.key, here.windows = None, []
-        if services.pid != os.getpid():
-            # Leases, locks and threads are a process's own: gunicorn --preload
-            # would share them.
-            raise LedgerUnavailable("the application was made before a fork")
-        endpoint = asked.endpoint
-        if endpoint in PUBLIC:
-            return
-        header = asked.environ.get("HTTP_AUTHORIZATION", "")
-        try:
-            here.key, here.account = identify(services, header)
-        except Unauthorized:
-            if endpoint is None:  # 404 or 405, whoever asks
-                return
-            raise
-        relayed = endpoint == "relay"
-        later = relayed and asked.method == "POST" and has_small_body(asked.environ)
-        if not later:
-            count_request(services, here, relayed)()
-
-    @app.after_request
-    def add_headers(response: Response) -> Response:
-        add, here = response.headers.add, g._get_current_object()
-        add("x-request-id", here.get("request_id") or new_request_id())
-        if windows := here.get("windows"):
-            item, (reset_time, remaining) = tightest(windows)
-            left = max(0.0, reset_time - time.monotonic())
-            add("x-ratelimit-limit-requests", str(item.amount))
-            add("x-ratelimit-remaining-requests", str(max(0, remaining)))
-            add("x-ratelimit-reset-requests", f"{left:.3f}s")
-        if not here.get("admitted") and request.endpoint not in PUBLIC:
-            services.log.unrelayed(here, request.url_rule, response.status_code)
-        return response
-
-
-def add_error_handlers(app: Flask, services: Services) -> None:
-    """How failures are told, counted and logged."""
-
-    @app.errorhandler(ProxyError)
-    def refused(error: ProxyError) -> Response:
-        asked = request.endpoint == "relay" and request.method == "POST"
-        if asked and not g.get("admitted"):
-            services.refused[error.status] += 1  # the ledger has no row of it
-        if isinstance(error, LedgerUnavailable):
-            services.log.note("ledger", request=g.request_id, reason=error.reason)
-        return tell(error)
-
-    @app.errorhandler(HTTPException)
-    def http_error(error: HTTPException) -> Response:
-        return tell(from_http(error))
-
-    @app.errorhandler(Exception)
-    def broken(error: Exception) -> Response:
-        # Its text may hold a prompt: only the kind and the place are logged.
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__} at {place.name}:{place.lineno}"
-        services.log.note("exception", request=g.get("request_id"), reason=reason)
-        return tell(ProxyError("Something went wrong here."))
-
-
-def tell(error: ProxyError) -> Response:
-    """The one place where an error becomes a response."""
-    return Response(
-        error.envelope(), error.status, error.headers, None, "application/json"
-    )
-
-
-PUBLIC = {"healthz", "documentation", "dashboard", "asset"}
-
-
-def add_routes(app: Flask, services: Services) -> None:
-    """What clients of the OpenAI API ask for."""
-
-    @app.get("/healthz")
-    def healthz() -> Response:
-        return json_response({"status": "ok"})
-
-    @app.post("/v1/<path:path>")
-    def relay(path: str) -> Response:
-        return start_relay(services, path)
-
-    @app.post("/v1/<any(account,accounts,models):base>/<path:path>")
-    def nothing(base: str, path: str) -> Response:
-        raise NotFound("There is no such path.")  # and not a relay's
-
-    @app.get("/v1/models")
-    def models() -> Response:
-        config = services.config
-        allowed = usable(config, g.account)
-        return list_response([model_entry(config, model) for model in allowed])
-
-    @app.get("/v1/models/<path:id>")
-    def model(id: str) -> Response:
-        return json_response(model_entry(services.config, find_model(services, id)))
-
-
-def account_routes(app: Flask, services: Services) -> Callable:
-    """What adds a view under /v1/account and, for admin keys, /v1/accounts/ID.
-
-    The view gets the account's id first: the key's own, or the one in the path.
-    """
-
-    def route(path: str, method: str = "GET") -> Callable:
-        def add(view: Callable) -> None:
-            def own(**values: str) -> Response:
-                return view(g.key.account, **values)
-
-            def other(account: str, **values: str) -> Response:
-                live = method == "POST"
-                return view(known_account(services, account, live), **values)
-
-            for base, function in (("/v1/account", own), (ONE_ACCOUNT, other)):
-                name = f"{function.__name__}_{view.__name__}"
-                app.add_url_rule(base + path, name, function, methods=[method])
-
-        return add
-
-    return route
-
-
-def add_account_routes(app: Flask, services: Services) -> None:
-    """What an account may see of its own; for admin keys, of any account."""
-    route, ledger = account_routes(app, services), services.ledger
-
-    @route("")
-    def account(id: str) -> Response:
-        return json_response(describe_account(services, id))
-
-    @route("/usage")
-    def usage(id: str) -> Response:
-        days = integer_argument("days", 30, 366)
-        return list_response(usage_rows(ledger, id, days), days=days)
-
-    @route("/requests")
-    def requests(id: str) -> Response:
-        limit = integer_argument("limit", 50, 200)
-        low = moment_id("since") or ""
-        high = moment_id("until") or "s"  # above all ids
-        high = min(high, request.args.get("after") or high)
-        rows = receipts(ledger, id, low, high, limit + 1)
-        return list_response(rows[:limit], has_more=len(rows) > limit)
-
-    @route("/requests/<request_id>")
-    def receipt(id: str, request_id: str) -> Response:
-        # No id of a request begins with another's.
-        rows = receipts(ledger, id, request_id, request_id + " ", 1)
-        if not rows:
-            raise NotFound("This account has made no such request.")
-        return json_response(rows[0])
-
-
-def add_key_routes(app: Flask, services: Services) -> None:
-    """An account's keys: lists, makes and revokes them."""
-    route, ledger = account_routes(app, services), services.ledger
-
-    @route("/keys")
-    def keys(id: str) -> Response:
-        return list_response(list_keys(services.config, ledger, id))
-
-    @route("/keys", "POST")
-    def make_key(id: str) -> Response:
-        body = small_body("name admin")
-        name = named(printable_name, body.get("name", "key"), "name")
-        admin = body.get("admin", False)
-        if type(admin) is not bool or (admin and not g.key.admin):
-            raise BadRequest("'admin' must be false.", param="admin")
-        now = int(time.time())
-        owned = list_keys(services.config, ledger, id)
-        ends = [key["revoked"] for key in owned]
-        if sum(end is None or end > now - DAY for end in ends) >= MAX_KEYS:
-            raise BadRequest(
-                f"An account may have {MAX_KEYS} keys, with those revoked since a day."
-            )
-        text, key = ledger.make_key(id, name, admin)
-        entry = key_entry(key, now, None, None) | {"key": text}
-        entry["admin"] = admin or services.config.account(id).admin
-        return json_response(entry, 201)
-
-    @route("/keys/<key_id>", "DELETE")
-    def revoke(id: str, key_id: str) -> Response:
-        ledger.revoke(known_key(services.config, ledger, key_id, id))
-        return json_response({"id": key_id, "revoked": True})
-
-
-def add_admin_routes(app: Flask, services: Services) -> None:
-    """All accounts, new ones, grants, metrics: for admin keys."""
-    ledger = services.ledger
-
-    @app.get("/v1/accounts")
-    def accounts() -> Response:
-        admin_only()
-        limit = integer_argument("limit", 100, 1000)
-        after = request.args.get("after", "")
-        ids = [id for id in all_accounts(services.config, ledger) if id > after]
-        rows = [account_entry(services, id) for id in ids[:limit]]
-        return list_response(rows, has_more=len(ids) > limit)
-
-    @app.post("/v1/accounts")
-    def make_account() -> Response:
-        admin_only()
-        body = small_body("id credits")
-        id = named(account_name, body.get("id"), "id")
-        amount = named(to_micro, body.get("credits", 0), "credits")
-        if id in services.config.accounts or not ledger.make_account(id):
-            raise BadRequest("There is an account of this name already.", param="id")
-        if amount:
-            ledger.grant(id, amount, "at the start")
-        return json_response(account_entry(services, id), 201)
-
-    @app.post(f"{ONE_ACCOUNT}/grants")
-    def grant(account: str) -> Response:
-        id = known_account(services, account, live=True)
-        body = small_body("credits note")
-        amount = named(to_micro, body.get("credits"), "credits")
-        note = body.get("note") or "granted"
-        ledger.grant(id, amount, named(printable_name, note, "note"))
-        return json_response(account_entry(services, id), 201)
-
-    @app.get("/metrics")
-    def metrics() -> Response:
-        admin_only()
-        text = "".join(f"{line}\n" for line in metric_lines(services))
-        kind = "text/plain; version=0.0.4; charset=utf-8"
-        return Response(text, content_type=kind)
-
-
-def add_pages(app: Flask, services: Services) -> None:
-    """The documentation and the dashboard; nothing in them comes from elsewhere."""
-
-    @app.get("/")
-    def documentation() -> Response:
-        demo = live_demo(services.config, services.ledger)
-        text = fill_documentation(services.config, demo, request.host_url)
-        return page(text, "text/html")
-
-    @app.get("/dashboard")
-    def dashboard() -> Response:
-        return page(DASHBOARD_HTML, "text/html")
-
-    @app.get("/assets/<name>")
-    def asset(name: str) -> Response:
-        if name not in ASSETS:
-            raise NotFound("There is no such file.")
-        return page(*ASSETS[name])
-
-
-def page(text: str, kind: str) -> Response:
-    return Response(text, 200, PAGE_HEADERS, None, f"{kind}; charset=utf-8")
-
-
-def admin_only() -> None:
-    """Raises NotFound for keys that are no admin's: they are told of no such path."""
-    if not g.key.admin:
-        raise NotFound("There is no such path.")
-
-
-def known_account(services: Services, id: str, live: bool = False) -> str:
-    """`id` if an admin asks and there is such an account; `live`: one that keys and
-    credits are good for, not one that keys.json has lost."""
-    admin_only()
-    made = services.ledger.made(id)
-    if not (made or id in services.config.accounts or (made is False and not live)):
-        raise NotFound("There is no such account.")
-    return id
-
-
-def integer_argument(name: str, default: int, highest: int) -> int:
-    """A whole number of the query string, from 1 to `highest`."""
-    text = request.args.get(name, str(default))
-    if not re.fullmatch("[0-9]{1,12}", text) or not 1 <= int(text) <= highest:
-        raise BadRequest(f"'{name}' must be from 1 to {highest}.", param=name)
-    return int(text)
-
-
-def small_body(known: str) -> dict[str, Any]:
-    """A small JSON object with these members only."""
-    body = parse_json(read_body(request.environ, 64 << 10))
-    for name in body:
-        if name not in known.split():
-            raise BadRequest(f"'{name}' is not known here.", param=name)
-    return body
-
-
-def named(parse: Callable[[Any, str], Any], value: Any, name: str) -> Any:
-    """A parsed member of a body; what keys.json would refuse is a BadRequest."""
-    try:
-        return parse(value, name)
-    except ConfigError as error:
-        raise BadRequest(f"{error}.", param=name) from None
-
-
-def json_response(document: Any, status: int = 200) -> Response:
-    return Response(to_json(document), status, None, None, "application/json")
-
-
-def list_response(rows: list[dict[str, Any]], **more: Any) -> Response:
-    """A list as OpenAI has it; `more` are members beside it."""
-    return json_response({"object": "list", "data": rows} | more)
-
-
-def usable(config: Config, account: Account) -> list[Model]:
-    """The models that an account may use."""
-    return [model for model in config.models.values() if account.may_use(model.id)]
-
-
-def find_model(services: Services, id: str) -> Model:
-    model = services.config.models.get(id)
-    if model is None or not g.account.may_use(id):
-        raise NotFound(
-            f"The model {id!r} does not exist, or this account may not use it.",
-            code="model_not_found",
-            param="model",
-        )
-    return model
-
-
-def model_entry(config: Config, model: Model) -> dict[str, Any]:
-    return {
-        "id": model.id,
-        "object": "model",
-        "created": config.loaded,
-        "owned_by": model.routes[0][0].name,
-    }
-
-
-def find_keys(
-    config: Config, ledger: Ledger, account: str | None = None
-) -> Iterator[tuple[Key, tuple[int | None, ...]]]:
-    """All keys of one account, or of all: declared, then made at run time; each with
-    when it was created, used and revoked (unix seconds)."""
-    rows = {
-        id: row
-        for id, *row in ledger.read(
-            "SELECT id, account, name, hint, hash, admin, created, used, revoked"
-            " FROM keys WHERE ?1 IS NULL OR account = ?1 ORDER BY created, id",
-            account,
-        )
-    }
-    for key in config.keys.values():
-        if account in (None, key.account):
-            yield key, rows.pop(key.id, (None,) * 8)[5:]
-    for id, (owner, name, hint, hash, admin, *times) in rows.items():
-        if hash:
-            yield made_key(config, id, owner, name, hint, hash, admin), times
-
-
-def key_entry(
-    key: Key, created: int | None, used: int | None, revoked: int | None
-) -> dict[str, Any]:
-    return {
-        "id": key.id,
-        "account": key.account,
-        "name": key.name,
-        "hint": key.hint,
-        "source": key.source,
-        "admin": key.admin,
-        "created": created,
-        "last_used": used,
-        "revoked": revoked,
-    }
-
-
-def list_keys(
-    config: Config, ledger: Ledger, account: str | None = None
-) -> list[dict[str, Any]]:
-    return [key_entry(key, *times) for key, times in find_keys(config, ledger, account)]
-
-
-def known_key(
-    config: Config, ledger: Ledger, id: str, account: str | None = None
-) -> Key:
-    """The key with this id, of this account if one is named; or NotFound."""
-    for key, _ in find_keys(config, ledger, account):
-        if key.id == id:
-            return key
-    raise NotFound("There is no such key.")
-
-
-def all_accounts(config: Config, ledger: Ledger) -> list[str]:
-    rows = ledger.read("SELECT id FROM accounts")
-    return sorted({*config.accounts, *(id for (id,) in rows)})
-
-
-def balance(config: Config, ledger: Ledger, account: str) -> dict[str, Any]:
-    """An account's credits: granted, spent, held, available."""
-    rows = ledger.read(
-        "SELECT granted, spent, held FROM accounts WHERE id = ?", account
-    )
-    granted, spent, held = rows[0] if rows else (0, 0, 0)
-    granted += config.account(account).credits
-    parts = {"granted": granted, "spent": spent, "held": held}
-    parts["available"] = max(0, granted - spent - held)
-    return {name: to_credits(micro) for name, micro in parts.items()}
-
-
-def account_entry(services: Services, id: str) -> dict[str, Any]:
-    """One line of the admin's list."""
-    config, ledger = services.config, services.ledger
-    keys = [key for key in list_keys(config, ledger, id) if not key["revoked"]]
-    credits = balance(config, ledger, id)
-    admin = config.account(id).admin
-    return {"id": id, "admin": admin, "credits": credits, "keys": len(keys)}
-
-
-def describe_account(services: Services, id: str) -> dict[str, Any]:
-    """Credits, limits and their live use, models and keys of one account."""
-    config, ledger = services.config, services.ledger
-    account = config.account(id)
-    entry = {"object": "account"} | account_entry(services, id)
-    entry["limits"] = {
-        "rate": account.limits.rate,
-        "concurrent": account.limits.concurrent,
-    }
-    if id == g.key.account:
-        entry["admin"] = g.key.admin
-        entry["key"] = {"id": g.key.id, "name": g.key.name}
-        entry["live"] = live_use(services, account)
-    entry["models"] = [
-        {"id": model.id, "about": model.about, "price": price_entry(model.price)}
-        for model in usable(config, account)
-    ]
-    entry["keys"] = list_keys(config, ledger, id)
-    return entry
-
-
-def live_use(services: Services, account: Account) -> dict[str, int]:
-    """What this key has left of its limits."""
-    stats = services.limiter.limiter.get_window_stats
-    items = account.limits.items
-    item, window = tightest([(each, stats(each, g.key.id, "relay")) for each in items])
-    running = services.ledger.read(
-        "SELECT count(*) FROM requests WHERE key = ? AND state = 0", g.key.id
-    )
-    return {
-        "requests_remaining": max(0, window.remaining),
-        "requests_limit": item.amount,
-        "concurrent": running[0][0],
-    }
-
-
-def price_entry(price: Price) -> dict[str, int | float]:
-    """A price as keys.json writes it."""
-    each = {"image": price.image, "request": price.request}
-    tokens = {"input": price.input, "cached": price.cached, "output": price.output}
-    parts = {name: to_credits(pico // PICO) for name, pico in each.items() if pico}
-    return {name: to_credits(pico) for name, pico in tokens.items() if pico} | parts
-
-
-RECEIPT = (
-    "id created account key model path state status stream input_tokens cached_tokens"
-    " output_tokens images estimated credits ttfb_ms duration_ms"
-).split()
-
-
-def receipts(
-    ledger: Ledger, account: str, low: str, high: str, limit: int
-) -> list[dict[str, Any]]:
-    """An account's requests with ids from `low` to below `high`, newest first."""
-    rows = ledger.read(
-        "SELECT r.id, r.created, r.account, k.name, model, path, state, status, stream,"
-        " input, cached, output, images, estimated, cost, ttfb, duration"
-        " FROM requests r LEFT JOIN keys k ON k.id = r.key WHERE r.account = ?"
-        " AND r.id >= ? AND r.id < ? ORDER BY r.id DESC LIMIT ?",
-        account,
-        low,
-        high,
-        limit,
-    )
-    return [receipt_entry(dict(zip(RECEIPT, row))) for row in rows]
-
-
-def receipt_entry(row: dict[str, Any]) -> dict[str, Any]:
-    row["created"] /= 1000
-    row["state"] = ("open", "settled", "released")[row["state"]]
-    row["credits"] = to_credits(row["credits"])
-    row["stream"], row["estimated"] = bool(row["stream"]), bool(row["estimated"])
-    return row
-
-
-def moment_id(name: str) -> str | None:
-    """The smallest id of a request at the moment (unix seconds) in the query string."""
-    text = request.args.get(name)
-    if text is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,11}(\.[0-9]{1,6})?", text):
-        raise BadRequest(f"'{name}' must be unix seconds.", param=name)
-    return f"req_{int(float(text) * 1000):011x}"
-
-
-def metric_lines(services: Services) -> Iterator[str]:
-    """Prometheus' text format, out of the ledger: the same whichever worker answers."""
-    config, ledger = services.config, services.ledger
-    yield "# TYPE proxy_requests_total counter"
-    for model, status, count, _ in tallies(ledger, "status"):
-        yield f'proxy_requests_total{{model={label(model)},status="{status}"}} {count}'
-    for kind, name in HISTOGRAMS.items():
-        yield f"# TYPE {name} histogram"
-        yield from histogram_lines(name, tallies(ledger, kind))
-    used = ledger.read(
-        "SELECT model, sum(input), sum(cached), sum(output), sum(images), sum(cost)"
-        " FROM usage GROUP BY model ORDER BY model"
-    )
-    yield "# TYPE proxy_tokens_total counter"
-    for model, *counts, _, _ in used:
-        for kind, count in zip(("input", "cached", "output"), counts):
-            yield f'proxy_tokens_total{{model={label(model)},class="{kind}"}} {count}'
-    yield "# TYPE proxy_images_total counter"
-    for model, _, _, _, images, _ in used:
-        yield f"proxy_images_total{{model={label(model)}}} {images}"
-    yield "# TYPE proxy_credits_total counter"
-    for model, *_, spent in used:
-        yield f"proxy_credits_total{{model={label(model)}}} {spent / MICRO:.6f}"
-    running, streams = ledger.read(
-        "SELECT count(*), coalesce(sum(stream), 0) FROM requests WHERE state = 0"
-    )[0]
-    yield "# TYPE proxy_requests_in_progress gauge"
-    yield f"proxy_requests_in_progress {running}"
-    yield "# TYPE proxy_streams_in_progress gauge"
-    yield f"proxy_streams_in_progress {streams}"
-    yield "# TYPE proxy_balance_credits gauge"
-    for id, micro in sorted(balances(config, ledger).items()):
-        yield f"proxy_balance_credits{{account={label(id)}}} {micro / MICRO:.6f}"
-
-
-HISTOGRAMS = {
-    "ttfb": "proxy_time_to_first_byte_seconds",
-    "duration": "proxy_request_duration_seconds",
-}
-
-
-def tallies(ledger: Ledger, kind: str) -> list[tuple]:
-    """(model, place, requests, total) of a kind: by status or place in BUCKETS."""
-    return ledger.read(
-        "SELECT model, place, requests, total FROM tallies WHERE kind = ?"
-        " ORDER BY model, place",
-        kind,
-    )
-
-
-def histogram_lines(name: str, rows: list[tuple]) -> Iterator[str]:
-    """One histogram a model: cumulative buckets, sum and count (in seconds)."""
-    for model, places in itertools.groupby(rows, key=lambda row: row[0]):
-        places = list(places)
-        counts = {place: count for _, place, count, _ in places}
-        total = 0
-        for i, bound in enumerate([*BUCKETS, None]):
-            total += counts.get(i, 0)
-            le = "+Inf" if bound is None else f"{bound / 1000:g}"
-            yield f'{name}_bucket{{model={label(model)},le="{le}"}} {total}'
-        seconds = sum(row[3] for row in places) / 1000
-        yield f"{name}_sum{{model={label(model)}}} {seconds:.3f}"
-        yield f"{name}_count{{model={label(model)}}} {total}"
-
-
-def label(value: str) -> str:
-    """A label's value, quoted and escaped as Prometheus has it."""
-    escaped = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    return f'"{escaped}"'
-
-
-def live_demo(config: Config, ledger: Ledger) -> tuple[str, str] | None:
-    """(key, model) that anyone may try; None if there is none, or it was revoked."""
-    row = ledger.find_key(sha256(config.demo[0])) if config.demo else None
-    return None if row and row[4] else config.demo
-
-
-def balances(config: Config, ledger: Ledger) -> dict[str, int]:
-    """Micro-credits that each account has left."""
-    left = {id: account.credits for id, account in config.accounts.items()}
-    for id, own in ledger.read("SELECT id, granted - spent - held FROM accounts"):
-        left[id] = left.get(id, 0) + own
-    return left
-
-
-def fill_documentation(config: Config, demo: tuple[str, str] | None, root: str) -> str:
-    """The documentation with this server's address, models, prices and limits.
-
-    The examples name models that are here; the demo's where there is one.
-    """
-    images = [id for id, model in config.models.items() if model.price.image]
-    texts = [id for id in config.models if id not in images]
-    picture = picked(images, "jimeng-image")
-    chat, thinker = picked(texts, "deepseek-chat"), "deepseek-r1"
-    key, model = demo or ("sk-your-api-key", chat)
-    values = {
-        "BASE_URL": root + "v1",
-        "ROOT_URL": root.rstrip("/"),
-        "RATE": config.limits.rate,
-        "CONCURRENT": str(config.limits.concurrent),
-        "EXAMPLE_KEY": key,
-        "EXAMPLE_MODEL": model,
-        "REASONING_MODEL": model if demo or thinker not in texts else thinker,
-        "IMAGE_MODEL": model if demo else picture,
-        "REAL_IMAGE_MODEL": picture,
-    }
-    text = DOCS_HTML.replace("@MODEL_ROWS@", model_rows(config))
-    text = text.replace("@KEY_NOTE@", DEMO_NOTE if demo else OWN_KEY_NOTE)
-    text = text.replace("@IMAGE_NOTE@", DEMO_IMAGE_NOTE if demo else "")
-    text = text.replace("@NO_IMAGES@", "" if images else NO_IMAGES_NOTE)
-    for name, value in values.items():
-        text = text.replace(f"@{name}@", html.escape(value))
-    return text
-
-
-def picked(ids: list[str], best: str) -> str:
-    """The model `best`, or the first where it is not among them."""
-    return best if best in ids or not ids else ids[0]
-
-
-def model_rows(config: Config) -> str:
-    rows = []
-    for model in config.models.values():
-        cells = (model.id, model.about, price_text(model.price))
-        escaped = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        rows.append(f"<tr>{escaped}</tr>")
-    return "\n".join(rows)
-
-
-def price_text(price: Price) -> str:
-    """A price for people: credits per million tokens, per image, per request."""
-    units = {"image": "an image", "request": "a request"}
-    parts = [
-        f"{amount} {units.get(name, f'per million {name} tokens')}"
-        for name, amount in price_entry(price).items()
-    ]
-    return ", ".join(parts) or "free"
-
-
-def usage_rows(ledger: Ledger, account: str | None, days: int) -> list[dict[str, Any]]:
-    """Requests, tokens, images and credits by day and model, newest day first."""
-    rows = ledger.read(
-        "SELECT day, model, sum(requests), sum(input), sum(cached), sum(output),"
-        " sum(images), sum(cost) FROM usage WHERE (?1 IS NULL OR account = ?1)"
-        " AND day > ?2 GROUP BY day, model ORDER BY day DESC, model",
-        account,
-        int(time.time()) // DAY - days,
-    )
-    names = ("requests", "input_tokens", "cached_tokens", "output_tokens", "images")
-    return [
-        {
-            "day": time.strftime("%Y-%m-%d", time.gmtime(day * DAY)),
-            "model": model,
-            **dict(zip(names, counts)),
-            "credits": to_credits(cost),
-        }
-        for day, model, *counts, cost in rows
-    ]
-
-
-PARTS = (
-    add_hooks,
-    add_error_handlers,
-    add_routes,
-    add_account_routes,
-    add_key_routes,
-    add_admin_routes,
-    add_pages,
-)
-
-
-def start_relay(services: Services, path: str) -> Response:
-    """Everything between the rate limit and the upstream's answer.
-
-    A small request is counted in the transaction that admits it: a commit of its own
-    was 5% of a request's CPU. Refused before, it is counted alone.
-    """
-    here, environ = g._get_current_object(), request.environ
-    count = (lambda: None) if here.windows else count_request(services, here, True)
-    try:
-        call = parse_call(path, read_body(environ))
-        model = find_model(services, call.model)
-        worst = quote(call, model)
-        client = environ.get("gunicorn.socket")
-        watch = Watch(client, environ.get("SERVER_PROTOCOL") == "HTTP/1.1")
-        if not services.watcher.add(watch, services.capacity):
-            raise Overloaded("The server has no room at the moment.", wait=1)
-    except ProxyError:
-        count()
-        raise
-    try:
-        lease = services.ledger.admit(
-            here.request_id,
-            here.key,
-            here.account,
-            worst,
-            model.id,
-            path,
-            call.stream,
-            count,
-        )
-    except BaseException:
-        services.watcher.remove(watch)
-        raise
-    here.admitted = True
-    return Relay(services, call, model, lease, watch).respond()
 
 
 # Pages -------------------------------------------------------------------------------
@@ -5973,7 +5030,969 @@ ASSETS = {
     "dashboard.js": (DASHBOARD_JS, "text/javascript"),
 }
 
+# Application -------------------------------------------------------------------------
+
+
+def stamp(now: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+
+
+PLAIN_WORD = re.compile(r"[\w.:/+@%-]+")
+
+
+def logfmt(value: Any) -> str:
+    """A value of a log line; quoted unless it is one plain word."""
+    text = "" if value is None else str(value)
+    return text if PLAIN_WORD.fullmatch(text) else json.dumps(text)
+
+
+class RequestLog:
+    """Lines of logfmt for standard error, written by the upkeep thread.
+
+    A log that is full or closed must not stop a request, so lines are dropped
+    rather than waited for.
+    """
+
+    def __init__(self) -> None:
+        self._lines: deque[str | tuple] = deque(maxlen=10_000)
+
+    def note(self, event: str, **fields: Any) -> None:
+        parts = [f"{name}={logfmt(value)}" for name, value in fields.items()]
+        self._lines.append(
+            f"time={stamp(time.time())} event={event} {' '.join(parts)}\n"
+        )
+
+    def request(self, relay: Relay) -> None:
+        """The one line of a request; written out later, by the upkeep thread."""
+        self._lines.append((time.time(), relay.lease, relay.model.id, relay.charge))
+
+    def unrelayed(self, here: Any, rule: Any, status: int) -> None:
+        """The line of a request that was not let in, or that relays nothing; the
+        path itself may hold anything."""
+        key = here.get("key")
+        self.note(
+            "request",
+            request=here.get("request_id"),
+            account=key and key.account,
+            key=key and key.name,
+            route=rule,
+            status=status,
+        )
+
+    @staticmethod
+    def _line(now: float, lease: Lease, model: str, charge: Charge) -> str:
+        ttfb = "" if charge.ttfb is None else charge.ttfb
+        return (
+            f"time={stamp(now)} event=request request={lease.id}"
+            f" account={logfmt(lease.account)} key={logfmt(lease.key)}"
+            f" model={logfmt(model)} status={charge.status} input={charge.input}"
+            f" cached={charge.cached} output={charge.output} images={charge.images}"
+            f" cost={charge.cost / MICRO:.6f} estimated={int(charge.estimated)}"
+            f" ttfb_ms={ttfb} duration_ms={charge.duration}\n"
+        )
+
+    def flush(self) -> None:
+        while self._lines:
+            lines = [self._lines.popleft() for _ in range(min(100, len(self._lines)))]
+            text = "".join(x if isinstance(x, str) else self._line(*x) for x in lines)
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode("utf-8", "replace"))
+
+
+def trim_memory() -> None:
+    """Gives the kernel back what is free: 5 MiB of two workers after a load. During
+    one it would be asked for again at once, at 6% of a request's CPU."""
+    with contextlib.suppress(AttributeError):  # glibc alone has it
+        LIBC.malloc_trim(0)
+
+
+@dataclass(slots=True)
+class Services:
+    """Everything that one application owns. `capacity` bounds its relays at once."""
+
+    config_file: ConfigFile
+    ledger: Ledger
+    upstreams: Upstreams
+    watcher: Watcher
+    log: RequestLog
+    limiter: Limiter
+    capacity: float
+    refused: Counter[int] = field(default_factory=Counter)
+    pid: int = field(default_factory=os.getpid)
+    closed: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def config(self) -> Config:
+        return self.config_file.current
+
+    def upkeep(self) -> None:
+        """The thread that does what no request should wait for."""
+        while not self.closed.wait(UPKEEP_INTERVAL):
+            try:
+                self.tidy()
+            except Exception as error:  # nothing may end this thread
+                self.log.note("upkeep", reason=type(error).__name__)
+
+    def reload(self) -> None:
+        wrong = self.config_file.refresh()
+        if wrong and self.ledger.speaks():
+            self.log.note("config", reason=f"{wrong}; the last good one is kept")
+
+    def tidy(self) -> None:
+        self.reload()
+        self.ledger.forget_keys()
+        self.upstreams.tidy()
+        with contextlib.suppress(LedgerUnavailable):
+            counts, self.refused = self.refused, Counter()
+            self.ledger.tally(counts)
+            self.ledger.sweep()
+            self.ledger.retry()
+            self.ledger.checkpoint()
+        self.log.flush()
+        if self.watcher.idle:
+            trim_memory()
+
+    def close(self) -> None:
+        self.closed.set()
+        self.watcher.close()
+        self.upstreams.close()
+        self.tidy()
+        self.ledger.close()
+
+
+def made_key(
+    config: Config, id: str, account: str, name: str, hint: str, hash: str, admin: int
+) -> Key:
+    """A key made at run time, out of its row; an admin account's keys are admin's."""
+    admins = bool(admin) or config.account(account).admin
+    return Key(id, name, account, hash, hint, admins, "proxy.db")
+
+
+def identify(services: Services, header: str) -> tuple[Key, Account]:
+    """The key and account of an Authorization header, or Unauthorized."""
+    scheme, _, bearer = header.partition(" ")
+    bearer = bearer.strip()
+    if scheme.lower() != "bearer" or not BEARER.fullmatch(bearer):
+        raise Unauthorized
+    hash, config = sha256(bearer), services.config
+    key = config.keys.get(key_id(hash))
+    if row := services.ledger.find_key(hash):
+        account, name, hint, admin, revoked, stored, made = row
+        if revoked:
+            raise Unauthorized
+        if key is None and stored == hash and (made or account in config.accounts):
+            key = made_key(config, key_id(hash), account, name, hint, hash, admin)
+    if key is None or key.hash != hash:
+        raise Unauthorized
+    return key, config.account(key.account)
+
+
+def count_request(services: Services, here: Any, relayed: bool) -> Callable[[], None]:
+    """What counts this request in its key's windows, or raises RateLimited.
+
+    Relays count in the key's own rate, everything else in ACCOUNT_ITEMS. The result
+    may be called in another thread; it leaves in `windows` of `here`, Flask's `g`,
+    what it saw.
+    """
+    items = here.account.limits.items if relayed else ACCOUNT_ITEMS
+    key, scope = here.key.id, "relay" if relayed else "account"
+    strategy, windows = services.limiter.limiter, here.windows
+
+    def count() -> None:
+        for item in items:
+            fits = strategy.hit(item, key, scope)
+            stats = strategy.get_window_stats(item, key, scope)
+            windows.append((item, stats))
+            if not fits:
+                wait = stats.reset_time - time.monotonic()
+                raise RateLimited(f"Too many requests: {item} a key.", wait)
+
+    return count
+
+
+def tightest(windows: list[tuple[RateLimitItem, WindowStats]]) -> tuple:
+    """Of a key's windows the one that will refuse first."""
+    return min(windows, key=lambda window: window[1].remaining)
+
+
+PUBLIC = {"healthz", "documentation", "dashboard", "asset"}
+
+
+def add_hooks(app: Flask, services: Services) -> None:
+    """Who asks, and what every answer carries."""
+
+    @app.before_request
+    def authenticate() -> None:
+        # The proxies `g` and `request` cost 0.6 µs at each use.
+        here, asked = g._get_current_object(), request._get_current_object()
+        here.request_id = new_request_id()
+        here.key, here.windows = None, []
+        if services.pid != os.getpid():
+            # Leases, locks and threads are a process's own: gunicorn --preload
+            # would share them.
+            raise LedgerUnavailable("the application was made before a fork")
+        endpoint = asked.endpoint
+        if endpoint in PUBLIC:
+            return
+        header = asked.environ.get("HTTP_AUTHORIZATION", "")
+        try:
+            here.key, here.account = identify(services, header)
+        except Unauthorized:
+            if endpoint is None:  # 404 or 405, whoever asks
+                return
+            raise
+        relayed = endpoint == "relay"
+        later = relayed and asked.method == "POST" and has_small_body(asked.environ)
+        if not later:
+            count_request(services, here, relayed)()
+
+    @app.after_request
+    def add_headers(response: Response) -> Response:
+        add, here = response.headers.add, g._get_current_object()
+        add("x-request-id", here.get("request_id") or new_request_id())
+        if windows := here.get("windows"):
+            item, (reset_time, remaining) = tightest(windows)
+            left = max(0.0, reset_time - time.monotonic())
+            add("x-ratelimit-limit-requests", str(item.amount))
+            add("x-ratelimit-remaining-requests", str(max(0, remaining)))
+            add("x-ratelimit-reset-requests", f"{left:.3f}s")
+        if not here.get("admitted") and request.endpoint not in PUBLIC:
+            services.log.unrelayed(here, request.url_rule, response.status_code)
+        return response
+
+
+def tell(error: ProxyError) -> Response:
+    """The one place where an error becomes a response."""
+    return Response(
+        error.envelope(), error.status, error.headers, None, "application/json"
+    )
+
+
+def add_error_handlers(app: Flask, services: Services) -> None:
+    """How failures are told, counted and logged."""
+
+    @app.errorhandler(ProxyError)
+    def refused(error: ProxyError) -> Response:
+        asked = request.endpoint == "relay" and request.method == "POST"
+        if asked and not g.get("admitted"):
+            services.refused[error.status] += 1  # the ledger has no row of it
+        if isinstance(error, LedgerUnavailable):
+            services.log.note("ledger", request=g.request_id, reason=error.reason)
+        return tell(error)
+
+    @app.errorhandler(HTTPException)
+    def http_error(error: HTTPException) -> Response:
+        return tell(from_http(error))
+
+    @app.errorhandler(Exception)
+    def broken(error: Exception) -> Response:
+        # Its text may hold a prompt: only the kind and the place are logged.
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__} at {place.name}:{place.lineno}"
+        services.log.note("exception", request=g.get("request_id"), reason=reason)
+        return tell(ProxyError("Something went wrong here."))
+
+
+def json_response(document: Any, status: int = 200) -> Response:
+    return Response(to_json(document), status, None, None, "application/json")
+
+
+def list_response(rows: list[dict[str, Any]], **more: Any) -> Response:
+    """A list as OpenAI has it; `more` are members beside it."""
+    return json_response({"object": "list", "data": rows} | more)
+
+
+def usable(config: Config, account: Account) -> list[Model]:
+    """The models that an account may use."""
+    return [model for model in config.models.values() if account.may_use(model.id)]
+
+
+def find_model(services: Services, id: str) -> Model:
+    model = services.config.models.get(id)
+    if model is None or not g.account.may_use(id):
+        raise NotFound(
+            f"The model {id!r} does not exist, or this account may not use it.",
+            code="model_not_found",
+            param="model",
+        )
+    return model
+
+
+def model_entry(config: Config, model: Model) -> dict[str, Any]:
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": config.loaded,
+        "owned_by": model.routes[0][0].name,
+    }
+
+
+def start_relay(services: Services, path: str) -> Response:
+    """Everything between the rate limit and the upstream's answer.
+
+    A small request is counted in the transaction that admits it: a commit of its own
+    was 5% of a request's CPU. Refused before, it is counted alone.
+    """
+    here, environ = g._get_current_object(), request.environ
+    count = (lambda: None) if here.windows else count_request(services, here, True)
+    try:
+        call = parse_call(path, read_body(environ))
+        model = find_model(services, call.model)
+        worst = quote(call, model)
+        client = environ.get("gunicorn.socket")
+        watch = Watch(client, environ.get("SERVER_PROTOCOL") == "HTTP/1.1")
+        if not services.watcher.add(watch, services.capacity):
+            raise Overloaded("The server has no room at the moment.", wait=1)
+    except ProxyError:
+        count()
+        raise
+    try:
+        lease = services.ledger.admit(
+            here.request_id,
+            here.key,
+            here.account,
+            worst,
+            model.id,
+            path,
+            call.stream,
+            count,
+        )
+    except BaseException:
+        services.watcher.remove(watch)
+        raise
+    here.admitted = True
+    return Relay(services, call, model, lease, watch).respond()
+
+
+def add_routes(app: Flask, services: Services) -> None:
+    """What clients of the OpenAI API ask for."""
+
+    @app.get("/healthz")
+    def healthz() -> Response:
+        return json_response({"status": "ok"})
+
+    @app.post("/v1/<path:path>")
+    def relay(path: str) -> Response:
+        return start_relay(services, path)
+
+    @app.post("/v1/<any(account,accounts,models):base>/<path:path>")
+    def nothing(base: str, path: str) -> Response:
+        raise NotFound("There is no such path.")  # and not a relay's
+
+    @app.get("/v1/models")
+    def models() -> Response:
+        config = services.config
+        allowed = usable(config, g.account)
+        return list_response([model_entry(config, model) for model in allowed])
+
+    @app.get("/v1/models/<path:id>")
+    def model(id: str) -> Response:
+        return json_response(model_entry(services.config, find_model(services, id)))
+
+
+def admin_only() -> None:
+    """Raises NotFound for keys that are no admin's: they are told of no such path."""
+    if not g.key.admin:
+        raise NotFound("There is no such path.")
+
+
+def known_account(services: Services, id: str, live: bool = False) -> str:
+    """`id` if an admin asks and there is such an account; `live`: one that keys and
+    credits are good for, not one that keys.json has lost."""
+    admin_only()
+    made = services.ledger.made(id)
+    if not (made or id in services.config.accounts or (made is False and not live)):
+        raise NotFound("There is no such account.")
+    return id
+
+
+def account_routes(app: Flask, services: Services) -> Callable:
+    """What adds a view under /v1/account and, for admin keys, /v1/accounts/ID.
+
+    The view gets the account's id first: the key's own, or the one in the path.
+    """
+
+    def route(path: str, method: str = "GET") -> Callable:
+        def add(view: Callable) -> None:
+            def own(**values: str) -> Response:
+                return view(g.key.account, **values)
+
+            def other(account: str, **values: str) -> Response:
+                live = method == "POST"
+                return view(known_account(services, account, live), **values)
+
+            for base, function in (("/v1/account", own), (ONE_ACCOUNT, other)):
+                name = f"{function.__name__}_{view.__name__}"
+                app.add_url_rule(base + path, name, function, methods=[method])
+
+        return add
+
+    return route
+
+
+def integer_argument(name: str, default: int, highest: int) -> int:
+    """A whole number of the query string, from 1 to `highest`."""
+    text = request.args.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,12}", text) or not 1 <= int(text) <= highest:
+        raise BadRequest(f"'{name}' must be from 1 to {highest}.", param=name)
+    return int(text)
+
+
+def find_keys(
+    config: Config, ledger: Ledger, account: str | None = None
+) -> Iterator[tuple[Key, tuple[int | None, ...]]]:
+    """All keys of one account, or of all: declared, then made at run time; each with
+    when it was created, used and revoked (unix seconds)."""
+    rows = {
+        id: row
+        for id, *row in ledger.read(
+            "SELECT id, account, name, hint, hash, admin, created, used, revoked"
+            " FROM keys WHERE ?1 IS NULL OR account = ?1 ORDER BY created, id",
+            account,
+        )
+    }
+    for key in config.keys.values():
+        if account in (None, key.account):
+            yield key, rows.pop(key.id, (None,) * 8)[5:]
+    for id, (owner, name, hint, hash, admin, *times) in rows.items():
+        if hash:
+            yield made_key(config, id, owner, name, hint, hash, admin), times
+
+
+def key_entry(
+    key: Key, created: int | None, used: int | None, revoked: int | None
+) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "account": key.account,
+        "name": key.name,
+        "hint": key.hint,
+        "source": key.source,
+        "admin": key.admin,
+        "created": created,
+        "last_used": used,
+        "revoked": revoked,
+    }
+
+
+def list_keys(
+    config: Config, ledger: Ledger, account: str | None = None
+) -> list[dict[str, Any]]:
+    return [key_entry(key, *times) for key, times in find_keys(config, ledger, account)]
+
+
+def balance(config: Config, ledger: Ledger, account: str) -> dict[str, Any]:
+    """An account's credits: granted, spent, held, available."""
+    rows = ledger.read(
+        "SELECT granted, spent, held FROM accounts WHERE id = ?", account
+    )
+    granted, spent, held = rows[0] if rows else (0, 0, 0)
+    granted += config.account(account).credits
+    parts = {"granted": granted, "spent": spent, "held": held}
+    parts["available"] = max(0, granted - spent - held)
+    return {name: to_credits(micro) for name, micro in parts.items()}
+
+
+def account_entry(services: Services, id: str) -> dict[str, Any]:
+    """One line of the admin's list."""
+    config, ledger = services.config, services.ledger
+    keys = [key for key in list_keys(config, ledger, id) if not key["revoked"]]
+    credits = balance(config, ledger, id)
+    admin = config.account(id).admin
+    return {"id": id, "admin": admin, "credits": credits, "keys": len(keys)}
+
+
+def live_use(services: Services, account: Account) -> dict[str, int]:
+    """What this key has left of its limits."""
+    stats = services.limiter.limiter.get_window_stats
+    items = account.limits.items
+    item, window = tightest([(each, stats(each, g.key.id, "relay")) for each in items])
+    running = services.ledger.read(
+        "SELECT count(*) FROM requests WHERE key = ? AND state = 0", g.key.id
+    )
+    return {
+        "requests_remaining": max(0, window.remaining),
+        "requests_limit": item.amount,
+        "concurrent": running[0][0],
+    }
+
+
+def price_entry(price: Price) -> dict[str, int | float]:
+    """A price as keys.json writes it."""
+    each = {"image": price.image, "request": price.request}
+    tokens = {"input": price.input, "cached": price.cached, "output": price.output}
+    parts = {name: to_credits(pico // PICO) for name, pico in each.items() if pico}
+    return {name: to_credits(pico) for name, pico in tokens.items() if pico} | parts
+
+
+def describe_account(services: Services, id: str) -> dict[str, Any]:
+    """Credits, limits and their live use, models and keys of one account."""
+    config, ledger = services.config, services.ledger
+    account = config.account(id)
+    entry = {"object": "account"} | account_entry(services, id)
+    entry["limits"] = {
+        "rate": account.limits.rate,
+        "concurrent": account.limits.concurrent,
+    }
+    if id == g.key.account:
+        entry["admin"] = g.key.admin
+        entry["key"] = {"id": g.key.id, "name": g.key.name}
+        entry["live"] = live_use(services, account)
+    entry["models"] = [
+        {"id": model.id, "about": model.about, "price": price_entry(model.price)}
+        for model in usable(config, account)
+    ]
+    entry["keys"] = list_keys(config, ledger, id)
+    return entry
+
+
+RECEIPT = (
+    "id created account key model path state status stream input_tokens cached_tokens"
+    " output_tokens images estimated credits ttfb_ms duration_ms"
+).split()
+
+
+def receipt_entry(row: dict[str, Any]) -> dict[str, Any]:
+    row["created"] /= 1000
+    row["state"] = ("open", "settled", "released")[row["state"]]
+    row["credits"] = to_credits(row["credits"])
+    row["stream"], row["estimated"] = bool(row["stream"]), bool(row["estimated"])
+    return row
+
+
+def receipts(
+    ledger: Ledger, account: str, low: str, high: str, limit: int
+) -> list[dict[str, Any]]:
+    """An account's requests with ids from `low` to below `high`, newest first."""
+    rows = ledger.read(
+        "SELECT r.id, r.created, r.account, k.name, model, path, state, status, stream,"
+        " input, cached, output, images, estimated, cost, ttfb, duration"
+        " FROM requests r LEFT JOIN keys k ON k.id = r.key WHERE r.account = ?"
+        " AND r.id >= ? AND r.id < ? ORDER BY r.id DESC LIMIT ?",
+        account,
+        low,
+        high,
+        limit,
+    )
+    return [receipt_entry(dict(zip(RECEIPT, row))) for row in rows]
+
+
+def moment_id(name: str) -> str | None:
+    """The smallest id of a request at the moment (unix seconds) in the query string."""
+    text = request.args.get(name)
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,11}(\.[0-9]{1,6})?", text):
+        raise BadRequest(f"'{name}' must be unix seconds.", param=name)
+    return f"req_{int(float(text) * 1000):011x}"
+
+
+def usage_rows(ledger: Ledger, account: str | None, days: int) -> list[dict[str, Any]]:
+    """Requests, tokens, images and credits by day and model, newest day first."""
+    rows = ledger.read(
+        "SELECT day, model, sum(requests), sum(input), sum(cached), sum(output),"
+        " sum(images), sum(cost) FROM usage WHERE (?1 IS NULL OR account = ?1)"
+        " AND day > ?2 GROUP BY day, model ORDER BY day DESC, model",
+        account,
+        int(time.time()) // DAY - days,
+    )
+    names = ("requests", "input_tokens", "cached_tokens", "output_tokens", "images")
+    return [
+        {
+            "day": time.strftime("%Y-%m-%d", time.gmtime(day * DAY)),
+            "model": model,
+            **dict(zip(names, counts)),
+            "credits": to_credits(cost),
+        }
+        for day, model, *counts, cost in rows
+    ]
+
+
+def add_account_routes(app: Flask, services: Services) -> None:
+    """What an account may see of its own; for admin keys, of any account."""
+    route, ledger = account_routes(app, services), services.ledger
+
+    @route("")
+    def account(id: str) -> Response:
+        return json_response(describe_account(services, id))
+
+    @route("/usage")
+    def usage(id: str) -> Response:
+        days = integer_argument("days", 30, 366)
+        return list_response(usage_rows(ledger, id, days), days=days)
+
+    @route("/requests")
+    def requests(id: str) -> Response:
+        limit = integer_argument("limit", 50, 200)
+        low = moment_id("since") or ""
+        high = moment_id("until") or "s"  # above all ids
+        high = min(high, request.args.get("after") or high)
+        rows = receipts(ledger, id, low, high, limit + 1)
+        return list_response(rows[:limit], has_more=len(rows) > limit)
+
+    @route("/requests/<request_id>")
+    def receipt(id: str, request_id: str) -> Response:
+        # No id of a request begins with another's.
+        rows = receipts(ledger, id, request_id, request_id + " ", 1)
+        if not rows:
+            raise NotFound("This account has made no such request.")
+        return json_response(rows[0])
+
+
+def small_body(known: str) -> dict[str, Any]:
+    """A small JSON object with these members only."""
+    body = parse_json(read_body(request.environ, 64 << 10))
+    for name in body:
+        if name not in known.split():
+            raise BadRequest(f"'{name}' is not known here.", param=name)
+    return body
+
+
+def named(parse: Callable[[Any, str], Any], value: Any, name: str) -> Any:
+    """A parsed member of a body; what keys.json would refuse is a BadRequest."""
+    try:
+        return parse(value, name)
+    except ConfigError as error:
+        raise BadRequest(f"{error}.", param=name) from None
+
+
+def known_key(
+    config: Config, ledger: Ledger, id: str, account: str | None = None
+) -> Key:
+    """The key with this id, of this account if one is named; or NotFound."""
+    for key, _ in find_keys(config, ledger, account):
+        if key.id == id:
+            return key
+    raise NotFound("There is no such key.")
+
+
+def add_key_routes(app: Flask, services: Services) -> None:
+    """An account's keys: lists, makes and revokes them."""
+    route, ledger = account_routes(app, services), services.ledger
+
+    @route("/keys")
+    def keys(id: str) -> Response:
+        return list_response(list_keys(services.config, ledger, id))
+
+    @route("/keys", "POST")
+    def make_key(id: str) -> Response:
+        body = small_body("name admin")
+        name = named(printable_name, body.get("name", "key"), "name")
+        admin = body.get("admin", False)
+        if type(admin) is not bool or (admin and not g.key.admin):
+            raise BadRequest("'admin' must be false.", param="admin")
+        now = int(time.time())
+        owned = list_keys(services.config, ledger, id)
+        ends = [key["revoked"] for key in owned]
+        if sum(end is None or end > now - DAY for end in ends) >= MAX_KEYS:
+            raise BadRequest(
+                f"An account may have {MAX_KEYS} keys, with those revoked since a day."
+            )
+        text, key = ledger.make_key(id, name, admin)
+        entry = key_entry(key, now, None, None) | {"key": text}
+        entry["admin"] = admin or services.config.account(id).admin
+        return json_response(entry, 201)
+
+    @route("/keys/<key_id>", "DELETE")
+    def revoke(id: str, key_id: str) -> Response:
+        ledger.revoke(known_key(services.config, ledger, key_id, id))
+        return json_response({"id": key_id, "revoked": True})
+
+
+def all_accounts(config: Config, ledger: Ledger) -> list[str]:
+    rows = ledger.read("SELECT id FROM accounts")
+    return sorted({*config.accounts, *(id for (id,) in rows)})
+
+
+HISTOGRAMS = {
+    "ttfb": "proxy_time_to_first_byte_seconds",
+    "duration": "proxy_request_duration_seconds",
+}
+
+
+def tallies(ledger: Ledger, kind: str) -> list[tuple]:
+    """(model, place, requests, total) of a kind: by status or place in BUCKETS."""
+    return ledger.read(
+        "SELECT model, place, requests, total FROM tallies WHERE kind = ?"
+        " ORDER BY model, place",
+        kind,
+    )
+
+
+def label(value: str) -> str:
+    """A label's value, quoted and escaped as Prometheus has it."""
+    escaped = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return f'"{escaped}"'
+
+
+def histogram_lines(name: str, rows: list[tuple]) -> Iterator[str]:
+    """One histogram a model: cumulative buckets, sum and count (in seconds)."""
+    for model, places in itertools.groupby(rows, key=lambda row: row[0]):
+        places = list(places)
+        counts = {place: count for _, place, count, _ in places}
+        total = 0
+        for i, bound in enumerate([*BUCKETS, None]):
+            total += counts.get(i, 0)
+            le = "+Inf" if bound is None else f"{bound / 1000:g}"
+            yield f'{name}_bucket{{model={label(model)},le="{le}"}} {total}'
+        seconds = sum(row[3] for row in places) / 1000
+        yield f"{name}_sum{{model={label(model)}}} {seconds:.3f}"
+        yield f"{name}_count{{model={label(model)}}} {total}"
+
+
+def balances(config: Config, ledger: Ledger) -> dict[str, int]:
+    """Micro-credits that each account has left."""
+    left = {id: account.credits for id, account in config.accounts.items()}
+    for id, own in ledger.read("SELECT id, granted - spent - held FROM accounts"):
+        left[id] = left.get(id, 0) + own
+    return left
+
+
+def metric_lines(services: Services) -> Iterator[str]:
+    """Prometheus' text format, out of the ledger: the same whichever worker answers."""
+    config, ledger = services.config, services.ledger
+    yield "# TYPE proxy_requests_total counter"
+    for model, status, count, _ in tallies(ledger, "status"):
+        yield f'proxy_requests_total{{model={label(model)},status="{status}"}} {count}'
+    for kind, name in HISTOGRAMS.items():
+        yield f"# TYPE {name} histogram"
+        yield from histogram_lines(name, tallies(ledger, kind))
+    used = ledger.read(
+        "SELECT model, sum(input), sum(cached), sum(output), sum(images), sum(cost)"
+        " FROM usage GROUP BY model ORDER BY model"
+    )
+    yield "# TYPE proxy_tokens_total counter"
+    for model, *counts, _, _ in used:
+        for kind, count in zip(("input", "cached", "output"), counts):
+            yield f'proxy_tokens_total{{model={label(model)},class="{kind}"}} {count}'
+    yield "# TYPE proxy_images_total counter"
+    for model, _, _, _, images, _ in used:
+        yield f"proxy_images_total{{model={label(model)}}} {images}"
+    yield "# TYPE proxy_credits_total counter"
+    for model, *_, spent in used:
+        yield f"proxy_credits_total{{model={label(model)}}} {spent / MICRO:.6f}"
+    running, streams = ledger.read(
+        "SELECT count(*), coalesce(sum(stream), 0) FROM requests WHERE state = 0"
+    )[0]
+    yield "# TYPE proxy_requests_in_progress gauge"
+    yield f"proxy_requests_in_progress {running}"
+    yield "# TYPE proxy_streams_in_progress gauge"
+    yield f"proxy_streams_in_progress {streams}"
+    yield "# TYPE proxy_balance_credits gauge"
+    for id, micro in sorted(balances(config, ledger).items()):
+        yield f"proxy_balance_credits{{account={label(id)}}} {micro / MICRO:.6f}"
+
+
+def add_admin_routes(app: Flask, services: Services) -> None:
+    """All accounts, new ones, grants, metrics: for admin keys."""
+    ledger = services.ledger
+
+    @app.get("/v1/accounts")
+    def accounts() -> Response:
+        admin_only()
+        limit = integer_argument("limit", 100, 1000)
+        after = request.args.get("after", "")
+        ids = [id for id in all_accounts(services.config, ledger) if id > after]
+        rows = [account_entry(services, id) for id in ids[:limit]]
+        return list_response(rows, has_more=len(ids) > limit)
+
+    @app.post("/v1/accounts")
+    def make_account() -> Response:
+        admin_only()
+        body = small_body("id credits")
+        id = named(account_name, body.get("id"), "id")
+        amount = named(to_micro, body.get("credits", 0), "credits")
+        if id in services.config.accounts or not ledger.make_account(id):
+            raise BadRequest("There is an account of this name already.", param="id")
+        if amount:
+            ledger.grant(id, amount, "at the start")
+        return json_response(account_entry(services, id), 201)
+
+    @app.post(f"{ONE_ACCOUNT}/grants")
+    def grant(account: str) -> Response:
+        id = known_account(services, account, live=True)
+        body = small_body("credits note")
+        amount = named(to_micro, body.get("credits"), "credits")
+        note = body.get("note") or "granted"
+        ledger.grant(id, amount, named(printable_name, note, "note"))
+        return json_response(account_entry(services, id), 201)
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        admin_only()
+        text = "".join(f"{line}\n" for line in metric_lines(services))
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return Response(text, content_type=kind)
+
+
+def page(text: str, kind: str) -> Response:
+    return Response(text, 200, PAGE_HEADERS, None, f"{kind}; charset=utf-8")
+
+
+def live_demo(config: Config, ledger: Ledger) -> tuple[str, str] | None:
+    """(key, model) that anyone may try; None if there is none, or it was revoked."""
+    row = ledger.find_key(sha256(config.demo[0])) if config.demo else None
+    return None if row and row[4] else config.demo
+
+
+def picked(ids: list[str], best: str) -> str:
+    """The model `best`, or the first where it is not among them."""
+    return best if best in ids or not ids else ids[0]
+
+
+def price_text(price: Price) -> str:
+    """A price for people: credits per million tokens, per image, per request."""
+    units = {"image": "an image", "request": "a request"}
+    parts = [
+        f"{amount} {units.get(name, f'per million {name} tokens')}"
+        for name, amount in price_entry(price).items()
+    ]
+    return ", ".join(parts) or "free"
+
+
+def model_rows(config: Config) -> str:
+    rows = []
+    for model in config.models.values():
+        cells = (model.id, model.about, price_text(model.price))
+        escaped = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        rows.append(f"<tr>{escaped}</tr>")
+    return "\n".join(rows)
+
+
+def fill_documentation(config: Config, demo: tuple[str, str] | None, root: str) -> str:
+    """The documentation with this server's address, models, prices and limits.
+
+    The examples name models that are here; the demo's where there is one.
+    """
+    images = [id for id, model in config.models.items() if model.price.image]
+    texts = [id for id in config.models if id not in images]
+    picture = picked(images, "jimeng-image")
+    chat, thinker = picked(texts, "deepseek-chat"), "deepseek-r1"
+    key, model = demo or ("sk-your-api-key", chat)
+    values = {
+        "BASE_URL": root + "v1",
+        "ROOT_URL": root.rstrip("/"),
+        "RATE": config.limits.rate,
+        "CONCURRENT": str(config.limits.concurrent),
+        "EXAMPLE_KEY": key,
+        "EXAMPLE_MODEL": model,
+        "REASONING_MODEL": model if demo or thinker not in texts else thinker,
+        "IMAGE_MODEL": model if demo else picture,
+        "REAL_IMAGE_MODEL": picture,
+    }
+    text = DOCS_HTML.replace("@MODEL_ROWS@", model_rows(config))
+    text = text.replace("@KEY_NOTE@", DEMO_NOTE if demo else OWN_KEY_NOTE)
+    text = text.replace("@IMAGE_NOTE@", DEMO_IMAGE_NOTE if demo else "")
+    text = text.replace("@NO_IMAGES@", "" if images else NO_IMAGES_NOTE)
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", html.escape(value))
+    return text
+
+
+def add_pages(app: Flask, services: Services) -> None:
+    """The documentation and the dashboard; nothing in them comes from elsewhere."""
+
+    @app.get("/")
+    def documentation() -> Response:
+        demo = live_demo(services.config, services.ledger)
+        text = fill_documentation(services.config, demo, request.host_url)
+        return page(text, "text/html")
+
+    @app.get("/dashboard")
+    def dashboard() -> Response:
+        return page(DASHBOARD_HTML, "text/html")
+
+    @app.get("/assets/<name>")
+    def asset(name: str) -> Response:
+        if name not in ASSETS:
+            raise NotFound("There is no such file.")
+        return page(*ASSETS[name])
+
+
+PARTS = (
+    add_hooks,
+    add_error_handlers,
+    add_routes,
+    add_account_routes,
+    add_key_routes,
+    add_admin_routes,
+    add_pages,
+)
+
+
+def build_app(config_file: ConfigFile, db: str, capacity: float = math.inf) -> Flask:
+    """The application out of an opened keys.json; `capacity` bounds its relays at once.
+
+    Raises LedgerUnavailable. Its Services are the extension "proxy"; they are closed
+    by whoever made it, if ever.
+    """
+    ledger = Ledger(db)
+    try:
+        ledger.claim()
+    except LedgerUnavailable:
+        ledger.close()
+        raise
+    limiter = Limiter(
+        key_func=lambda: g.key.id,
+        storage_uri="sqlite://",
+        storage_options={"ledger": ledger},
+        strategy="moving-window",
+    )
+    parts = (Upstreams(), Watcher(), RequestLog(), limiter, capacity)
+    services = Services(config_file, ledger, *parts)
+    services.reload()  # the file may have changed since the master read it
+    threading.Thread(target=services.upkeep, name="upkeep", daemon=True).start()
+    app = Flask("proxy", static_folder=None)
+    app.url_map.strict_slashes = app.url_map.merge_slashes = False
+    # Known to the app already, Flask-Limiter adds none of its hooks. They would look
+    # for the limits of each view, again for every request, at 15% of its CPU; the one
+    # hook here knows them and asks Flask-Limiter's strategy and storage itself.
+    app.extensions |= {"proxy": services, "limiter": {limiter}}
+    limiter.init_app(app)
+    for add in PARTS:
+        add(app, services)
+    return app
+
+
+def default_files(
+    keys: str | os.PathLike | None, db: str | os.PathLike | None
+) -> tuple[str, str]:
+    """keys.json and, beside it, proxy.db; unless the environment names others."""
+    keys = os.fspath(keys or os.environ.get("PROXY_KEYS") or "keys.json")
+    beside = os.path.join(os.path.dirname(keys), "proxy.db")
+    return keys, os.fspath(db or os.environ.get("PROXY_DB") or beside)
+
+
+def create_app(
+    keys: str | os.PathLike | None = None, db: str | os.PathLike | None = None
+) -> Flask:
+    """The WSGI application of one worker process.
+
+    keys, db: the two files; by default PROXY_KEYS and PROXY_DB as on the command
+    line. Raises ConfigError, LedgerUnavailable.
+    """
+    keys, db = default_files(keys, db)
+    return build_app(ConfigFile(keys), db)
+
+
 # Command line ------------------------------------------------------------------------
+
+PARSER_STATUS = {
+    "LimitRequestLine": 414,
+    "LimitRequestHeaders": 431,
+    "ExpectationFailed": 417,
+}
+
+
+def linger(sock: socket.socket) -> None:
+    """Lets the peer read the answer for up to a second, before an unread body makes
+    the kernel reset the connection (RFC 9112 §9.6)."""
+    sock.shutdown(socket.SHUT_WR)
+    deadline = time.monotonic() + 1
+    while (left := deadline - time.monotonic()) > 0:
+        sock.settimeout(left)
+        if not sock.recv(65536):
+            return
 
 
 class Worker(ThreadWorker):
@@ -6080,22 +6099,48 @@ class Worker(ThreadWorker):
             client.sendall(head.encode() + body)
 
 
-PARSER_STATUS = {
-    "LimitRequestLine": 414,
-    "LimitRequestHeaders": 431,
-    "ExpectationFailed": 417,
-}
+def share_memory() -> None:
+    """What is loaded by now, 10,000 keys too, stays one copy for all workers.
+
+    A request leaves no cycles of ours behind, so they are looked for less often.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    with contextlib.suppress(AttributeError):  # glibc alone has it
+        # M_ARENA_MAX: one heap for all threads takes 87 MiB under load, not 93.
+        LIBC.mallopt(-8, 1)
+    trim_memory()
 
 
-def linger(sock: socket.socket) -> None:
-    """Lets the peer read the answer for up to a second, before an unread body makes
-    the kernel reset the connection (RFC 9112 §9.6)."""
-    sock.shutdown(socket.SHUT_WR)
-    deadline = time.monotonic() + 1
-    while (left := deadline - time.monotonic()) > 0:
-        sock.settimeout(left)
-        if not sock.recv(65536):
-            return
+def when_ready(arbiter: Any) -> None:
+    """The port is bound, no worker is made yet."""
+    with contextlib.suppress(OSError):  # a full disk behind standard output
+        click.echo(arbiter.app.greeting)
+    share_memory()
+
+
+def bound_clients(arbiter: Any, worker: Any) -> None:
+    """No read from and no write to a client takes longer than CLIENT_TIMEOUT: the
+    accepted sockets inherit what is set on the listening ones."""
+    limit = struct.pack("ll", CLIENT_TIMEOUT, 0)
+    for listener in worker.sockets:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            listener.sock.setsockopt(socket.SOL_SOCKET, option, limit)
+
+
+def drain_on_signals(worker: Any) -> None:
+    """Makes SIGTERM begin the drain; Ctrl-C ends what runs at once, but well."""
+    atexit.register(worker.wsgi.extensions["proxy"].tidy)  # the last lines, too
+    drains = {signal.SIGTERM: GRACE - GRACE_MARGIN, signal.SIGINT: 0, signal.SIGQUIT: 0}
+    usual = {number: signal.getsignal(number) for number in drains}
+
+    def stop(number: int, frame: Any) -> None:
+        worker.drain(drains[number])
+        usual[number](number, frame)
+
+    for number in drains:
+        signal.signal(number, stop)
 
 
 class Server(BaseApplication):
@@ -6142,50 +6187,6 @@ class Server(BaseApplication):
         return build_app(*self._files, self._threads)
 
 
-def when_ready(arbiter: Any) -> None:
-    """The port is bound, no worker is made yet."""
-    with contextlib.suppress(OSError):  # a full disk behind standard output
-        click.echo(arbiter.app.greeting)
-    share_memory()
-
-
-def share_memory() -> None:
-    """What is loaded by now, 10,000 keys too, stays one copy for all workers.
-
-    A request leaves no cycles of ours behind, so they are looked for less often.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
-    with contextlib.suppress(AttributeError):  # glibc alone has it
-        # M_ARENA_MAX: one heap for all threads takes 87 MiB under load, not 93.
-        LIBC.mallopt(-8, 1)
-    trim_memory()
-
-
-def bound_clients(arbiter: Any, worker: Any) -> None:
-    """No read from and no write to a client takes longer than CLIENT_TIMEOUT: the
-    accepted sockets inherit what is set on the listening ones."""
-    limit = struct.pack("ll", CLIENT_TIMEOUT, 0)
-    for listener in worker.sockets:
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            listener.sock.setsockopt(socket.SOL_SOCKET, option, limit)
-
-
-def drain_on_signals(worker: Any) -> None:
-    """Makes SIGTERM begin the drain; Ctrl-C ends what runs at once, but well."""
-    atexit.register(worker.wsgi.extensions["proxy"].tidy)  # the last lines, too
-    drains = {signal.SIGTERM: GRACE - GRACE_MARGIN, signal.SIGINT: 0, signal.SIGQUIT: 0}
-    usual = {number: signal.getsignal(number) for number in drains}
-
-    def stop(number: int, frame: Any) -> None:
-        worker.drain(drains[number])
-        usual[number](number, frame)
-
-    for number in drains:
-        signal.signal(number, stop)
-
-
 def file_options(command: Callable) -> Callable:
     """--keys and --db, of every command."""
     for option in (
@@ -6205,6 +6206,34 @@ def file_options(command: Callable) -> Callable:
 @click.group(context_settings={"max_content_width": 88})
 def cli() -> None:
     """A small team's API gateway for language and image models."""
+
+
+def secure_standard_files() -> None:
+    """A closed standard file is /dev/null from here on, or the next file that is
+    opened would get the log; and a log that nobody reads stops nobody."""
+    for fd in (0, 1, 2):
+        try:
+            kind = os.fstat(fd).st_mode
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            continue
+        if fd == 2 and (stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind)):
+            os.set_blocking(fd, False)
+
+
+def greeting(config: Config, ledger: Ledger, url: str) -> str:
+    """Where it listens, and a line that works as it stands."""
+    lines = [f"Serving {url}/v1 (documentation {url}/, dashboard {url}/dashboard)"]
+    for variable, models in config.missing().items():
+        lines.append(f"  {variable} is not set: no {', '.join(models)}")
+    if demo := live_demo(config, ledger):
+        key, model = demo
+        body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
+        lines.append(
+            f"\n  curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' \\\n"
+            f"    -H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
+        )
+    return "\n".join(lines)
 
 
 @cli.command()
@@ -6239,34 +6268,6 @@ def serve(
     with contextlib.closing(Ledger(db)) as ledger:
         text = greeting(config_file.current, ledger, f"http://{bind}")
     Server(config_file, db, bind, workers, threads, text).run()
-
-
-def secure_standard_files() -> None:
-    """A closed standard file is /dev/null from here on, or the next file that is
-    opened would get the log; and a log that nobody reads stops nobody."""
-    for fd in (0, 1, 2):
-        try:
-            kind = os.fstat(fd).st_mode
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-            continue
-        if fd == 2 and (stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind)):
-            os.set_blocking(fd, False)
-
-
-def greeting(config: Config, ledger: Ledger, url: str) -> str:
-    """Where it listens, and a line that works as it stands."""
-    lines = [f"Serving {url}/v1 (documentation {url}/, dashboard {url}/dashboard)"]
-    for variable, models in config.missing().items():
-        lines.append(f"  {variable} is not set: no {', '.join(models)}")
-    if demo := live_demo(config, ledger):
-        key, model = demo
-        body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
-        lines.append(
-            f"\n  curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' \\\n"
-            f"    -H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
-        )
-    return "\n".join(lines)
 
 
 @contextlib.contextmanager
@@ -6317,6 +6318,27 @@ def keys_add(
         if amount:
             ledger.grant(account, amount, "keys add")
         click.echo(ledger.make_key(account, name, admin)[0])
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6f}"
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    return "" if value is None else str(value)
+
+
+def show(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Rows as an aligned table for people, or as JSON for scripts."""
+    if as_json:
+        return click.echo(json.dumps(rows, ensure_ascii=False, indent=1))
+    if not rows:
+        return click.echo("Nothing yet.")
+    table = [list(rows[0])] + [[cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        cells = (text.ljust(width) for text, width in zip(line, widths))
+        click.echo("  ".join(cells).rstrip())
 
 
 @keys_group.command("list")
@@ -6386,20 +6408,19 @@ def usage(
         show(usage_rows(ledger, account, days), as_json)
 
 
-@cli.command()
-@file_options
-@click.option("--online", is_flag=True, help="Ask the providers; spends nothing.")
-def check(keys: str, db: str | None, online: bool) -> None:
-    """Proves the ledger, validates keys.json, warns of what would fail."""
-    with opened(keys, db) as (config, ledger):
-        show(list(provider_rows(config, online)), False)
-        for line in warnings(config, ledger, keys):
-            click.echo(f"warning: {line}")
-        wrong = ledger.check(config.granted)
-        for line in wrong:
-            click.echo(f"wrong: {line}")
-        click.echo("The ledger does not add up." if wrong else "The ledger adds up.")
-        click.get_current_context().exit(1 if wrong else 0)
+def probe(dialect: Dialect, watcher: Watcher) -> str:
+    """Empty if the provider accepts the operator's key, else why not."""
+    watch = Watch()
+    watch.deadline = time.monotonic() + PROBE_TIMEOUT
+    watcher.add(watch)
+    try:
+        return dialect.probe(watch)
+    except ProxyError as error:
+        return error.reason
+    except Ended:
+        return "no answer in time"
+    finally:
+        watcher.remove(watch)
 
 
 def provider_rows(config: Config, online: bool) -> Iterator[dict[str, Any]]:
@@ -6418,21 +6439,6 @@ def provider_rows(config: Config, online: bool) -> Iterator[dict[str, Any]]:
             yield {"model": model.id, "upstream": name, "state": state}
 
 
-def probe(dialect: Dialect, watcher: Watcher) -> str:
-    """Empty if the provider accepts the operator's key, else why not."""
-    watch = Watch()
-    watch.deadline = time.monotonic() + PROBE_TIMEOUT
-    watcher.add(watch)
-    try:
-        return dialect.probe(watch)
-    except ProxyError as error:
-        return error.reason
-    except Ended:
-        return "no answer in time"
-    finally:
-        watcher.remove(watch)
-
-
 def warnings(config: Config, ledger: Ledger, keys: str) -> Iterator[str]:
     """What would fail, or is not as safe as it could be."""
     if os.stat(keys).st_mode & 0o077 and len(config.keys) > bool(config.demo):
@@ -6443,25 +6449,20 @@ def warnings(config: Config, ledger: Ledger, keys: str) -> Iterator[str]:
         yield "the demo key is public: remove it before others can reach this server"
 
 
-def show(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Rows as an aligned table for people, or as JSON for scripts."""
-    if as_json:
-        return click.echo(json.dumps(rows, ensure_ascii=False, indent=1))
-    if not rows:
-        return click.echo("Nothing yet.")
-    table = [list(rows[0])] + [[cell(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for line in table:
-        cells = (text.ljust(width) for text, width in zip(line, widths))
-        click.echo("  ".join(cells).rstrip())
-
-
-def cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6f}"
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    return "" if value is None else str(value)
+@cli.command()
+@file_options
+@click.option("--online", is_flag=True, help="Ask the providers; spends nothing.")
+def check(keys: str, db: str | None, online: bool) -> None:
+    """Proves the ledger, validates keys.json, warns of what would fail."""
+    with opened(keys, db) as (config, ledger):
+        show(list(provider_rows(config, online)), False)
+        for line in warnings(config, ledger, keys):
+            click.echo(f"warning: {line}")
+        wrong = ledger.check(config.granted)
+        for line in wrong:
+            click.echo(f"wrong: {line}")
+        click.echo("The ledger does not add up." if wrong else "The ledger adds up.")
+        click.get_current_context().exit(1 if wrong else 0)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1754,8 +1754,6 @@ class LedgerStorage(Storage, MovingWindowSupport):
 STREAM_TYPE = "text/event-stream"
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\r\n]*)?")
 FRAMING = (b"transfer-encoding", b"content-length")
-# What is billed without an answer that tells, or above the model's price.
-UNSUPPORTED = {"background": True, "service_tier": "priority"}
 EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")
 LINE_END = re.compile(rb"\r\n|\n|\r")
 # Possessive: a way back for each character would take 130 bytes of memory for it.
@@ -1980,6 +1978,8 @@ def split_events(block: bytes) -> Iterator[bytes]:
 
 # Calls and prices --------------------------------------------------------------------
 
+# What is billed without an answer that tells, or above the model's price.
+UNSUPPORTED = {"background": True, "service_tier": "priority"}
 EXPONENT = re.compile(rb"\d[eE]")
 PATH = re.compile(r"[a-z0-9_]+(?:[-/][a-z0-9_]+)*")
 CAPS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}

@@ -73,6 +73,7 @@ DEMO_KEY, TEAM_KEY, OTHER_KEY = "sk-demo", "sk-team", "sk-other"
 POOR_KEY, ADMIN_KEY = "sk-poor", "sk-admin"
 ACCESS_KEY = "AKLTEXAMPLEACCESSKEYID0000"
 SECRET_KEY = "ExampleSecretKey+/0123456789abcdefABCDEF=="
+SAY_HELLO = [{"role": "user", "content": "Say hello"}]
 POLL = 0.005  # seconds between two looks at a condition
 T = TypeVar("T")
 
@@ -858,6 +859,22 @@ def processes() -> Iterator[tuple[int, int, int]]:
                 yield int(stat.parent.name), int(parent), int(group)
 
 
+def proof(folder: Path) -> list[str]:
+    """Return what `check` finds wrong with the ledger there, beside a server or not."""
+    config = proxy.ConfigFile(folder / "keys.json").current
+    with closing(proxy.Ledger(folder / "proxy.db")) as ledger:
+        return ledger.check(lambda id: config.account(id).credits)
+
+
+def healthy(port: int) -> bool:
+    """Whether a server answers its GET /healthz."""
+    ask = b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n"
+    with suppress(OSError):
+        answer = raw_http(port, ask + b"Connection: close\r\n\r\n", 2)
+        return answer.startswith(b"HTTP/1.1 200")
+    return False
+
+
 class Gateway:
     """The real server in a session of its own; `start` works again after `stop`."""
 
@@ -898,10 +915,7 @@ class Gateway:
 
     def _healthy(self) -> bool:
         assert self.process.poll() is None, "the gateway ended at its start"
-        with suppress(OSError):
-            ask = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-            return raw_http(self.port, ask, 2).startswith(b"HTTP/1.1 200")
-        return False
+        return healthy(self.port)
 
     @property
     def master_pid(self) -> int:
@@ -956,6 +970,10 @@ class Gateway:
 # -- Clients -------------------------------------------------------------------------
 
 
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
 def client() -> requests.Session:
     """Return a session that takes nothing from the environment."""
     session = requests.Session()
@@ -967,10 +985,9 @@ def chat(
     url: str, key: str | None, stream: bool = False, timeout: float = 20, **body: Any
 ) -> requests.Response:
     """Ask for a chat completion of model `chat`, unless the body says otherwise."""
-    messages = [{"role": "user", "content": "Say hello"}]
-    whole = {"model": "chat", "messages": messages, **body}
+    whole = {"model": "chat", "messages": SAY_HELLO, **body}
     whole |= {"stream": True} if stream else {}
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = bearer(key) if key else {}
     more = {"headers": headers, "stream": stream, "timeout": timeout}
     return client().post(f"{url}/v1/chat/completions", json=whole, **more)
 
@@ -1016,15 +1033,13 @@ def sse_events(data: bytes) -> list[str]:
 @pytest.fixture
 def ledgers():
     """Ledger files of a test: after it, nothing is open and everything re-sums."""
-    made = []
+    made = set()  # folders
     yield made
-    for keys, db in made:
-        config = proxy.ConfigFile(keys).current
-        ledger = proxy.Ledger(db)
-        wait_for(lambda: not ledger.read("SELECT 1 FROM requests WHERE state = 0"),
-                         5, "a hold is left open")
-        assert ledger.check(lambda id: config.account(id).credits) == []
-        ledger.close()
+    for folder in made:
+        with closing(proxy.Ledger(folder / "proxy.db")) as ledger:
+            wait_for(lambda: not ledger.read("SELECT 1 FROM requests WHERE state = 0"),
+                     5, "a hold is left open")
+        assert proof(folder) == []
 
 
 @pytest.fixture
@@ -1032,9 +1047,8 @@ def files(tmp_path, ledgers):
     """files(upstream_url, **overrides) -> (keys.json, proxy.db), checked after the test."""
     def make(url="http://127.0.0.1:9", **overrides):
         keys = keys_file(tmp_path, url, **overrides)
-        db = tmp_path / "proxy.db"
-        ledgers.append((keys, db))
-        return keys, db
+        ledgers.add(tmp_path)
+        return keys, tmp_path / "proxy.db"
     return make
 
 
@@ -1885,7 +1899,7 @@ def test_all_files_are_their_owners_alone(tmp_path: Path, ledger: proxy.Ledger) 
 
 
 def lose(path: Path) -> None:
-    path.unlink()
+    path.unlink(missing_ok=True)
 
 
 def lose_all(path: Path) -> None:
@@ -1911,7 +1925,12 @@ def overwrite(path: Path) -> None:
             each.write_bytes(b"\xff" * each.stat().st_size)
 
 
+def replace_by_garbage(path: Path) -> None:
+    path.write_bytes(os.urandom(1 << 16))
+
+
 DAMAGE = [lose, lose_all, replace_by_another, replace_by_nothing, overwrite]
+LOSSES = [lose, replace_by_another, replace_by_nothing, replace_by_garbage]
 
 
 # Pages that SQLite has cached hide an overwritten file from its writer, not from
@@ -2526,7 +2545,6 @@ def test_bad_json_is_a_bad_request(data: bytes) -> None:
     assert len(refused.value.envelope()) < 500
 
 
-MESSAGES = [{"role": "user", "content": "hi"}]
 NO_COUNTS = [True, False, -1, 0, 1.5, 1.0, "1", [], {}, 10**40]
 BAD_FIELDS = {
     "model": [None, "", 5, True, [], {}, "x" * 201],
@@ -2546,7 +2564,7 @@ BAD_FIELDS = {
     "name, value", [(name, value) for name, vs in BAD_FIELDS.items() for value in vs]
 )
 def test_a_wrong_type_is_a_bad_request_naming_the_field(name: str, value: Any) -> None:
-    whole = {"model": "chat", "messages": MESSAGES, name: value}
+    whole = {"model": "chat", "messages": SAY_HELLO, name: value}
     with pytest.raises(proxy.BadRequest) as refused:
         proxy.parse_call("chat/completions", json.dumps(whole).encode())
     assert (refused.value.status, refused.value.param) == (400, name)
@@ -2744,10 +2762,6 @@ def test_a_large_event_in_small_pieces_is_searched_once(
 
 CHAT = "/v1/chat/completions"
 HELLO = {"model": "echo", "messages": [{"role": "user", "content": "Hello out there"}]}
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
 
 
 @pytest.fixture
@@ -3131,21 +3145,33 @@ def test_an_app_made_before_a_fork_serves_nothing(
 # Command line ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(files: Callable, capsys: pytest.CaptureFixture) -> Callable:
-    """run(words...) -> exit status, standard output, standard error."""
-    keys, db = files()
+class Shell:
+    """Commands in this process, on the files of a test."""
 
-    def run(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
+    def __init__(self, files: tuple, capsys: pytest.CaptureFixture) -> None:
+        self.keys, self.db = files
+        self.capsys = capsys
+
+    def __call__(self, *words: str) -> tuple[int, str, str]:
+        """Exit status, standard output and standard error."""
+        self.capsys.readouterr()
+        files = ["--keys", str(self.keys), "--db", str(self.db)]
         try:
-            status = proxy.main([*words, "--keys", str(keys), "--db", str(db)])
+            status = proxy.main([*words, *files])
         except SystemExit as end:
             status = end.code
-        return status, *capsys.readouterr()
+        return status, *self.capsys.readouterr()
 
-    run.keys, run.db = keys, db
-    return run
+    def rows(self, *words: str) -> list[dict]:
+        """What the command says with --json."""
+        status, out, err = self(*words, "--json")
+        assert (status, err) == (0, "")
+        return json.loads(out)
+
+
+@pytest.fixture
+def run(files: Callable, capsys: pytest.CaptureFixture) -> Shell:
+    return Shell(files(), capsys)
 
 
 def refused_in_one_line(outcome: tuple[int, str, str]) -> str:
@@ -3155,23 +3181,22 @@ def refused_in_one_line(outcome: tuple[int, str, str]) -> str:
     return err
 
 
-def test_keys_add_prints_the_key_alone(run: Callable) -> None:
+def test_keys_add_prints_the_key_alone(run: Shell) -> None:
     status, out, err = run("keys", "add", "alice", "--credits", "5")
     assert (status, err) == (0, "")
     assert re.fullmatch(r"sk-[\w-]{40,}\n", out)
 
 
 def test_an_added_key_works_and_pays_from_its_credits(
-    run: Callable, monkeypatch: pytest.MonkeyPatch
+    run: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = run("keys", "add", "alice", "--name", "laptop", "--credits", "0.5")[1].strip()
     served = proxy.create_app(run.keys, run.db)
     answer = served.test_client().post(CHAT, json=HELLO, headers=bearer(key))
     served.extensions["proxy"].close()
     assert answer.status_code == 200
-    _, out, _ = run("credits", "show", "alice", "--json")
     spent = answer.json["usage"]["total_tokens"]
-    assert json.loads(out) == [
+    assert run.rows("credits", "show", "alice") == [
         {
             "account": "alice", "granted": 0.5, "spent": spent / 10**6, "held": 0,
             "available": (500_000 - spent) / 10**6,
@@ -3179,7 +3204,7 @@ def test_an_added_key_works_and_pays_from_its_credits(
     ]  # fmt: skip
 
 
-def test_keys_list_never_shows_a_key(run: Callable) -> None:
+def test_keys_list_never_shows_a_key(run: Shell) -> None:
     new = run("keys", "add", "alice", "--name", "laptop")[1].strip()
     for form in [], ["--json"]:
         status, out, _ = run("keys", "list", *form)
@@ -3189,9 +3214,9 @@ def test_keys_list_never_shows_a_key(run: Callable) -> None:
         assert "laptop" in out and "keys.json" in out and "proxy.db" in out
 
 
-def test_keys_list_names_each_key_with_its_account(run: Callable) -> None:
+def test_keys_list_names_each_key_with_its_account(run: Shell) -> None:
     run("keys", "add", "alice", "--name", "laptop", "--admin")
-    rows = json.loads(run("keys", "list", "--json")[1])
+    rows = run.rows("keys", "list")
     about = {(row["account"], row["name"]): row for row in rows}
     assert about["team", "main"]["source"] == "keys.json"
     assert about["alice", "laptop"]["source"] == "proxy.db"
@@ -3200,7 +3225,7 @@ def test_keys_list_names_each_key_with_its_account(run: Callable) -> None:
     assert all(re.fullmatch("key_[0-9a-f]{16}", row["id"]) for row in rows)
 
 
-def test_keys_revoke_ends_a_key_of_either_file(run: Callable) -> None:
+def test_keys_revoke_ends_a_key_of_either_file(run: Shell) -> None:
     key = run("keys", "add", "alice")[1].strip()
     served, before = proxy.create_app(run.keys, run.db), run.keys.read_bytes()
     for each in key, TEAM_KEY:
@@ -3209,21 +3234,20 @@ def test_keys_revoke_ends_a_key_of_either_file(run: Callable) -> None:
         answer = served.test_client().get("/v1/models", headers=bearer(each))
         assert answer.status_code == 401
     served.extensions["proxy"].close()
-    rows = json.loads(run("keys", "list", "--json")[1])
+    rows = run.rows("keys", "list")
     assert sum(row["revoked"] is not None for row in rows) == 2
     assert run.keys.read_bytes() == before
 
 
-def test_keys_revoke_of_an_unknown_id_fails(run: Callable) -> None:
+def test_keys_revoke_of_an_unknown_id_fails(run: Shell) -> None:
     assert "no such key" in refused_in_one_line(run("keys", "revoke", "key_nothing"))
 
 
-def test_credits_add_up_exactly(run: Callable) -> None:
+def test_credits_add_up_exactly(run: Shell) -> None:
     run("keys", "add", "alice")
     for amount in "0.1", "0.2", "0.000001":
         assert run("credits", "add", "alice", amount, "--note", "thanks")[0] == 0
-    _, out, _ = run("credits", "show", "alice", "--json")
-    assert json.loads(out)[0]["granted"] == 0.300001
+    assert run.rows("credits", "show", "alice")[0]["granted"] == 0.300001
     _, out, _ = run("credits", "show")
     assert "0.300001" in out and "team" in out
 
@@ -3231,38 +3255,29 @@ def test_credits_add_up_exactly(run: Callable) -> None:
 @pytest.mark.parametrize(
     "amount", ["lots", "", "nan", "inf", "0.0000001", "1e10", "0x5"]
 )
-def test_a_bad_amount_is_refused(run: Callable, amount: str) -> None:
+def test_a_bad_amount_is_refused(run: Shell, amount: str) -> None:
     assert "AMOUNT" in refused_in_one_line(run("credits", "add", "team", amount))
-    rows = json.loads(run("credits", "show", "team", "--json")[1])
-    assert rows[0]["granted"] == 100
+    assert run.rows("credits", "show", "team")[0]["granted"] == 100
 
 
 @pytest.mark.parametrize("words", [("credits", "add", "team", "-5"), ("nonsense",)])
 def test_a_wrong_command_line_is_told_and_ends_with_2(
-    run: Callable, words: tuple
+    run: Shell, words: tuple
 ) -> None:
     status, out, err = run(*words)
     assert (status, out) == (2, "") and "Error:" in err and "Traceback" not in err
 
 
-def test_credits_go_to_accounts_that_exist(run: Callable) -> None:
-    assert "nobody" in refused_in_one_line(run("credits", "add", "nobody", "5"))
-    assert "nobody" not in run("credits", "show")[1]
-
-
-@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "a\x00b", "", " a", "x" * 101])
-def test_names_with_control_characters_are_refused(run: Callable, name: str) -> None:
-    for words in ("keys", "add", name), ("keys", "add", "alice", "--name", name):
-        line = refused_in_one_line(run(*words))
-        assert "\x1b" not in line
+@pytest.mark.parametrize(
+    "words, told",
+    [(["--credits", "lots"], "--credits"), (["--name", ""], "--name")],
+    ids=" ".join,
+)
+def test_what_is_wrong_with_a_new_key_makes_no_account(
+    run: Shell, words: list[str], told: str
+) -> None:
+    assert told in refused_in_one_line(run("keys", "add", "alice", *words))
     assert "alice" not in run("credits", "show")[1]
-
-
-def test_a_key_with_bad_credits_is_not_made(run: Callable) -> None:
-    assert "--credits" in refused_in_one_line(
-        run("keys", "add", "alice", "--credits", "lots")
-    )
-    assert "alice" not in run("keys", "list")[1]
 
 
 @pytest.fixture
@@ -3273,22 +3288,22 @@ def today(monkeypatch: pytest.MonkeyPatch) -> str:
     return time.strftime("%Y-%m-%d", time.gmtime(now))
 
 
-def test_usage_shows_requests_by_day_and_model(run: Callable, today: str) -> None:
+def test_usage_shows_requests_by_day_and_model(run: Shell, today: str) -> None:
     served = proxy.create_app(run.keys, run.db)
     for _ in range(2):
         served.test_client().post(CHAT, json=HELLO, headers=bearer(TEAM_KEY))
     served.extensions["proxy"].close()
-    (row,) = json.loads(run("usage", "team", "--json")[1])
+    (row,) = run.rows("usage", "team")
     assert (row["model"], row["requests"]) == ("echo", 2)
     assert (row["input_tokens"], row["output_tokens"]) == (6, 6)
     assert row["credits"] == 0.000012
     assert row["day"] == today
-    assert json.loads(run("usage", "other", "--json")[1]) == []
+    assert run.rows("usage", "other") == []
     assert "echo" in run("usage")[1] and "0.000012" in run("usage", "--days", "1")[1]
 
 
 def test_check_passes_a_good_ledger_with_warnings(
-    run: Callable, monkeypatch: pytest.MonkeyPatch
+    run: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PROXY_TEST_UNSET", raising=False)
     whole = json.loads(run.keys.read_text())
@@ -3301,7 +3316,7 @@ def test_check_passes_a_good_ledger_with_warnings(
 
 
 def test_check_warns_of_an_sqlite_that_is_too_old(
-    run: Callable, monkeypatch: pytest.MonkeyPatch
+    run: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proxy.sqlite3, "sqlite_version_info", (3, 36, 0))
     status, out, _ = run("check")
@@ -3310,7 +3325,7 @@ def test_check_warns_of_an_sqlite_that_is_too_old(
 
 @pytest.mark.parametrize("demo, warned", [({}, 1), (None, 0)])
 def test_check_warns_of_the_demo_key(
-    files: Callable, run: Callable, demo: dict | None, warned: int
+    files: Callable, run: Shell, demo: dict | None, warned: int
 ) -> None:
     files(accounts={"demo": demo})
     assert run("check")[1].count("the demo key is public") == warned
@@ -3318,7 +3333,7 @@ def test_check_warns_of_the_demo_key(
 
 @pytest.mark.parametrize("cpus, workers", [(None, 2), (1, 2), (8, 8)])
 def test_there_are_as_many_workers_as_processors_and_at_least_two(
-    run: Callable, monkeypatch: pytest.MonkeyPatch, cpus: int | None, workers: int
+    run: Shell, monkeypatch: pytest.MonkeyPatch, cpus: int | None, workers: int
 ) -> None:
     servers = []
     monkeypatch.delenv("PROXY_WORKERS", raising=False)
@@ -3340,7 +3355,7 @@ def test_there_are_as_many_workers_as_processors_and_at_least_two(
     ],
 )
 def test_check_online_asks_each_provider_once_whether_it_knows_the_key(
-    files: Callable, run: Callable, kind: type[Upstream], key: str, told: str
+    files: Callable, run: Shell, kind: type[Upstream], key: str, told: str
 ) -> None:
     with kind() as up:
         files(up.url, key=key)
@@ -3349,7 +3364,7 @@ def test_check_online_asks_each_provider_once_whether_it_knows_the_key(
     assert (status, len(up.requests)) == (0, 1) and row.endswith(f"  {told}")
 
 
-def test_check_works_beside_a_running_server(run: Callable) -> None:
+def test_check_works_beside_a_running_server(run: Shell) -> None:
     served = proxy.create_app(run.keys, run.db)
     answer = served.test_client().post(
         CHAT, json={**HELLO, "stream": True}, headers=bearer(TEAM_KEY)
@@ -3363,7 +3378,7 @@ def test_check_works_beside_a_running_server(run: Callable) -> None:
     served.extensions["proxy"].close()
 
 
-def test_check_fails_a_ledger_that_does_not_add_up(run: Callable) -> None:
+def test_check_fails_a_ledger_that_does_not_add_up(run: Shell) -> None:
     run("keys", "add", "alice", "--credits", "1")
     ledger = proxy.Ledger(run.db)
     alter(ledger, "UPDATE accounts SET granted = granted + 1")
@@ -3452,7 +3467,7 @@ def test_any_gunicorn_serves_the_application(files: Callable) -> None:
 
 
 def test_the_greeting_has_a_curl_line_for_the_demo_key_only(
-    run: Callable, capsys: pytest.CaptureFixture
+    run: Shell, capsys: pytest.CaptureFixture
 ) -> None:
     config = proxy.ConfigFile(run.keys).current
     proxy.greet(config, "http://127.0.0.1:8000")
@@ -3593,14 +3608,11 @@ class Stage:
         """End the upstreams and prove the ledger."""
         for up in [*self.upstreams, self.no_tls, self.deaf]:
             up.close()
-        config, ledger = proxy.ConfigFile(self.keys).current, proxy.Ledger(self.db)
-        assert ledger.check(lambda id: config.account(id).credits) == []
-        ledger.close()
+        assert proof(self.keys.parent) == []
 
 
 NOWHERE = ("dead", "lost", "tls", "unset")
 MILD = {"temperature": 0.2, "stop": ["a"], "thinking": {"type": "disabled", "x": 1}}
-SAY_HELLO = [{"role": "user", "content": "Say hello"}]
 
 
 class InProcess(Stage):
@@ -3612,7 +3624,7 @@ class InProcess(Stage):
 
     def post(self, path: str, body: dict, key: str = TEAM_KEY, **headers: str) -> Any:
         """Post JSON to /v1/<path>; the answer is read to its end, and closed."""
-        headers = {"Authorization": f"Bearer {key}", **headers}
+        headers = {**bearer(key), **headers}
         client = self.app.test_client(use_cookies=False)
         url = f"/v1/{path}"
         return client.post(url, json=body, headers=headers, buffered=True)
@@ -4705,15 +4717,6 @@ def test_done_is_not_held_back_by_an_upstream_that_stays(stage):
 # -- Relay: connections --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line", [b"y", b"y\ndata: "], ids=["one line", "many"])
-def test_a_large_event_in_small_pieces_costs_linear_time(line):
-    """900 KB in pieces of 1,400 took 6 s of CPU when all was looked at anew."""
-    event = b'data: {"x": "' + line * (900_000 // len(line)) + b'"}\n\n'
-    buffer, started = proxy.EventBuffer(), time.thread_time()
-    assert b"".join(map(buffer.feed, split(event, 1400))) == event
-    assert time.thread_time() - started < 1
-
-
 def connections_of(stage: Stage, before: int) -> int:
     """Return how many connections the main upstream has got since `before`."""
     return len(stage.main.connections) - before
@@ -5045,19 +5048,21 @@ def read_until(sock: socket.socket, wanted: bytes) -> bytes:
     return received
 
 
-LEAVERS = {
-    "JSON, before the headers": (False, stall(), 0),
-    "JSON, in the body": (False, trickle(b'{"choices": []}', 5), 0),
-    "stream, before the headers": (True, stall(), 0),
-    "stream, before the first event": (True, stall(before_headers=False), 0),
+FREE = (0, 0, 0)  # estimated, output, micro-credits
+LEAVERS = {  # stream, answer, what the client reads, the receipt
+    "JSON, before the headers": (False, stall(), b"", FREE),
+    "JSON, in the body": (False, trickle(b'{"choices": []}', 5), b"", FREE),
+    "stream, before the headers": (True, stall(), b"", FREE),
+    "stream, before the first event": (True, stall(before_headers=False), b"", FREE),
     "stream, after one event": (
         True,
         sse(
             [chat_chunk("gpt-test", {"content": "x" * 400})] * 2, gate=threading.Event()
         ),
-        1,
+        b"x" * 400,
+        (1, 100, 203),
     ),
-    "stream, of comments": (True, endless("comments"), 0),
+    "stream, of comments": (True, endless("comments"), b"", FREE),
 }
 
 
@@ -5065,10 +5070,16 @@ def shut_down_writing(sock: socket.socket) -> None:
     sock.shutdown(socket.SHUT_WR)
 
 
-@pytest.mark.parametrize("leave", [socket.socket.close, shut_down_writing])
+def reset(sock: socket.socket) -> None:
+    """Send RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+@pytest.mark.parametrize("leave", [socket.socket.close, shut_down_writing, reset])
 @pytest.mark.parametrize("name", LEAVERS)
 def test_a_client_that_leaves_frees_its_slot_and_the_upstream(real, name, leave):
-    stream, answer, relayed = LEAVERS[name]
+    stream, answer, wanted, receipt = LEAVERS[name]
     real.main.script = [answer]
     body = json.dumps(
         {"model": "chat", "messages": SAY_HELLO, "stream": stream}
@@ -5076,19 +5087,15 @@ def test_a_client_that_leaves_frees_its_slot_and_the_upstream(real, name, leave)
     with socket.create_connection(("127.0.0.1", real.port), 5) as sock:
         sock.sendall(request_bytes("/v1/chat/completions", body))
         real.main.wait_requests()
-        read_until(sock, b"x" * 400 if relayed else b"")
+        read_until(sock, wanted)
         leave(sock)
         left = time.monotonic()
         real.wait_idle(2)
         assert real.main.requests[0].closed.wait(2)
         assert time.monotonic() - left < 2
     row = real.rows()[-1]
-    assert (row["status"], row["estimated"], row["output"]) == (
-        499,
-        relayed,
-        100 * relayed,
-    )
-    assert row["cost"] == (row["input"] + 200) * relayed
+    told = row["estimated"], row["output"], row["cost"]
+    assert (row["status"], told) == (499, receipt)
 
 
 def test_a_client_that_leaves_a_running_stream_pays_for_what_came(real):
@@ -5935,10 +5942,8 @@ class Visit:
     """A client's request on a connection of its own, and what it saw of the answer."""
 
     def __init__(self, gateway: Gateway, key: str, stream: bool = False, **body: Any):
-        messages = [{"role": "user", "content": "Say hello"}]
-        whole = {"model": "chat", "messages": messages, "stream": stream, **body}
-        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        headers |= {"Connection": "close"}
+        whole = {"model": "chat", "messages": SAY_HELLO, "stream": stream, **body}
+        headers = bearer(key) | dict([JSON, CLOSE])
         self.body, self.stream = b"", stream
         self._http = HTTPConnection("127.0.0.1", gateway.port, timeout=30)
         self._http.request("POST", "/v1/chat/completions", json.dumps(whole), headers)
@@ -6020,14 +6025,6 @@ def held(folder: Path) -> int:
 def wait_held(folder: Path, count: int, timeout: float = 2) -> None:
     """Wait until exactly that many holds are open."""
     wait_for(lambda: held(folder) == count, timeout, f"{count} holds")
-
-
-def proof(folder: Path) -> list[str]:
-    """Return what `check` finds wrong, beside the server."""
-    config = proxy.ConfigFile(folder / "keys.json").current
-    ledger = proxy.Ledger(folder / "proxy.db")
-    with closing(ledger):
-        return ledger.check(lambda id: config.account(id).credits)
 
 
 def server_of(gateway: Gateway, sock: socket.socket) -> int:
@@ -6155,7 +6152,7 @@ def lowest_balance(folder: Path, account: str) -> Iterator[list[int]]:
 
 
 def test_an_account_is_never_overspent_over_four_workers(gateway, gate, tmp_path):
-    body = {"model": "chat", "messages": [{"role": "user", "content": "Say hello"}]}
+    body = {"model": "chat", "messages": SAY_HELLO}
     body |= {"stream": False, "max_tokens": 10}
     size = len(json.dumps(body))
     hold, cost = size + 2 * 10, 20 + 2 * 10  # micro-credits
@@ -6281,11 +6278,11 @@ def test_draining_finishes_short_streams_and_settles_long_ones(sig, gateway, tmp
 
 
 def test_a_draining_server_refuses_new_requests_at_once(gateway, gate):
-    ask = {"model": "chat", "messages": [{"role": "user", "content": "Hi"}]}
+    ask = {"model": "chat", "messages": SAY_HELLO}
     with Upstream(short_or_long(gate)) as up, client() as session:
         server = gateway(up.url, workers=1, constants=QUICK_TERM)
         url = f"{server.url}/v1/chat/completions"
-        session.headers["Authorization"] = f"Bearer {TEAM_KEY}"
+        session.headers.update(bearer(TEAM_KEY))
         assert session.post(url, json=ask).status_code == 200
         stream = Visit(server, TEAM_KEY, stream=True, max_tokens=77).start()
         os.kill(server.workers()[0], signal.SIGTERM)
@@ -6484,31 +6481,8 @@ def test_a_full_disk_stops_new_requests_and_loses_no_charge(
         assert proof(tmp_path) == [] and set(server.workers()) == set(pids)
 
 
-def deleted(db: Path) -> None:
-    """The file is away."""
-
-
-def replaced(db: Path) -> None:
-    """A fresh ledger stands there."""
-    proxy.Ledger(db.parent / "fresh.db").close()
-    (db.parent / "fresh.db").replace(db)
-
-
-def garbage(db: Path) -> None:
-    """Something that is no database stands there."""
-    db.write_bytes(os.urandom(1 << 16))
-
-
-def emptied(db: Path) -> None:
-    """An empty file stands there, which is an empty database for SQLite."""
-    db.touch()
-
-
-FAULTS = [deleted, replaced, garbage, emptied]
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_lost_database_is_503_until_it_is_put_back(fault, gateway, tmp_path):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_lost_database_is_503_until_it_is_put_back(loss, gateway, tmp_path):
     db, kept = tmp_path / "proxy.db", tmp_path / "kept.db"
     with Upstream(json_answer(chat_json("one two three"))) as up:
         server = gateway(up.url, workers=2)
@@ -6522,11 +6496,11 @@ def test_a_lost_database_is_503_until_it_is_put_back(fault, gateway, tmp_path):
         assert [status(server, key) for key in (TEAM_KEY, made_key)] == [200, 200]
         before = query(tmp_path, "SELECT * FROM requests")
         db.rename(kept)
-        fault(db)
+        loss(db)
         seen = [Visit(server, key).start() for key in (TEAM_KEY, made_key) * 2]
         assert statuses(seen) == {503: 4}
         assert {error_code_of(one) for one in seen} == {"ledger_unavailable"}
-        assert len(up.requests) == 2 and db.exists() == (fault != deleted)
+        assert len(up.requests) == 2 and db.exists() == (loss != lose)
         kept.replace(db)
         wait_for(lambda: status(server, made_key) == 200, 2, "recovery")
         assert set(before) < set(query(tmp_path, "SELECT * FROM requests"))
@@ -6661,36 +6635,6 @@ def test_a_flood_that_takes_all_descriptors_ends_no_stream(files, gate):
             flood.close()
             wait_for(lambda: status(server) == 200, what="recovery")
             assert server.workers() == [pid]
-
-
-# -- Clock ---------------------------------------------------------------------------
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("jump", [3600, -3600])
-def test_a_clock_jump_changes_no_window_and_no_lease(jump, files, gate, tmp_path):
-    offset = tmp_path / "offset"
-    offset.write_text("0")
-    clock = f"""if True:
-        import pathlib, time
-        clock, offset = time.time, pathlib.Path({str(offset)!r})
-        time.time = lambda: clock() + float(offset.read_text() or 0)
-    """
-    with Upstream(short_or_long(gate)) as up:
-        limits = {"rate": "3/minute", "concurrent": 10}
-        server = Gateway(*files(up.url, limits=limits), workers=2, threads=64)
-        server.command[2] = f"{clock}\n{server.command[2]}"
-        with server:
-            stream = Visit(server, TEAM_KEY, stream=True, max_tokens=77).start()
-            assert [status(server) for _ in range(3)] == [200, 200, 429]
-            offset.write_text(str(jump))
-            time.sleep(0.6)  # two rounds of the upkeep
-            refused = Visit(server, TEAM_KEY).start()
-            assert refused.status == 429
-            assert 50 <= int(refused.reply.headers["Retry-After"]) <= 60
-            assert held(tmp_path) == 1
-            gate.set()
-            assert stream.finish().done and proof(tmp_path) == []
 
 
 # -- Clients -------------------------------------------------------------------------
@@ -6843,36 +6787,6 @@ def test_a_reader_that_stops_reading_is_given_up_and_settled(gateway, tmp_path):
         assert (state, estimated) == (proxy.SETTLED, 1) and 0 < cost <= hold
 
 
-def half_close(sock: socket.socket) -> None:
-    """Send FIN, and go on listening."""
-    sock.shutdown(socket.SHUT_WR)
-
-
-def reset(sock: socket.socket) -> None:
-    """Send RST."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
-@pytest.mark.parametrize("leave", [half_close, reset, socket.socket.close])
-@pytest.mark.parametrize("stream, head", [(0, 0), (1, 0), (1, 1)])
-def test_a_client_that_leaves_a_silent_upstream_frees_its_slot(
-    leave, stream, head, gateway, tmp_path
-):
-    body = BODY.replace(b"echo", b"chat").replace(b"{", b'{"stream":true,', stream)
-    with Upstream(stall(before_headers=not head)) as up:
-        server = gateway(up.url)
-        sock = socket.create_connection(("127.0.0.1", server.port), 5)
-        sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        up.wait_requests(1)
-        wait_held(tmp_path, 1)
-        leave(sock)
-        up.wait_closed(1, timeout=2)
-        wait_held(tmp_path, 0)
-        assert query(tmp_path, "SELECT sum(cost) FROM requests") == [(0,)]
-        sock.close()
-
-
 def test_a_worker_whose_listener_a_signal_has_closed_accepts_nothing():
     worker = proxy.Worker.__new__(proxy.Worker)
     worker.cfg, worker.nr_conns, worker.alive = SimpleNamespace(workers=2), 1, False
@@ -6943,7 +6857,7 @@ class Api:
     def __call__(
         self, method: str, path: str, key: str = TEAM_KEY, /, **body: Any
     ) -> Any:
-        headers = {"Authorization": f"Bearer {key}"}
+        headers = bearer(key)
         more = {"json": body} if method == "POST" else {}
         return self.client.open(path, method=method, headers=headers, **more)
 
@@ -7023,8 +6937,7 @@ def test_a_receipt_tells_what_became_of_a_request(api: Api) -> None:
 
 
 def test_a_request_that_failed_upstream_has_a_free_receipt(api: Api) -> None:
-    messages = [{"role": "user", "content": "Hello"}]
-    answer = api("POST", "/v1/chat/completions", model="chat", messages=messages)
+    answer = api("POST", CHAT, model="chat", messages=SAY_HELLO)
     id = answer.headers["x-request-id"]
     receipt = api.get(f"/v1/account/requests/{id}")
     assert (answer.status_code, receipt["status"]) == (503, 503)
@@ -7119,9 +7032,7 @@ def test_a_made_key_is_shown_once_and_works(api: Api) -> None:
     assert made["hint"].startswith("sk-") and made["hint"].endswith(made["key"][-4:])
     id = api.say("hello", made["key"])
     assert api.get(f"/v1/account/requests/{id}")["key"] == "laptop"
-    listed = api.client.get(
-        "/v1/account/keys", headers={"Authorization": f"Bearer {made['key']}"}
-    )
+    listed = api("GET", "/v1/account/keys", made["key"])
     assert made["key"] not in listed.text
     rows = {row["name"]: row for row in listed.json["data"]}
     sources = {name: row["source"] for name, row in rows.items()}
@@ -7218,34 +7129,6 @@ def test_account_calls_need_no_slot_and_no_credits(app: Callable) -> None:
     assert api.get("/v1/account", POOR_KEY)["credits"]["available"] == 0
 
 
-class Shell:
-    """Commands in this process, on the files of an app that runs."""
-
-    def __init__(self, files: tuple, capsys: pytest.CaptureFixture) -> None:
-        self.keys, self.db = map(str, files)
-        self.capsys = capsys
-
-    def __call__(self, *words: str) -> tuple[int, str, str]:
-        """Exit status, standard output and standard error."""
-        self.capsys.readouterr()
-        try:
-            status = proxy.main([*words, "--keys", self.keys, "--db", self.db])
-        except SystemExit as end:
-            status = end.code
-        return status, *self.capsys.readouterr()
-
-    def rows(self, *words: str) -> list[dict]:
-        """What the command says with --json."""
-        status, out, err = self(*words, "--json")
-        assert (status, err) == (0, "")
-        return json.loads(out)
-
-
-@pytest.fixture
-def shell(api: Api, tmp_path: Path, capsys: pytest.CaptureFixture) -> Shell:
-    return Shell((tmp_path / "keys.json", tmp_path / "proxy.db"), capsys)
-
-
 # -- Admins --------------------------------------------------------------------------
 
 
@@ -7326,10 +7209,10 @@ def take_out_other(api: Api, folder: Path) -> None:
 
 
 def test_an_account_taken_out_of_keys_json_leaves_a_good_ledger(
-    api: Api, shell: Shell, tmp_path: Path
+    api: Api, run: Shell, tmp_path: Path
 ) -> None:
     take_out_other(api, tmp_path)
-    status, out, _ = shell("check")
+    status, out, _ = run("check")
     keys_file(tmp_path, "http://127.0.0.1:9")
     assert "wrong" not in out and status == 0
 
@@ -7441,7 +7324,7 @@ def test_a_revoked_key_stops_at_once_in_every_worker(
 ) -> None:
     server = gateway(workers=2, accounts={"team": {"keys": {"spare": "sk-spare-key"}}})
     session, account = client(), f"{server.url}/v1/account"
-    team = {"Authorization": f"Bearer {TEAM_KEY}"}
+    team = bearer(TEAM_KEY)
     answer = session.post(f"{account}/keys", json={"name": "new"}, headers=team).json()
     key = {True: answer["key"], False: "sk-spare-key"}[made]
     name = {True: "new", False: "spare"}[made]
@@ -7455,7 +7338,7 @@ def test_a_revoked_key_stops_at_once_in_every_worker(
 
 def ask_often(url: str, key: str, times: int = 16) -> list[requests.Response]:
     """The answers to so many GETs at once, each on a connection of its own."""
-    headers = {"Authorization": f"Bearer {key}"}
+    headers = bearer(key)
     with ThreadPoolExecutor(8) as pool:
         asked = pool.map(lambda _: client().get(url, headers=headers), range(times))
     return [*asked]
@@ -7534,23 +7417,23 @@ def test_an_account_is_not_named_like_a_path(api: Api) -> None:
 
 
 def test_the_commands_say_what_the_api_says(
-    api: Api, shell: Shell, today: str
+    api: Api, run: Shell, today: str
 ) -> None:
     api.say("one two three")
     api.say("four", OTHER_KEY)
-    assert shell.rows("usage", "team") == api.get("/v1/account/usage")["data"]
+    assert run.rows("usage", "team") == api.get("/v1/account/usage")["data"]
     credits = {"account": "team"} | api.get("/v1/account")["credits"]
-    assert shell.rows("credits", "show", "team") == [credits]
-    keys = [row for row in shell.rows("keys", "list") if row["account"] == "team"]
+    assert run.rows("credits", "show", "team") == [credits]
+    keys = [row for row in run.rows("keys", "list") if row["account"] == "team"]
     assert keys == api.get("/v1/account/keys")["data"]
-    summed = shell.rows("usage")
+    summed = run.rows("usage")
     assert [(row["requests"], row["credits"]) for row in summed] == [(2, 0.000008)]
 
 
-def test_tables_are_aligned(api: Api, shell: Shell) -> None:
+def test_tables_are_aligned(api: Api, run: Shell) -> None:
     api.say("one two three")
     for words in (("keys", "list"), ("credits", "show"), ("usage",)):
-        status, out, _ = shell(*words)
+        status, out, _ = run(*words)
         heads, *lines = out.splitlines()
         starts = [match.start() for match in re.finditer(r"(?<=  )\S|^\S", heads)]
         assert status == 0 and lines
@@ -7560,16 +7443,16 @@ def test_tables_are_aligned(api: Api, shell: Shell) -> None:
 
 @pytest.mark.parametrize("words", [("keys", "list"), ("credits", "show")], ids=" ".join)
 def test_an_odd_name_stays_in_its_line_of_a_table(
-    words: tuple, api: Api, shell: Shell
+    words: tuple, api: Api, run: Shell
 ) -> None:
     for name in SHOWN_NAMES:
         api.post("/v1/accounts", ADMIN_KEY, id=name, credits=1)
         api.post(f"/v1/accounts/{quote(name, safe='')}/keys", ADMIN_KEY, name=name)
-    _, out, _ = shell(*words)
+    _, out, _ = run(*words)
     assert out.count("\n") == 1 + 5 + len(SHOWN_NAMES)
     assert [name for name in SHOWN_NAMES if name not in out] == []
     assert all(letter.isprintable() or letter == "\n" for letter in out)
-    assert {*SHOWN_NAMES} <= {row["account"] for row in shell.rows(*words)}
+    assert {*SHOWN_NAMES} <= {row["account"] for row in run.rows(*words)}
 
 
 NAMING = [
@@ -7582,20 +7465,24 @@ NAMING = [
 
 @pytest.mark.parametrize("words", NAMING, ids=" ".join)
 def test_a_command_refuses_a_name_that_cannot_be_in_one_line(
-    words: tuple, shell: Shell
+    words: tuple, run: Shell
 ) -> None:
-    for name in ("\x1b[31mred", "\udcff", "a\nb", "x" * 300):
-        status, out, err = shell(*(name if w == "NAME" else w for w in words))
+    for name in ("\x1b[31mred", "\udcff", "a\nb", "a\0b", " a", "x" * 101):
+        status, out, err = run(*(name if w == "NAME" else w for w in words))
         assert (status, out, err.count("\n")) == (1, "", 1), name
         assert "\x1b" not in err
 
 
-@pytest.mark.parametrize("words", [("credits", "show"), ("usage",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [("credits", "show", "tema"), ("credits", "add", "tema", "5"), ("usage", "tema")],
+    ids=" ".join,
+)
 def test_a_command_refuses_an_account_that_is_not_there(
-    words: tuple, shell: Shell
+    words: tuple, run: Shell
 ) -> None:
-    status, out, err = shell(*words, "tema")
-    assert (status, out) == (1, "") and "tema" in err
+    assert "tema" in refused_in_one_line(run(*words))
+    assert "tema" not in run("credits", "show")[1]
 
 
 # -- Documentation -------------------------------------------------------------------
@@ -7829,18 +7716,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     with Gateway(keys, workers=2, threads=64) as server:
         yield server
         gc.collect()  # a connection that is still open delays the server's end
-    assert wrong_in(keys) == []
-
-
-def wrong_in(keys: Path) -> list[str]:
-    """What does not add up in the ledger beside a keys.json."""
-    ledger, config = (
-        proxy.Ledger(keys.parent / "proxy.db"),
-        proxy.ConfigFile(keys).current,
-    )
-    wrong = ledger.check(lambda id: config.account(id).credits)
-    ledger.close()
-    return wrong
+    assert proof(keys.parent) == []
 
 
 @pytest.fixture(scope="module")
@@ -7982,7 +7858,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
                 503,
             }
         streams = [say("stream", stream=True) for _ in range(3)]
-        admin = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        admin = bearer(ADMIN_KEY)
         url = f"{server.url}/metrics"
         refused = re.compile('{model="",status="402"} 3\n.*{model="",status="404"} 5\n')
         wait_for(lambda: refused.search(client().get(url, headers=admin).text))
@@ -7999,7 +7875,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
         assert [sse_events(stream.content)[-1] for stream in streams] == ["[DONE]"] * 3
         gc.collect()
         yield texts, receipts, {one["id"]: one["credits"] for one in accounts}
-    assert wrong_in(keys) == []
+    assert proof(keys.parent) == []
 
 
 KEYS = [TEAM_KEY, OTHER_KEY, DEMO_KEY]
@@ -8167,7 +8043,7 @@ def test_a_million_rows_answer_the_dashboard_in_200_ms(
 ) -> None:
     path = dashboard_calls()[number]
     key = TEAM_KEY if re.match("/v1/account(?!s)", path) else ADMIN_KEY
-    url, headers = full_and_empty[0].url + path, {"Authorization": f"Bearer {key}"}
+    url, headers = full_and_empty[0].url + path, bearer(key)
     with client() as session:
         assert session.get(url, headers=headers).status_code in {200, 404}
         assert seconds_of(lambda: session.get(url, headers=headers), 5) < 0.2, path
@@ -8184,7 +8060,7 @@ def test_a_million_rows_under_an_open_dashboard_slow_no_request_down(
 def seconds_beside_a_dashboard(server: Gateway) -> float:
     """The median time of a request while a dashboard asks without a pause."""
     stop, session = threading.Event(), client()
-    headers = {"Authorization": f"Bearer {TEAM_KEY}"}
+    headers = bearer(TEAM_KEY)
     paths = ["/v1/account", "/v1/account/usage?days=90", "/v1/account/requests"]
 
     def look() -> None:
@@ -8355,7 +8231,7 @@ def tab(driver: Any, board: Gateway) -> Iterator[Tab]:
 
 def admin_post(server: Gateway, path: str, **body: Any) -> Any:
     """What an admin's POST answers."""
-    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    headers = bearer(ADMIN_KEY)
     answer = client().post(server.url + path, json=body, headers=headers)
     assert answer.status_code == 201, answer.text
     return answer.json()
@@ -8451,7 +8327,7 @@ def test_revoking_asks_first(tab: Tab, newcomer: str) -> None:
     tab.click("#keys .danger")
     tab.click("#ask button[value=no]")
     wait_for(lambda: not tab.shown("#ask"))
-    headers = {"Authorization": f"Bearer {newcomer}"}
+    headers = bearer(newcomer)
     url = f"{tab.server.url}/v1/account/keys"
     [row] = client().get(url, headers=headers).json()["data"]
     assert row["revoked"] is None
@@ -8469,7 +8345,7 @@ def test_a_key_revoked_elsewhere_ends_its_open_dashboard(
     tab: Tab, newcomer: str
 ) -> None:
     tab.sign_in(newcomer)
-    headers = {"Authorization": f"Bearer {newcomer}"}
+    headers = bearer(newcomer)
     url = f"{tab.server.url}/v1/account/keys"
     [row] = client().get(url, headers=headers).json()["data"]
     client().delete(f"{url}/{row['id']}", headers=headers)
@@ -8494,7 +8370,7 @@ def test_an_admin_makes_an_account_and_grants_it_credits(tab: Tab) -> None:
     tab.until("#grant-form output", "Granted 0.75")
     tab.until("#available", "3.25")
     key = tab.make_key("theirs")
-    headers = {"Authorization": f"Bearer {key}"}
+    headers = bearer(key)
     about = client().get(f"{tab.server.url}/v1/account", headers=headers).json()
     assert (about["id"], about["credits"]["available"]) == (name, 3.25)
     tab.click("#back")
@@ -8905,8 +8781,8 @@ def struck(files, monkeypatch) -> Iterator[Callable]:
 
 def asked(app: Any, stream: bool) -> Any:
     """Ask in this process; the answer is not read yet if it is a stream."""
-    body = {"model": "chat", "messages": [{"role": "user", "content": "Say hello"}]}
-    headers = {"Authorization": f"Bearer {TEAM_KEY}"}
+    body = {"model": "chat", "messages": SAY_HELLO}
+    headers = bearer(TEAM_KEY)
     body["stream"] = stream
     path = "/v1/chat/completions"
     return app.test_client().post(path, json=body, headers=headers, buffered=False)
@@ -9466,20 +9342,9 @@ PAID, ESTIMATE = exactly(170), exactly(3 + 2 * 4)  # 9 bytes asked, 13 bytes ans
 LATE, DONE_OK, BROKEN_BODIES = 2.0, (200, "done"), (200, "provider_unavailable")
 ZIPPED_ANSWER = gzip.compress(json.dumps(chat_json("hi")).encode())
 BOMB = gzip.compress(bytes(100 << 20))
-GZIP_KIND = ("Content-Encoding", "gzip")
 MOVED = ("Location", "http://127.0.0.1:1/")
 COOKIE = ("Set-Cookie", "a=b; Path=/")
-HTML_KIND = ("Content-Type", "text/html")
 OVERLOADED = b"<html>Bad gateway</html>"
-ABSURD_REPORTS = {
-    "negative": usage_of(-5, 7),
-    "float": usage_of(5.5, 7),
-    "huge": usage_of(5, 10**12),
-    "text": {"prompt_tokens": "5", "completion_tokens": 7},
-    "true": usage_of(True, 7),
-    "a list": [5, 7],
-    "missing": None,
-}
 UPSTREAMS = {
     "refuses": Case(raw(b""), model="dead"),
     "hangs": Case(stall(), seconds=LATE),
@@ -9504,11 +9369,11 @@ UPSTREAMS = {
     "reset": Case(raw(STREAM, reset=True), True, BROKEN_BODIES),
     "garbage": Case(raw(b"\x00\xffSMTP ready\r\n\r\n")),
     "garbage status": Case(raw(b"HTTP/1.1 2OO OK\r\n\r\n{}")),
-    "HTML_KIND": Case(raw(head(200, HTML_KIND, CLOSE) + OVERLOADED)),
-    "HTML_KIND, stream": Case(raw(head(502, HTML_KIND, CLOSE) + OVERLOADED), True),
-    "gzip": Case(raw(head(200, JSON, GZIP_KIND, CLOSE) + ZIPPED_ANSWER)),
-    "gzip stream": Case(raw(head(200, EVENTS, GZIP_KIND, CLOSE) + ZIPPED_ANSWER), True, BROKEN_BODIES),
-    "gzip bomb": Case(raw(head(200, JSON, GZIP_KIND, CLOSE) + BOMB)),
+    "HTML": Case(raw(head(200, HTML, CLOSE) + OVERLOADED)),
+    "HTML, stream": Case(raw(head(502, HTML, CLOSE) + OVERLOADED), True),
+    "gzip": Case(raw(head(200, JSON, GZIP, CLOSE) + ZIPPED_ANSWER)),
+    "gzip stream": Case(raw(head(200, EVENTS, GZIP, CLOSE) + ZIPPED_ANSWER), True, BROKEN_BODIES),
+    "gzip bomb": Case(raw(head(200, JSON, GZIP, CLOSE) + BOMB)),
     "300 MB line": Case(repeated(FLOOD_LINE, MB, 300), True, BROKEN_BODIES, seconds=1),
     "300 MB chunk": Case(
         repeated(head(200, EVENTS, CHUNKED) + b"12c00000\r\n", MB, 300),
@@ -9576,14 +9441,7 @@ UPSTREAMS = {
     "usage above the hold": Case(
         reported(usage_of(10**6, 10**6)), False, DONE_OK, exactly(3 * 10**6)
     ),
-    **{
-        f"usage {name}": Case(reported(usage), False, DONE_OK, ESTIMATE)
-        for name, usage in ABSURD_REPORTS.items()
-    },
-    **{
-        f"usage {name}, stream": Case(reported(usage), True, DONE_OK, ESTIMATE)
-        for name, usage in ABSURD_REPORTS.items()
-    },
+    "usage missing, stream": Case(reported(None), True, DONE_OK, ESTIMATE),
 }
 FAULT_WAITS = {"ANSWER_TIMEOUT": 0.6, "STREAM_TIMEOUT": 0.8, "STALL_TIMEOUT": 0.5}
 
@@ -9777,7 +9635,7 @@ def leaky(request: Request) -> None:
     ways = {
         "500": json_answer({"error": {"message": secret}}, 500),
         "401": json_answer({"error": {"message": secret}}, 401),
-        "html": raw(head(200, HTML_KIND, CLOSE) + secret.encode()),
+        "html": raw(head(200, HTML, CLOSE) + secret.encode()),
         "line": raw(f"HTTP/1.1 {secret}\r\n\r\n".encode()),
         "header": raw(
             head(200, JSON, ("X-Debug", SECRET), ("Set-Cookie", SECRET), CLOSE)
@@ -9820,7 +9678,7 @@ def test_no_key_and_no_prompt_is_written_down(gateway, tmp_path):
             for way in WAYS
         ]
         session = client()
-        session.headers["Authorization"] = f"Bearer {ADMIN_KEY}"
+        session.headers.update(bearer(ADMIN_KEY))
         made = session.post(f"{server.url}/v1/account/keys", json={"name": "made"})
         new = re.search(r"sk-[\w-]{40,}", made.text)[0]
         secrets = [TEAM_KEY, OTHER_KEY, POOR_KEY, ADMIN_KEY, SECRET, new]
@@ -10026,19 +9884,11 @@ def bench_server(command: list[str], port: int, **more: Any) -> Iterator[tuple[i
         stderr=subprocess.DEVNULL, **more,
     )  # fmt: skip
     try:
-        wait_for(lambda: answers(port), 20, f"port {port}")
+        wait_for(lambda: healthy(port), 20, f"port {port}")
         yield process.pid, time.monotonic() - start
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def answers(port: int) -> bool:
-    ask = b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n"
-    ask += b"Connection: close\r\n\r\n"
-    with contextlib.suppress(OSError):
-        return bool(raw_http(port, ask, 1))
-    return False
 
 
 @pytest.fixture

@@ -3171,6 +3171,7 @@ class Shell:
 
 @pytest.fixture
 def run(files: Callable, capsys: pytest.CaptureFixture) -> Shell:
+    """Commands on the test's usual files, which its `api` has too."""
     return Shell(files(), capsys)
 
 
@@ -3271,7 +3272,6 @@ def test_a_wrong_command_line_is_told_and_ends_with_2(
 @pytest.mark.parametrize(
     "words, told",
     [(["--credits", "lots"], "--credits"), (["--name", ""], "--name")],
-    ids=" ".join,
 )
 def test_what_is_wrong_with_a_new_key_makes_no_account(
     run: Shell, words: list[str], told: str
@@ -3456,10 +3456,9 @@ def test_without_a_command_it_serves_as_the_environment_says(
             assert only.finish().done
 
 
-def test_any_gunicorn_serves_the_application(files: Callable) -> None:
+def test_plain_gunicorn_serves_the_application(files: Callable) -> None:
     keys, db = files()
-    files_of = {"PROXY_KEYS": str(keys), "PROXY_DB": str(db)}
-    server = Gateway(keys, db, env=files_of)
+    server = Gateway(keys, db, env={"PROXY_KEYS": str(keys), "PROXY_DB": str(db)})
     server.command = [sys.executable, "-m", "gunicorn", "--no-control-socket"]
     server.command += ["-b", f"127.0.0.1:{server.port}", "proxy:create_app()"]
     with server:

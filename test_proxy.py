@@ -7464,7 +7464,7 @@ NAMING = [
 
 @pytest.mark.parametrize("words", NAMING, ids=" ".join)
 def test_a_command_refuses_a_name_that_cannot_be_in_one_line(
-    words: tuple, run: Shell
+    words: tuple, api: Api, run: Shell
 ) -> None:
     for name in ("\x1b[31mred", "\udcff", "a\nb", "a\0b", " a", "x" * 101):
         status, out, err = run(*(name if w == "NAME" else w for w in words))
@@ -7478,7 +7478,7 @@ def test_a_command_refuses_a_name_that_cannot_be_in_one_line(
     ids=" ".join,
 )
 def test_a_command_refuses_an_account_that_is_not_there(
-    words: tuple, run: Shell
+    words: tuple, api: Api, run: Shell
 ) -> None:
     assert "tema" in refused_in_one_line(run(*words))
     assert "tema" not in run("credits", "show")[1]

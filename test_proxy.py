@@ -74,6 +74,7 @@ DEMO_KEY, TEAM_KEY, OTHER_KEY = "sk-demo", "sk-team", "sk-other"
 POOR_KEY, ADMIN_KEY = "sk-poor", "sk-admin"
 ACCESS_KEY = "AKLTEXAMPLEACCESSKEYID0000"
 SECRET_KEY = "ExampleSecretKey+/0123456789abcdefABCDEF=="
+SAY_HELLO = [{"role": "user", "content": "Say hello"}]
 POLL = 0.005  # seconds between two looks at a condition
 T = TypeVar("T")
 
@@ -777,9 +778,11 @@ class FakeImages(Upstream):
     smallest = 3_686_400  # pixels that Seedream 4.5 and 5.0 want
 
     def answer(self, request: Request) -> None:
-        """Deliver one link for each of `n`."""
+        """Deliver one link for each of `n`; the models are only asked for."""
         if request.header("Authorization") != f"Bearer {self.key}":
             return image_error("AuthenticationError", 401)(request)
+        if request.path == f"{self.prefix}/models":
+            return json_answer({"object": "list", "data": []})(request)
         body = request.json
         assert request.path == f"{self.prefix}/images/generations" and body["prompt"]
         size = re.fullmatch(r"(\d+)x(\d+)", body.get("size", ""))
@@ -857,6 +860,22 @@ def processes() -> Iterator[tuple[int, int, int]]:
                 yield int(stat.parent.name), int(parent), int(group)
 
 
+def proof(folder: Path) -> list[str]:
+    """Return what `check` finds wrong with the ledger there, beside a server or not."""
+    config = proxy.ConfigFile(folder / "keys.json").current
+    with closing(proxy.Ledger(folder / "proxy.db")) as ledger:
+        return ledger.check(lambda id: config.account(id).credits)
+
+
+def healthy(port: int) -> bool:
+    """Whether a server answers its GET /healthz."""
+    ask = b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n"
+    with suppress(OSError):
+        answer = raw_http(port, ask + b"Connection: close\r\n\r\n", 2)
+        return answer.startswith(b"HTTP/1.1 200")
+    return False
+
+
 class Gateway:
     """The real server in a session of its own; `start` works again after `stop`."""
 
@@ -869,7 +888,7 @@ class Gateway:
         self.url = f"http://127.0.0.1:{self.port}"
         self.project, self.log_file = project, keys.parent / f"gateway-{self.port}.log"
         # Servers that are started a hundred times need not be compiled each time.
-        cache = os.path.join(tempfile.gettempdir(), "proxy-tests-pycache")
+        cache = f"{tempfile.gettempdir()}/proxy-tests-pycache-{os.getuid()}"
         quick = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": cache}
         self.env = {**os.environ, "PYTHONUNBUFFERED": "1", **quick, **(env or {})}
         changes = [f"proxy.{name} = {v!r}" for name, v in (constants or {}).items()]
@@ -897,10 +916,7 @@ class Gateway:
 
     def _healthy(self) -> bool:
         assert self.process.poll() is None, "the gateway ended at its start"
-        with suppress(OSError):
-            ask = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-            return raw_http(self.port, ask, 2).startswith(b"HTTP/1.1 200")
-        return False
+        return healthy(self.port)
 
     @property
     def master_pid(self) -> int:
@@ -955,6 +971,10 @@ class Gateway:
 # -- Clients -------------------------------------------------------------------------
 
 
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
 def client() -> requests.Session:
     """Return a session that takes nothing from the environment."""
     session = requests.Session()
@@ -966,10 +986,9 @@ def chat(
     url: str, key: str | None, stream: bool = False, timeout: float = 20, **body: Any
 ) -> requests.Response:
     """Ask for a chat completion of model `chat`, unless the body says otherwise."""
-    messages = [{"role": "user", "content": "Say hello"}]
-    whole = {"model": "chat", "messages": messages, **body}
+    whole = {"model": "chat", "messages": SAY_HELLO, **body}
     whole |= {"stream": True} if stream else {}
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = bearer(key) if key else {}
     more = {"headers": headers, "stream": stream, "timeout": timeout}
     return client().post(f"{url}/v1/chat/completions", json=whole, **more)
 
@@ -1015,15 +1034,13 @@ def sse_events(data: bytes) -> list[str]:
 @pytest.fixture
 def ledgers():
     """Ledger files of a test: after it, nothing is open and everything re-sums."""
-    made = []
+    made = set()  # folders
     yield made
-    for keys, db in made:
-        config = proxy.ConfigFile(keys).current
-        ledger = proxy.Ledger(db)
-        wait_for(lambda: not ledger.read("SELECT 1 FROM requests WHERE state = 0"),
-                         5, "a hold is left open")
-        assert ledger.check(lambda id: config.account(id).credits) == []
-        ledger.close()
+    for folder in made:
+        with closing(proxy.Ledger(folder / "proxy.db")) as ledger:
+            wait_for(lambda: not ledger.read("SELECT 1 FROM requests WHERE state = 0"),
+                     5, "a hold is left open")
+        assert proof(folder) == []
 
 
 @pytest.fixture
@@ -1031,9 +1048,8 @@ def files(tmp_path, ledgers):
     """files(upstream_url, **overrides) -> (keys.json, proxy.db), checked after the test."""
     def make(url="http://127.0.0.1:9", **overrides):
         keys = keys_file(tmp_path, url, **overrides)
-        db = tmp_path / "proxy.db"
-        ledgers.append((keys, db))
-        return keys, db
+        ledgers.add(tmp_path)
+        return keys, tmp_path / "proxy.db"
     return make
 
 
@@ -1190,12 +1206,9 @@ def test_a_503_says_whether_a_repeat_helps(error: Any, headers: dict) -> None:
     assert error.headers == headers
 
 
-def test_what_went_wrong_inside_is_not_told() -> None:
-    for error in (
-        proxy.UpstreamFailed("10.0.0.1 refused"),
-        proxy.LedgerUnavailable("EIO"),
-    ):
-        assert error.reason not in error.envelope().decode()
+@pytest.mark.parametrize("error", [proxy.UpstreamFailed, proxy.LedgerUnavailable])
+def test_what_went_wrong_inside_is_not_told(error: Callable) -> None:
+    assert b"10.0.0.1 refused" not in error("10.0.0.1 refused").envelope()
 
 
 @pytest.mark.parametrize(
@@ -1373,11 +1386,14 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
         proxy.ConfigFile(tmp_path / "keys.json")
 
 
-def test_one_key_cannot_be_two_accounts(config_path: Path) -> None:
-    hashed = "sha256:" + hashlib.sha256(b"sk-team").hexdigest()
-    for same in "sk-team", hashed:
-        with pytest.raises(proxy.ConfigError, match="accounts.b.keys.k: .* twice"):
-            load(config_path, planted("accounts.b.keys.k", same))
+@pytest.mark.parametrize(
+    "same",
+    ["sk-team", "sha256:" + hashlib.sha256(b"sk-team").hexdigest()],
+    ids=["plain", "hashed"],
+)
+def test_one_key_cannot_be_two_accounts(config_path: Path, same: str) -> None:
+    with pytest.raises(proxy.ConfigError, match="accounts.b.keys.k: .* twice"):
+        load(config_path, planted("accounts.b.keys.k", same))
 
 
 def test_the_sample_is_accepted_without_any_provider_key(
@@ -1387,9 +1403,15 @@ def test_the_sample_is_accepted_without_any_provider_key(
     for name in names:
         monkeypatch.delenv(name, raising=False)
     config = proxy.ConfigFile(PROJECT / "keys.json").current
-    assert {"deepseek-chat", "deepseek-r1", "jimeng-image", "echo"} <= {*config.models}
+    assert {*DOCUMENTED, "echo"} <= {*config.models}
     assert {*config.missing()} == {*names}
     assert config.demo == ("sk-demo", "echo")
+
+
+def test_limits_that_nobody_set_are_sixty_a_minute_and_ten_at_once() -> None:
+    sample = proxy.ConfigFile(PROJECT / "keys.json").current.limits
+    told = [(it.rate, it.concurrent) for it in (sample, proxy.parse_limits({}, ""))]
+    assert told == [("60/minute", 10)] * 2
 
 
 def test_names_are_taken_from_the_environment(
@@ -1878,7 +1900,7 @@ def test_all_files_are_their_owners_alone(tmp_path: Path, ledger: proxy.Ledger) 
 
 
 def lose(path: Path) -> None:
-    path.unlink()
+    path.unlink(missing_ok=True)
 
 
 def lose_all(path: Path) -> None:
@@ -1904,7 +1926,12 @@ def overwrite(path: Path) -> None:
             each.write_bytes(b"\xff" * each.stat().st_size)
 
 
+def replace_by_garbage(path: Path) -> None:
+    path.write_bytes(os.urandom(1 << 16))
+
+
 DAMAGE = [lose, lose_all, replace_by_another, replace_by_nothing, overwrite]
+LOSSES = [lose, replace_by_another, replace_by_nothing, replace_by_garbage]
 
 
 # Pages that SQLite has cached hide an overwritten file from its writer, not from
@@ -2461,13 +2488,19 @@ def test_absurd_usage_is_not_believed(name: str, count: Any) -> None:
     assert proxy.read_usage({"usage": {name: count}}) is None
 
 
-@pytest.mark.parametrize("count", [-1, 1.5, True, "8", 10**12])
-def test_absurd_cached_usage_is_not_believed(count: Any) -> None:
-    for more in (
-        {"prompt_cache_hit_tokens": count},
-        {"prompt_tokens_details": {"cached_tokens": count}},
-    ):
-        assert proxy.read_usage({"usage": TOLD | more}) is None
+ABSURD_CACHED = [-1, 1.5, True, "8", 10**12]
+
+
+@pytest.mark.parametrize(
+    "cached",
+    [
+        *({"prompt_cache_hit_tokens": count} for count in ABSURD_CACHED),
+        *({"prompt_tokens_details": {"cached_tokens": n}} for n in ABSURD_CACHED),
+    ],
+    ids=str,
+)
+def test_absurd_cached_usage_is_not_believed(cached: dict) -> None:
+    assert proxy.read_usage({"usage": TOLD | cached}) is None
 
 
 @pytest.mark.parametrize("usage", [None, [], "20", 5, True, {}, {"total_tokens": 9}])
@@ -2540,7 +2573,6 @@ def test_bad_json_is_a_bad_request(data: bytes) -> None:
     assert len(refused.value.envelope()) < 500
 
 
-MESSAGES = [{"role": "user", "content": "hi"}]
 NO_COUNTS = [True, False, -1, 0, 1.5, 1.0, "1", [], {}, 10**40]
 BAD_FIELDS = {
     "model": [None, "", 5, True, [], {}, "x" * 201],
@@ -2560,7 +2592,7 @@ BAD_FIELDS = {
     "name, value", [(name, value) for name, vs in BAD_FIELDS.items() for value in vs]
 )
 def test_a_wrong_type_is_a_bad_request_naming_the_field(name: str, value: Any) -> None:
-    whole = {"model": "chat", "messages": MESSAGES, name: value}
+    whole = {"model": "chat", "messages": SAY_HELLO, name: value}
     with pytest.raises(proxy.BadRequest) as refused:
         proxy.parse_call("chat/completions", json.dumps(whole).encode())
     assert (refused.value.status, refused.value.param) == (400, name)
@@ -2693,8 +2725,9 @@ def test_a_stream_in_any_pieces_is_the_same_events(size: int, newline: bytes) ->
 def test_a_stream_cut_anywhere_yields_only_whole_events(newline: bytes) -> None:
     stream = lines_of(newline)
     for cut in range(len(stream)):
-        passed = sse_events(proxy.EventBuffer().feed(stream[:cut]))
-        assert passed == EVENTS_SENT[: len(passed)]
+        passed = proxy.split_events(proxy.EventBuffer().feed(stream[:cut]))
+        data = [proxy.event_data(event).decode() for event in passed]
+        assert [text for text in data if text] == sse_events(stream[:cut])
 
 
 def test_an_event_passes_as_soon_as_it_is_whole() -> None:
@@ -2781,10 +2814,6 @@ def test_deep_nesting_is_written_as_it_is_or_refused(depth: int) -> None:
 
 CHAT = "/v1/chat/completions"
 HELLO = {"model": "echo", "messages": [{"role": "user", "content": "Hello out there"}]}
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
 
 
 @pytest.fixture
@@ -3022,7 +3051,11 @@ def test_429_after_the_keys_rate_and_the_headers_count_down(app: Callable) -> No
 
 
 @pytest.mark.parametrize("rate", ["1/second", "1/minute", "1/hour", "1/day"])
-def test_retry_after_stays_between_1_and_60(app: Callable, rate: str) -> None:
+def test_retry_after_stays_between_1_and_60(
+    app: Callable, rate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = proxy.monotonic_micro()
+    monkeypatch.setattr(proxy, "monotonic_micro", lambda: now)
     accounts = {"team": {"limits": {"rate": rate}}}
     asking = app(accounts=accounts).test_client()
     answers = [
@@ -3033,11 +3066,15 @@ def test_retry_after_stays_between_1_and_60(app: Callable, rate: str) -> None:
     assert "Retry-After" not in answers[0].headers
 
 
-def test_looking_at_models_eats_nothing_of_the_keys_rate(ask: Callable) -> None:
-    before = rates(ask("POST", CHAT, json=HELLO))
-    rates(ask("GET", "/v1/models"))
-    after = rates(ask("POST", CHAT, json=HELLO))
-    assert int(before[1]) - int(after[1]) == 1
+@pytest.mark.parametrize(
+    "key, model, status",
+    [(POOR_KEY, "echo", 402), (TEAM_KEY, "nope", 404), (TEAM_KEY, "chat", 503)],
+)
+def test_a_request_that_fails_counts_and_tells_the_window(
+    ask: Callable, key: str, model: str, status: int
+) -> None:
+    answer = ask("POST", CHAT, key, json={**HELLO, "model": model})
+    assert (answer.status_code, rates(answer)[:2]) == (status, ["1000", "999"])
 
 
 def test_refused_bodies_count_as_requests_of_the_key(ask: Callable) -> None:
@@ -3151,6 +3188,22 @@ def test_a_broken_file_is_logged_once_and_the_last_good_one_serves(
     assert log.count("event=config") == 1 and "line 2" in log
 
 
+def test_a_request_is_one_line_of_the_log(
+    app: Callable, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(proxy, "UPKEEP_INTERVAL", 60)  # this test writes the log
+    api = Api(app())
+    id = api.say("Hello out there")
+    api.services.log.flush()
+    [line] = [line for line in capfd.readouterr().err.splitlines() if id in line]
+    told = dict(pair.split("=", 1) for pair in line.split(" "))
+    wanted = {"event": "request", "request": id, "account": "team", "key": "main"}
+    wanted |= {"model": "echo", "status": "200", "cost": "0.000006", "estimated": "0"}
+    wanted |= {"input": "3", "cached": "0", "output": "3", "images": "0"}
+    assert told | wanted == told
+    assert 0 <= int(told["ttfb_ms"]) <= int(told["duration_ms"])
+
+
 def test_the_last_byte_leaves_after_the_charge_is_on_disk(
     ask: Callable, syncs: list[bytes]
 ) -> None:
@@ -3212,21 +3265,34 @@ def test_an_app_made_before_a_fork_serves_nothing(
 # Command line ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(files: Callable, capsys: pytest.CaptureFixture) -> Callable:
-    """run(words...) -> exit status, standard output, standard error."""
-    keys, db = files()
+class Shell:
+    """Commands in this process, on the files of a test."""
 
-    def run(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
+    def __init__(self, files: tuple, capsys: pytest.CaptureFixture) -> None:
+        self.keys, self.db = files
+        self.capsys = capsys
+
+    def __call__(self, *words: str) -> tuple[int, str, str]:
+        """Exit status, standard output and standard error."""
+        self.capsys.readouterr()
+        files = ["--keys", str(self.keys), "--db", str(self.db)]
         try:
-            status = proxy.main([*words, "--keys", str(keys), "--db", str(db)])
+            status = proxy.main([*words, *files])
         except SystemExit as end:
             status = end.code
-        return status, *capsys.readouterr()
+        return status, *self.capsys.readouterr()
 
-    run.keys, run.db = keys, db
-    return run
+    def rows(self, *words: str) -> list[dict]:
+        """What the command says with --json."""
+        status, out, err = self(*words, "--json")
+        assert (status, err) == (0, "")
+        return json.loads(out)
+
+
+@pytest.fixture
+def run(files: Callable, capsys: pytest.CaptureFixture) -> Shell:
+    """Commands on the test's usual files, which its `api` has too."""
+    return Shell(files(), capsys)
 
 
 def refused_in_one_line(outcome: tuple[int, str, str]) -> str:
@@ -3236,23 +3302,22 @@ def refused_in_one_line(outcome: tuple[int, str, str]) -> str:
     return err
 
 
-def test_keys_add_prints_the_key_alone(run: Callable) -> None:
+def test_keys_add_prints_the_key_alone(run: Shell) -> None:
     status, out, err = run("keys", "add", "alice", "--credits", "5")
     assert (status, err) == (0, "")
     assert re.fullmatch(r"sk-[\w-]{40,}\n", out)
 
 
 def test_an_added_key_works_and_pays_from_its_credits(
-    run: Callable, monkeypatch: pytest.MonkeyPatch
+    run: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = run("keys", "add", "alice", "--name", "laptop", "--credits", "0.5")[1].strip()
     served = proxy.create_app(run.keys, run.db)
     answer = served.test_client().post(CHAT, json=HELLO, headers=bearer(key))
     served.extensions["proxy"].close()
     assert answer.status_code == 200
-    _, out, _ = run("credits", "show", "alice", "--json")
     spent = answer.json["usage"]["total_tokens"]
-    assert json.loads(out) == [
+    assert run.rows("credits", "show", "alice") == [
         {
             "account": "alice", "granted": 0.5, "spent": spent / 10**6, "held": 0,
             "available": (500_000 - spent) / 10**6,
@@ -3260,7 +3325,7 @@ def test_an_added_key_works_and_pays_from_its_credits(
     ]  # fmt: skip
 
 
-def test_keys_list_never_shows_a_key(run: Callable) -> None:
+def test_keys_list_never_shows_a_key(run: Shell) -> None:
     new = run("keys", "add", "alice", "--name", "laptop")[1].strip()
     for form in [], ["--json"]:
         status, out, _ = run("keys", "list", *form)
@@ -3270,9 +3335,9 @@ def test_keys_list_never_shows_a_key(run: Callable) -> None:
         assert "laptop" in out and "keys.json" in out and "proxy.db" in out
 
 
-def test_keys_list_names_each_key_with_its_account(run: Callable) -> None:
+def test_keys_list_names_each_key_with_its_account(run: Shell) -> None:
     run("keys", "add", "alice", "--name", "laptop", "--admin")
-    rows = json.loads(run("keys", "list", "--json")[1])
+    rows = run.rows("keys", "list")
     about = {(row["account"], row["name"]): row for row in rows}
     assert about["team", "main"]["source"] == "keys.json"
     assert about["alice", "laptop"]["source"] == "proxy.db"
@@ -3281,29 +3346,29 @@ def test_keys_list_names_each_key_with_its_account(run: Callable) -> None:
     assert all(re.fullmatch("key_[0-9a-f]{16}", row["id"]) for row in rows)
 
 
-def test_keys_revoke_ends_a_key_of_either_file(run: Callable) -> None:
+def test_keys_revoke_ends_a_key_of_either_file(run: Shell) -> None:
     key = run("keys", "add", "alice")[1].strip()
-    served = proxy.create_app(run.keys, run.db)
+    served, before = proxy.create_app(run.keys, run.db), run.keys.read_bytes()
     for each in key, TEAM_KEY:
         id = proxy.key_id(proxy.sha256(each))
         assert run("keys", "revoke", id)[0] == 0
         answer = served.test_client().get("/v1/models", headers=bearer(each))
         assert answer.status_code == 401
     served.extensions["proxy"].close()
-    rows = json.loads(run("keys", "list", "--json")[1])
+    rows = run.rows("keys", "list")
     assert sum(row["revoked"] is not None for row in rows) == 2
+    assert run.keys.read_bytes() == before
 
 
-def test_keys_revoke_of_an_unknown_id_fails(run: Callable) -> None:
+def test_keys_revoke_of_an_unknown_id_fails(run: Shell) -> None:
     assert "no such key" in refused_in_one_line(run("keys", "revoke", "key_nothing"))
 
 
-def test_credits_add_up_exactly(run: Callable) -> None:
+def test_credits_add_up_exactly(run: Shell) -> None:
     run("keys", "add", "alice")
     for amount in "0.1", "0.2", "0.000001":
         assert run("credits", "add", "alice", amount, "--note", "thanks")[0] == 0
-    _, out, _ = run("credits", "show", "alice", "--json")
-    assert json.loads(out)[0]["granted"] == 0.300001
+    assert run.rows("credits", "show", "alice")[0]["granted"] == 0.300001
     _, out, _ = run("credits", "show")
     assert "0.300001" in out and "team" in out
 
@@ -3311,56 +3376,54 @@ def test_credits_add_up_exactly(run: Callable) -> None:
 @pytest.mark.parametrize(
     "amount", ["lots", "", "nan", "inf", "0.0000001", "1e10", "0x5"]
 )
-def test_a_bad_amount_is_refused(run: Callable, amount: str) -> None:
+def test_a_bad_amount_is_refused(run: Shell, amount: str) -> None:
     assert "AMOUNT" in refused_in_one_line(run("credits", "add", "team", amount))
-    rows = json.loads(run("credits", "show", "team", "--json")[1])
-    assert rows[0]["granted"] == 100
+    assert run.rows("credits", "show", "team")[0]["granted"] == 100
 
 
 @pytest.mark.parametrize("words", [("credits", "add", "team", "-5"), ("nonsense",)])
 def test_a_wrong_command_line_is_told_and_ends_with_2(
-    run: Callable, words: tuple
+    run: Shell, words: tuple
 ) -> None:
     status, out, err = run(*words)
     assert (status, out) == (2, "") and "Error:" in err and "Traceback" not in err
 
 
-def test_credits_go_to_accounts_that_exist(run: Callable) -> None:
-    assert "nobody" in refused_in_one_line(run("credits", "add", "nobody", "5"))
-    assert "nobody" not in run("credits", "show")[1]
-
-
-@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "a\x00b", "", " a", "x" * 101])
-def test_names_with_control_characters_are_refused(run: Callable, name: str) -> None:
-    for words in ("keys", "add", name), ("keys", "add", "alice", "--name", name):
-        line = refused_in_one_line(run(*words))
-        assert "\x1b" not in line
+@pytest.mark.parametrize(
+    "words, told",
+    [(["--credits", "lots"], "--credits"), (["--name", ""], "--name")],
+)
+def test_what_is_wrong_with_a_new_key_makes_no_account(
+    run: Shell, words: list[str], told: str
+) -> None:
+    assert told in refused_in_one_line(run("keys", "add", "alice", *words))
     assert "alice" not in run("credits", "show")[1]
 
 
-def test_a_key_with_bad_credits_is_not_made(run: Callable) -> None:
-    assert "--credits" in refused_in_one_line(
-        run("keys", "add", "alice", "--credits", "lots")
-    )
-    assert "alice" not in run("keys", "list")[1]
+@pytest.fixture
+def today(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The day, which does not end within the test."""
+    now = time.time()
+    monkeypatch.setattr(proxy.time, "time", lambda: now)
+    return time.strftime("%Y-%m-%d", time.gmtime(now))
 
 
-def test_usage_shows_requests_by_day_and_model(run: Callable) -> None:
+def test_usage_shows_requests_by_day_and_model(run: Shell, today: str) -> None:
     served = proxy.create_app(run.keys, run.db)
     for _ in range(2):
         served.test_client().post(CHAT, json=HELLO, headers=bearer(TEAM_KEY))
     served.extensions["proxy"].close()
-    (row,) = json.loads(run("usage", "team", "--json")[1])
+    (row,) = run.rows("usage", "team")
     assert (row["model"], row["requests"]) == ("echo", 2)
     assert (row["input_tokens"], row["output_tokens"]) == (6, 6)
     assert row["credits"] == 0.000012
-    assert row["day"] == time.strftime("%Y-%m-%d", time.gmtime())
-    assert json.loads(run("usage", "other", "--json")[1]) == []
+    assert row["day"] == today
+    assert run.rows("usage", "other") == []
     assert "echo" in run("usage")[1] and "0.000012" in run("usage", "--days", "1")[1]
 
 
 def test_check_passes_a_good_ledger_with_warnings(
-    run: Callable, monkeypatch: pytest.MonkeyPatch
+    run: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PROXY_TEST_UNSET", raising=False)
     whole = json.loads(run.keys.read_text())
@@ -3372,7 +3435,56 @@ def test_check_passes_a_good_ledger_with_warnings(
     assert "PROXY_TEST_UNSET" in out and "chmod 600" in out and "adds up" in out
 
 
-def test_check_works_beside_a_running_server(run: Callable) -> None:
+def test_check_warns_of_an_sqlite_that_is_too_old(
+    run: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy.sqlite3, "sqlite_version_info", (3, 36, 0))
+    status, out, _ = run("check")
+    assert status == 0 and "is too old: 3.37 is needed" in out
+
+
+@pytest.mark.parametrize("demo, warned", [({}, 1), (None, 0)])
+def test_check_warns_of_the_demo_key(
+    files: Callable, run: Shell, demo: dict | None, warned: int
+) -> None:
+    files(accounts={"demo": demo})
+    assert run("check")[1].count("the demo key is public") == warned
+
+
+@pytest.mark.parametrize("cpus, workers", [(None, 2), (1, 2), (8, 8)])
+def test_there_are_as_many_workers_as_processors_and_at_least_two(
+    run: Shell, monkeypatch: pytest.MonkeyPatch, cpus: int | None, workers: int
+) -> None:
+    servers = []
+    monkeypatch.delenv("PROXY_WORKERS", raising=False)
+    monkeypatch.setattr(proxy.os, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(proxy.Server, "run", lambda self: servers.append(self))
+    run("serve")
+    assert [server.cfg.workers for server in servers] == [workers]
+
+
+@pytest.mark.parametrize(
+    "kind, key, told",
+    [
+        (FakeDeepSeek, SECRET, "accepted"),
+        (FakeDeepSeek, "sk-wrong", "status 401"),
+        (FakeVolcengine, FakeVolcengine.key, "accepted"),
+        (FakeVolcengine, f"{ACCESS_KEY}:wrong", "status 401"),
+        (FakeImages, SECRET, "accepted"),
+        (FakeImages, "sk-wrong", "status 401"),
+    ],
+)
+def test_check_online_asks_each_provider_once_whether_it_knows_the_key(
+    files: Callable, run: Shell, kind: type[Upstream], key: str, told: str
+) -> None:
+    with kind() as up:
+        files(up.url, key=key)
+        status, out, _ = run("check", "--online")
+    [row] = [line for line in out.splitlines() if line.startswith("seedream ")]
+    assert (status, len(up.requests)) == (0, 1) and row.endswith(f"  {told}")
+
+
+def test_check_works_beside_a_running_server(run: Shell) -> None:
     served = proxy.create_app(run.keys, run.db)
     answer = served.test_client().post(
         CHAT, json={**HELLO, "stream": True}, headers=bearer(TEAM_KEY)
@@ -3386,7 +3498,7 @@ def test_check_works_beside_a_running_server(run: Callable) -> None:
     served.extensions["proxy"].close()
 
 
-def test_check_fails_a_ledger_that_does_not_add_up(run: Callable) -> None:
+def test_check_fails_a_ledger_that_does_not_add_up(run: Shell) -> None:
     run("keys", "add", "alice", "--credits", "1")
     ledger = proxy.Ledger(run.db)
     alter(ledger, "UPDATE accounts SET granted = granted + 1")
@@ -3448,7 +3560,7 @@ def test_the_ledger_stands_beside_the_keys_file(
 @pytest.mark.parametrize(
     "command", [["check"], ["keys", "list"], ["credits", "show"], ["usage"]]
 )
-def test_a_command_that_only_reads_makes_no_ledger(run: Callable, command: list) -> None:
+def test_a_command_that_only_reads_makes_no_ledger(run: Shell, command: list) -> None:
     status, out, err = run(*command)
     assert status == 0 and out and "there is no ledger yet" in err
     assert {path.name for path in run.db.parent.iterdir()} == {"keys.json"}
@@ -3464,12 +3576,12 @@ def test_a_command_that_only_reads_makes_no_ledger(run: Callable, command: list)
         ["key", "list"],
     ],
 )
-def test_a_mistyped_command_is_told(run: Callable, words: list[str]) -> None:
+def test_a_mistyped_command_is_told(run: Shell, words: list[str]) -> None:
     status, out, err = run(*words)
     assert status == 2 and not out and words[-1] in err or "No such command" in err
 
 
-def test_a_revoked_demo_key_is_offered_no_more(run: Callable) -> None:
+def test_a_revoked_demo_key_is_offered_no_more(run: Shell) -> None:
     run("keys", "revoke", proxy.key_id(proxy.sha256(DEMO_KEY)))
     config, ledger = proxy.ConfigFile(run.keys).current, proxy.Ledger(run.db)
     assert DEMO_KEY not in proxy.greeting(config, ledger, "http://127.0.0.1:8000")
@@ -3502,13 +3614,49 @@ def test_a_server_greets_only_once_its_port_is_bound(files: Callable) -> None:
             assert server.stdout.read() == b""
 
 
-def test_the_greeting_has_a_curl_line_for_the_demo_key_only(run: Callable) -> None:
+def test_without_a_command_it_serves_as_the_environment_says(
+    files: Callable, gate: threading.Event
+) -> None:
+    with Upstream(short_or_long(gate)) as up:
+        keys, db = files(up.url)
+        server = Gateway(keys, db)
+        server.command = [sys.executable, "proxy.py"]
+        names = {"KEYS": keys, "DB": db, "HOST": "0.0.0.0", "PORT": server.port}
+        names |= {"WORKERS": 1, "THREADS": 1}
+        server.env |= {f"PROXY_{name}": str(value) for name, value in names.items()}
+        with server:
+            server.wait_workers(1)
+            socket.create_connection(("127.0.0.2", server.port), 5).close()
+            only = Visit(server, TEAM_KEY, True, max_tokens=77).start()
+            assert error_code_of(Visit(server, TEAM_KEY).start()) == "overloaded"
+            gate.set()
+            assert only.finish().done
+
+
+def test_plain_gunicorn_serves_the_application(files: Callable) -> None:
+    keys, db = files()
+    server = Gateway(keys, db, env={"PROXY_KEYS": str(keys), "PROXY_DB": str(db)})
+    server.command = [sys.executable, "-m", "gunicorn", "--no-control-socket"]
+    server.command += ["-b", f"127.0.0.1:{server.port}", "proxy:create_app()"]
+    with server:
+        assert status(server, model="echo") == 200
+
+
+def test_the_greeting_has_a_curl_line_for_the_demo_key_only(run: Shell) -> None:
     config, ledger = proxy.ConfigFile(run.keys).current, proxy.Ledger(run.db)
     out = proxy.greeting(config, ledger, "http://127.0.0.1:8000")
     ledger.close()
     assert f"curl http://127.0.0.1:8000{CHAT}" in out and DEMO_KEY in out
     for secret in TEAM_KEY, ADMIN_KEY, SECRET:
         assert secret not in out
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_the_curl_line_of_the_greeting_works_as_it_stands(plain: Gateway) -> None:
+    greeting = re.compile(r"^  curl (?:.+\\\n)*.+$", re.MULTILINE)
+    line = wait_for(lambda: greeting.search(plain.log()), what="the greeting")
+    run = subprocess.run(["sh", "-c", line[0]], capture_output=True, text=True)
+    assert json.loads(run.stdout)["choices"][0]["message"]["content"] == "Hello!"
 
 
 # Relay and dialects ------------------------------------------------------------------
@@ -3556,7 +3704,8 @@ class Stage:
         self.main, self.spare = Upstream(), Upstream()
         self.deep, self.volc, self.ark = FakeDeepSeek(), FakeVolcengine(), FakeImages()
         self.upstreams = [self.main, self.spare, self.deep, self.volc, self.ark]
-        self.no_tls = NoTls()
+        self.no_tls, self.deaf = NoTls(), socket.socket()
+        self.deaf.bind(("127.0.0.1", 0))  # it keeps its port, and never listens
         tls = self.no_tls.url.replace("http:", "https:")
         self.keys, self.db = path / "keys.json", path / "proxy.db"
         keys_file(
@@ -3569,7 +3718,7 @@ class Stage:
                 "deep": {"url": self.deep.url, "key": self.deep.key},
                 "volc": {"url": self.volc.url, "key": self.volc.key},
                 "ark": {"url": self.ark.url, "key": self.ark.key},
-                "dead": {"url": f"http://127.0.0.1:{free_port()}/v1"},
+                "dead": {"url": f"http://127.0.0.1:{self.deaf.getsockname()[1]}/v1"},
                 "lost": {"url": "http://nowhere.invalid/v1"},
                 "tls": {"url": tls},
                 "unset": {"url": self.main.url, "key": f"${UNSET}"},
@@ -3611,8 +3760,8 @@ class Stage:
         db = sqlite3.connect(f"file:{self.db}?mode=ro", uri=True, timeout=5)
         db.row_factory = sqlite3.Row
         try:
-            order = f"SELECT * FROM requests WHERE {where} ORDER BY rowid"
-            return db.execute(order.replace("rowid", "id"), values).fetchall()
+            sql = f"SELECT * FROM requests WHERE {where} ORDER BY id"
+            return db.execute(sql, values).fetchall()
         finally:
             db.close()
 
@@ -3633,16 +3782,13 @@ class Stage:
 
     def close(self) -> None:
         """End the upstreams and prove the ledger."""
-        for up in [*self.upstreams, self.no_tls]:
+        for up in [*self.upstreams, self.no_tls, self.deaf]:
             up.close()
-        config, ledger = proxy.ConfigFile(self.keys).current, proxy.Ledger(self.db)
-        assert ledger.check(lambda id: config.account(id).credits) == []
-        ledger.close()
+        assert proof(self.keys.parent) == []
 
 
 NOWHERE = ("dead", "lost", "tls", "unset")
 MILD = {"temperature": 0.2, "stop": ["a"], "thinking": {"type": "disabled", "x": 1}}
-SAY_HELLO = [{"role": "user", "content": "Say hello"}]
 
 
 class InProcess(Stage):
@@ -3654,7 +3800,7 @@ class InProcess(Stage):
 
     def post(self, path: str, body: dict, key: str = TEAM_KEY, **headers: str) -> Any:
         """Post JSON to /v1/<path>; the answer is read to its end, and closed."""
-        headers = {"Authorization": f"Bearer {key}", **headers}
+        headers = {**bearer(key), **headers}
         client = self.app.test_client(use_cookies=False)
         url = f"/v1/{path}"
         return client.post(url, json=body, headers=headers, buffered=True)
@@ -4131,7 +4277,7 @@ def test_a_stream_that_never_began_fails_with_a_status(stage, name):
 
 
 @pytest.mark.parametrize(
-    "model, retry", [("dead", "2"), ("lost", "2"), ("unset", "no")]
+    "model, retry", [("dead", "2"), ("lost", "2"), ("tls", "2"), ("unset", "no")]
 )
 def test_an_upstream_that_cannot_be_reached_is_a_free_503(
     stage, monkeypatch, model, retry
@@ -4153,11 +4299,6 @@ def test_whatever_method_asks_for_a_relay_is_counted(stage):
     ask = stage.app.test_client().options
     response = ask("/v1/chat/completions", data=b"x", headers=bearer(TEAM_KEY))
     assert "x-ratelimit-remaining-requests" in response.headers
-
-
-def test_an_upstream_without_tls_is_a_free_503(stage):
-    response = stage.chat("tls")
-    assert_unavailable(stage, response, retry_of(response))
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
@@ -4185,6 +4326,15 @@ def test_streams_and_answers_come_through_tls_as_they_are(gateway, tmp_path):
             visit = Visit(server, TEAM_KEY).start().finish()
             assert json.loads(visit.body)["usage"] == usage_of(5, 1)
         assert len(up.connections) < 6  # they are kept
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+def test_a_certificate_that_is_not_trusted_is_a_free_503(app, tmp_path):
+    with TlsUpstream(tmp_path, json_answer(chat_json("hi"))) as up:
+        api = Api(app(up.url))
+        refused = api.refusal("POST", CHAT, model="chat", messages=SAY_HELLO)
+    assert refused == (503, "provider_unavailable") and up.requests == []
+    assert query(tmp_path, "SELECT state, cost FROM requests") == [(proxy.RELEASED, 0)]
 
 
 def test_a_slow_image_over_tls_streams_comments_too(tmp_path, monkeypatch, app):
@@ -4885,15 +5035,6 @@ def test_done_is_not_held_back_by_an_upstream_that_stays(stage):
 # -- Relay: connections --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line", [b"y", b"y\ndata: "], ids=["one line", "many"])
-def test_a_large_event_in_small_pieces_costs_linear_time(line):
-    """900 KB in pieces of 1,400 took 6 s of CPU when all was looked at anew."""
-    event = b'data: {"x": "' + line * (900_000 // len(line)) + b'"}\n\n'
-    buffer, started = proxy.EventBuffer(), time.thread_time()
-    assert b"".join(map(buffer.feed, split(event, 1400))) == event
-    assert time.thread_time() - started < 1
-
-
 def connections_of(stage: Stage, before: int) -> int:
     """Return how many connections the main upstream has got since `before`."""
     return len(stage.main.connections) - before
@@ -5054,19 +5195,19 @@ def one_event(text: str, finish: str | None = None) -> bytes:
 
 
 LAST_PIECES = {
-    "a [DONE] without its blank line": (b"data: [DONE]", True),
-    "a comment": (b": bye\n\n", True),
-    "the start of an event": (b'data: {"choi', True),
-    "a word": (one_event("more"), True),
-    "a word, nothing finished": (one_event("more"), False),
+    "a [DONE] without its blank line": ("stop", b"data: [DONE]", "[DONE]"),
+    "a comment": ("stop", b": bye\n\n", "[DONE]"),
+    "the start of an event": ("stop", b'data: {"choi', "[DONE]"),
+    "a word": ("stop", one_event("more"), "[DONE]"),
+    "a word, nothing finished": (None, one_event("more"), "provider_unavailable"),
 }
 
 
 @pytest.mark.parametrize("length", [True, False], ids=["counted", "chunked"])
 @pytest.mark.parametrize("name", LAST_PIECES)
 def test_a_stream_whose_end_comes_with_its_last_bytes_ends_at_once(real, name, length):
-    last, finished = LAST_PIECES[name]
-    first = one_event("hello", "stop" if finished else None)
+    finish, last, end = LAST_PIECES[name]
+    first = one_event("hello", finish)
 
     def answer(request: Request) -> None:
         size = [("Content-Length", str(len(first + last)))] if length else [CHUNKED]
@@ -5078,9 +5219,8 @@ def test_a_stream_whose_end_comes_with_its_last_bytes_ends_at_once(real, name, l
     real.main.script = [answer]
     started = time.monotonic()
     with chat(real.url, TEAM_KEY, stream=True) as response:
-        *_, end = documents(response.content)
+        assert end in sse_events(response.content)[-1]
     assert time.monotonic() - started < 2
-    assert end == "DONE" if finished else end["error"]
 
 
 # -- Relay: the watcher --------------------------------------------------------------
@@ -5269,19 +5409,21 @@ def read_until(sock: socket.socket, wanted: bytes) -> bytes:
     return received
 
 
-LEAVERS = {
-    "JSON, before the headers": (False, stall(), 0),
-    "JSON, in the body": (False, trickle(b'{"choices": []}', 5), 0),
-    "stream, before the headers": (True, stall(), 0),
-    "stream, before the first event": (True, stall(before_headers=False), 0),
+FREE = (0, 0, 0)  # estimated, output, micro-credits
+LEAVERS = {  # stream, answer, what the client reads, the receipt
+    "JSON, before the headers": (False, stall(), b"", FREE),
+    "JSON, in the body": (False, trickle(b'{"choices": []}', 5), b"", FREE),
+    "stream, before the headers": (True, stall(), b"", FREE),
+    "stream, before the first event": (True, stall(before_headers=False), b"", FREE),
     "stream, after one event": (
         True,
         sse(
             [chat_chunk("gpt-test", {"content": "x" * 400})] * 2, gate=threading.Event()
         ),
-        1,
+        b"x" * 400,
+        (1, 100, 203),
     ),
-    "stream, of comments": (True, endless("comments"), 0),
+    "stream, of comments": (True, endless("comments"), b"", FREE),
 }
 
 
@@ -5289,10 +5431,16 @@ def shut_down_writing(sock: socket.socket) -> None:
     sock.shutdown(socket.SHUT_WR)
 
 
-@pytest.mark.parametrize("leave", [socket.socket.close, shut_down_writing])
+def reset(sock: socket.socket) -> None:
+    """Send RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+@pytest.mark.parametrize("leave", [socket.socket.close, shut_down_writing, reset])
 @pytest.mark.parametrize("name", LEAVERS)
 def test_a_client_that_leaves_frees_its_slot_and_the_upstream(real, name, leave):
-    stream, answer, relayed = LEAVERS[name]
+    stream, answer, wanted, receipt = LEAVERS[name]
     real.main.script = [answer]
     body = json.dumps(
         {"model": "chat", "messages": SAY_HELLO, "stream": stream}
@@ -5300,19 +5448,15 @@ def test_a_client_that_leaves_frees_its_slot_and_the_upstream(real, name, leave)
     with socket.create_connection(("127.0.0.1", real.port), 5) as sock:
         sock.sendall(request_bytes("/v1/chat/completions", body))
         real.main.wait_requests()
-        read_until(sock, b"x" * 400 if relayed else b"")
+        read_until(sock, wanted)
         leave(sock)
         left = time.monotonic()
         real.wait_idle(2)
         assert real.main.requests[0].closed.wait(2)
         assert time.monotonic() - left < 2
     row = real.rows()[-1]
-    assert (row["status"], row["estimated"], row["output"]) == (
-        499,
-        relayed,
-        100 * relayed,
-    )
-    assert row["cost"] == (row["input"] + 200) * relayed
+    told = row["estimated"], row["output"], row["cost"]
+    assert (row["status"], told) == (499, receipt)
 
 
 def test_a_client_that_leaves_a_running_stream_pays_for_what_came(real):
@@ -5322,7 +5466,7 @@ def test_a_client_that_leaves_a_running_stream_pays_for_what_came(real):
             response.raw.read1(1000)
     real.wait_idle(2)
     assert real.main.requests[0].closed.wait(2)
-    row = real.rows()[-1]
+    row = real.row(response)
     assert (row["status"], row["estimated"]) == (499, 1) and 0 < row["cost"] < 200
 
 
@@ -5576,10 +5720,8 @@ def test_whatever_volcengine_answers(stage, monkeypatch, name, path):
     assert (response.status_code, error.get("code")) == (status, code)
     told = response.headers.get("x-should-retry"), response.headers.get("Retry-After")
     assert told == {"no": ("false", None), None: (None, None)}.get(retry, (None, retry))
-    assert (stage.volc.submits, polls or stage.volc.polls) == (
-        submits,
-        stage.volc.polls,
-    )
+    wanted = {None: stage.volc.polls}.get(polls, polls)
+    assert (stage.volc.submits, stage.volc.polls) == (submits, wanted)
     row = stage.row(response)
     assert (row["cost"], row["images"]) == (credits * 10**6, int(credits > 0))
     assert ACCESS_KEY not in response.text and "Vendor" not in response.text
@@ -5705,7 +5847,8 @@ def test_an_image_streams_comments_then_its_url(stage, monkeypatch, options, ext
     response = stage.chat("jimeng-image", stream=True, stream_options=options)
     comments, _, rest = response.data.partition(b"data:")
     assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
-    assert 2 <= comments.count(b"\n") <= 9 and b"\n\n" not in comments
+    assert 2 <= comments.count(b"\n") <= len(stage.volc.states)
+    assert b"\n\n" not in comments
     assert all(line.startswith(b":") for line in comments.splitlines())
     first, finish, *usage, last = documents(b"data:" + rest)
     url = {"role": "assistant", "content": only_link(stage)}
@@ -5936,7 +6079,7 @@ def test_a_client_that_leaves_while_an_image_is_made_pays_nothing(real, model, s
     row = real.rows()[-1]
     assert time.monotonic() - left < 2 and real.volc.submits <= 1
     assert (row["status"], row["cost"], row["images"]) == (499, 0, 0)
-    time.sleep(0.1)
+    time.sleep(0.1)  # in which nobody may ask
     assert len(maker.requests) == asked, "nobody waits for the image any more"
 
 
@@ -5963,6 +6106,27 @@ def test_a_stream_of_an_image_leaves_nothing_behind(stage):
 
 
 # -- Dialects: echo ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cap, text, end", [(2, "Hello out", "length"), (3, "Hello out there", "stop")]
+)
+def test_echo_answers_as_often_and_as_much_as_it_is_asked(ask, cap, text, end):
+    answer = ask("POST", CHAT, json={**HELLO, "max_tokens": cap, "n": 2})
+    told = [(one["message"], one["finish_reason"]) for one in answer.json["choices"]]
+    assert told == [({"role": "assistant", "content": text}, end)] * 2
+    assert answer.json["usage"] == usage_of(3, 2 * cap)
+
+
+def test_echo_streams_word_by_word(ask):
+    asked = {**HELLO, "stream": True, "max_tokens": 2, "n": 2}
+    *chunks, end = documents(ask("POST", CHAT, json=asked).data)
+    choices = [choice for one in chunks for choice in one["choices"]]
+    told = [(it["index"], it["delta"].get("content")) for it in choices]
+    words = [(n, word) for n in (0, 1) for word in ("", "Hello", " out", None)]
+    assert (told, end) == (words, "DONE")
+    ends = [it["finish_reason"] for it in choices]
+    assert ends == [None, None, None, "length"] * 2
 
 
 def test_blanks_are_no_work(stage):
@@ -6064,7 +6228,7 @@ def test_the_sdk_chats(sdk, real):
     assert answer.choices[0].message.content == real.deep.text
     assert answer.choices[0].message.reasoning_content == real.deep.thought
     assert answer.model == "deepseek-r1" and answer.usage.prompt_tokens == 20
-    assert answer._request_id == real.rows()[-1]["id"]
+    assert real.rows("id = ?", answer._request_id)
 
 
 @pytest.mark.parametrize("model", ["deepseek-chat", "deepseek-r1"])
@@ -6197,10 +6361,8 @@ class Visit:
     """A client's request on a connection of its own, and what it saw of the answer."""
 
     def __init__(self, gateway: Gateway, key: str, stream: bool = False, **body: Any):
-        messages = [{"role": "user", "content": "Say hello"}]
-        whole = {"model": "chat", "messages": messages, "stream": stream, **body}
-        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        headers |= {"Connection": "close"}
+        whole = {"model": "chat", "messages": SAY_HELLO, "stream": stream, **body}
+        headers = bearer(key) | dict([JSON, CLOSE])
         self.body, self.stream = b"", stream
         self._http = HTTPConnection("127.0.0.1", gateway.port, timeout=30)
         self._http.request("POST", "/v1/chat/completions", json.dumps(whole), headers)
@@ -6282,14 +6444,6 @@ def held(folder: Path) -> int:
 def wait_held(folder: Path, count: int, timeout: float = 2) -> None:
     """Wait until exactly that many holds are open."""
     wait_for(lambda: held(folder) == count, timeout, f"{count} holds")
-
-
-def proof(folder: Path) -> list[str]:
-    """Return what `check` finds wrong, beside the server."""
-    config = proxy.ConfigFile(folder / "keys.json").current
-    ledger = proxy.Ledger(folder / "proxy.db")
-    with closing(ledger):
-        return ledger.check(lambda id: config.account(id).credits)
 
 
 def server_of(gateway: Gateway, sock: socket.socket) -> int:
@@ -6417,7 +6571,7 @@ def lowest_balance(folder: Path, account: str) -> Iterator[list[int]]:
 
 
 def test_an_account_is_never_overspent_over_four_workers(gateway, gate, tmp_path):
-    body = {"model": "chat", "messages": [{"role": "user", "content": "Say hello"}]}
+    body = {"model": "chat", "messages": SAY_HELLO}
     body |= {"stream": False, "max_tokens": 10}
     size = len(json.dumps(body))
     hold, cost = size + 2 * 10, 20 + 2 * 10  # micro-credits
@@ -6434,7 +6588,7 @@ def test_an_account_is_never_overspent_over_four_workers(gateway, gate, tmp_path
             later = [status(server, POOR_KEY, max_tokens=10) for _ in range(12)]
         left = granted - cost * (3 + later.count(200))
         assert later == sorted(later) and later.count(200) > 1
-        assert granted + lowest[0] >= 0
+        assert 0 <= granted + lowest[0] < granted
         assert 0 <= left < size + 2, "what is left pays for one more token"
         assert proof(tmp_path) == []
 
@@ -6502,20 +6656,18 @@ def running(pids: list[int]) -> set[int]:
     return {pid for pid, _, _ in processes()} & set(pids)
 
 
-@pytest.mark.parametrize(
-    "seconds", [1.5, pytest.param(8, marks=pytest.mark.long)], ids="{} s".format
-)
-def test_orphans_drain_and_a_new_start_waits_for_them(seconds, gateway, gate, tmp_path):
+def test_orphans_drain_and_a_new_start_serves_beside_them(gateway, gate, tmp_path):
     with Upstream([sse(WORDS, gate=gate), sse(WORDS)]) as up:
         server = gateway(up.url, workers=2)
         stream = Visit(server, TEAM_KEY, stream=True).start()
         with without_master(server) as orphans:
-            threading.Timer(seconds, gate.set).start()
-            server.start()
-            assert stream.finish().done
-            wait_for(lambda: not running(orphans), 10, "the end of the orphans")
+            server.start()  # until somebody answers: it may be an orphan
             server.wait_workers(2)
             assert Visit(server, TEAM_KEY, stream=True).start().finish().done
+            assert running(orphans), "one still has its stream"
+            gate.set()
+            assert stream.finish().done
+            wait_for(lambda: not running(orphans), 10, "the end of the orphans")
         assert query(tmp_path, "SELECT state, cost FROM requests") == [(1, COST)] * 2
 
 
@@ -6572,20 +6724,31 @@ def test_a_client_that_does_not_read_is_settled_before_the_end(gateway, tmp_path
 
 
 def test_a_draining_server_refuses_new_requests_at_once(gateway, gate):
-    ask = {"model": "chat", "messages": [{"role": "user", "content": "Hi"}]}
+    ask = {"model": "chat", "messages": SAY_HELLO}
     with Upstream(short_or_long(gate)) as up, client() as session:
         server = gateway(up.url, workers=1, constants=QUICK_TERM)
         url = f"{server.url}/v1/chat/completions"
-        session.headers["Authorization"] = f"Bearer {TEAM_KEY}"
+        session.headers.update(bearer(TEAM_KEY))
         assert session.post(url, json=ask).status_code == 200
         stream = Visit(server, TEAM_KEY, stream=True, max_tokens=77).start()
         os.kill(server.workers()[0], signal.SIGTERM)
-        time.sleep(0.2)
-        kept = session.post(url, json=ask, timeout=1)
-        assert kept.status_code == 503 and int(kept.headers["Retry-After"]) >= 1
-        assert kept.json()["error"]["code"] == "overloaded"
+        answers = []
+
+        def refused() -> bool:
+            answers.append(session.post(url, json=ask, timeout=1))
+            return answers[-1].status_code == 503
+
+        wait_for(refused, 1, "the drain")
+        assert int(answers[-1].headers["Retry-After"]) >= 1
+        assert answers[-1].json()["error"]["code"] == "overloaded"
         gate.set()
         assert stream.finish().done
+
+
+def refuses(port: int) -> bool:
+    """Whether nobody listens there."""
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
 
 
 def test_an_ending_server_refuses_new_connections_at_once(gateway, gate):
@@ -6593,9 +6756,7 @@ def test_an_ending_server_refuses_new_connections_at_once(gateway, gate):
         server = gateway(up.url, workers=2, constants=QUICK_TERM)
         stream = Visit(server, TEAM_KEY, stream=True, max_tokens=77).start()
         server.kill(server.master_pid, signal.SIGTERM)
-        time.sleep(1)
-        with pytest.raises(ConnectionError):
-            socket.create_connection(("127.0.0.1", server.port), 1)
+        wait_for(lambda: refuses(server.port), 1, "a refusal")
         gate.set()
         assert stream.finish().done
 
@@ -6695,30 +6856,32 @@ def test_a_database_locked_for_long_is_503_and_recovers(gateway, tmp_path):
         assert set(server.workers()) == set(pids)
 
 
-TROUBLES = {  # of a file, while a worker starts: how it is made
-    "ledger": lambda folder: (folder / "proxy.db").rename(folder / "kept"),
-    "keys": lambda folder: (folder / "keys.json").rename(folder / "kept"),
-}
-MENDED = {"ledger": "proxy.db", "keys": "keys.json"}
-
-
-@pytest.mark.parametrize("file", TROUBLES)
-def test_a_worker_that_starts_beside_a_file_in_trouble_waits(
-    file, gateway, gate, tmp_path
-):
+def test_a_worker_that_starts_beside_a_lost_ledger_waits(gateway, gate, tmp_path):
     with Upstream(short_or_long(gate)) as up:
         server = gateway(up.url, workers=2)
         stream = Visit(server, TEAM_KEY, stream=True, max_tokens=77).start()
         busy = server_of(server, stream.sock)
         [idle] = set(server.wait_workers(2)) - {busy}
-        TROUBLES[file](tmp_path)
+        (tmp_path / "proxy.db").rename(tmp_path / "kept")
         server.kill(idle)
-        time.sleep(1.5)  # the new worker tries to start
-        (tmp_path / "kept").replace(tmp_path / MENDED[file])
+        wait_for(lambda: "A worker waits" in server.log(), what="a new worker")
+        (tmp_path / "kept").replace(tmp_path / "proxy.db")
         gate.set()
         assert stream.finish().done
         server.kill(busy)
         assert status(server) == 200
+
+
+def test_a_worker_that_starts_beside_a_lost_keys_json_has_the_last_good_one(
+    gateway, tmp_path
+):
+    server = gateway(workers=2)
+    (tmp_path / "keys.json").rename(tmp_path / "kept")
+    wait_for(lambda: "the last good one is kept" in server.log(), what="a look at it")
+    server.kill(server.wait_workers(2)[0])
+    server.wait_workers(2)
+    assert ask_each(server, TEAM_KEY) == [200, 200]
+    (tmp_path / "kept").replace(tmp_path / "keys.json")
 
 
 @pytest.fixture
@@ -6764,31 +6927,8 @@ def test_a_full_disk_stops_new_requests_and_loses_no_charge(
         assert proof(tmp_path) == [] and set(server.workers()) == set(pids)
 
 
-def deleted(db: Path) -> None:
-    """The file is away."""
-
-
-def replaced(db: Path) -> None:
-    """A fresh ledger stands there."""
-    proxy.Ledger(db.parent / "fresh.db").close()
-    (db.parent / "fresh.db").replace(db)
-
-
-def garbage(db: Path) -> None:
-    """Something that is no database stands there."""
-    db.write_bytes(os.urandom(1 << 16))
-
-
-def emptied(db: Path) -> None:
-    """An empty file stands there, which is an empty database for SQLite."""
-    db.touch()
-
-
-FAULTS = [deleted, replaced, garbage, emptied]
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_lost_database_is_503_until_it_is_put_back(fault, gateway, tmp_path):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_lost_database_is_503_until_it_is_put_back(loss, gateway, tmp_path):
     db, kept = tmp_path / "proxy.db", tmp_path / "kept.db"
     with Upstream(json_answer(chat_json("one two three"))) as up:
         server = gateway(up.url, workers=2)
@@ -6802,11 +6942,11 @@ def test_a_lost_database_is_503_until_it_is_put_back(fault, gateway, tmp_path):
         assert [status(server, key) for key in (TEAM_KEY, made_key)] == [200, 200]
         before = query(tmp_path, "SELECT * FROM requests")
         db.rename(kept)
-        fault(db)
+        loss(db)
         seen = [Visit(server, key).start() for key in (TEAM_KEY, made_key) * 2]
         assert statuses(seen) == {503: 4}
         assert {error_code_of(one) for one in seen} == {"ledger_unavailable"}
-        assert len(up.requests) == 2 and db.exists() == (fault != deleted)
+        assert len(up.requests) == 2 and db.exists() == (loss != lose)
         kept.replace(db)
         wait_for(lambda: status(server, made_key) == 200, 2, "recovery")
         assert set(before) < set(query(tmp_path, "SELECT * FROM requests"))
@@ -6861,12 +7001,10 @@ def test_four_processes_may_start_at_once_in_an_empty_folder(files, tmp_path):
             stack.enter_context(start())
             for _ in range(4)
         ]
-        for step in range(2):
-            for one in started:
-                one.stdin.write("go\n")
-                one.stdin.flush()
-            if step == 0:
-                lines = [one.stdout.readline().split() for one in started]
+        for one in started:
+            one.stdin.write("go\n")
+            one.stdin.flush()
+        lines = [one.stdout.readline().split() for one in started]
     assert len({line[0] for line in lines}) == 4
     assert len({line[1] for line in lines}) == 1
 
@@ -6937,42 +7075,12 @@ def test_a_flood_that_takes_all_descriptors_ends_no_stream(files, gate):
                 sock = socket.create_connection(("127.0.0.1", server.port), 5)
                 flood.enter_context(sock).sendall(b"G")
             wait_for(lambda: len(open_files(pid)) > 60, what="no descriptor is left")
-            time.sleep(0.5)
+            time.sleep(0.5)  # in which nothing may end the stream
             gate.set()
             assert stream.finish().done
             flood.close()
             wait_for(lambda: status(server) == 200, what="recovery")
             assert server.workers() == [pid]
-
-
-# -- Clock ---------------------------------------------------------------------------
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("jump", [3600, -3600])
-def test_a_clock_jump_changes_no_window_and_no_lease(jump, files, gate, tmp_path):
-    offset = tmp_path / "offset"
-    offset.write_text("0")
-    clock = f"""if True:
-        import pathlib, time
-        clock, offset = time.time, pathlib.Path({str(offset)!r})
-        time.time = lambda: clock() + float(offset.read_text() or 0)
-    """
-    with Upstream(short_or_long(gate)) as up:
-        limits = {"rate": "3/minute", "concurrent": 10}
-        server = Gateway(*files(up.url, limits=limits), workers=2, threads=64)
-        server.command[2] = f"{clock}\n{server.command[2]}"
-        with server:
-            stream = Visit(server, TEAM_KEY, stream=True, max_tokens=77).start()
-            assert [status(server) for _ in range(3)] == [200, 200, 429]
-            offset.write_text(str(jump))
-            time.sleep(0.6)  # two rounds of the upkeep
-            refused = Visit(server, TEAM_KEY).start()
-            assert refused.status == 429
-            assert 50 <= int(refused.reply.headers["Retry-After"]) <= 60
-            assert held(tmp_path) == 1
-            gate.set()
-            assert stream.finish().done and proof(tmp_path) == []
 
 
 # -- Clients -------------------------------------------------------------------------
@@ -7125,36 +7233,6 @@ def test_a_reader_that_stops_reading_is_given_up_and_settled(gateway, tmp_path):
         assert (state, estimated) == (proxy.SETTLED, 1) and 0 < cost <= hold
 
 
-def half_close(sock: socket.socket) -> None:
-    """Send FIN, and go on listening."""
-    sock.shutdown(socket.SHUT_WR)
-
-
-def reset(sock: socket.socket) -> None:
-    """Send RST."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
-@pytest.mark.parametrize("leave", [half_close, reset, socket.socket.close])
-@pytest.mark.parametrize("stream, head", [(0, 0), (1, 0), (1, 1)])
-def test_a_client_that_leaves_a_silent_upstream_frees_its_slot(
-    leave, stream, head, gateway, tmp_path
-):
-    body = BODY.replace(b"echo", b"chat").replace(b"{", b'{"stream":true,', stream)
-    with Upstream(stall(before_headers=not head)) as up:
-        server = gateway(up.url)
-        sock = socket.create_connection(("127.0.0.1", server.port), 5)
-        sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        up.wait_requests(1)
-        wait_held(tmp_path, 1)
-        leave(sock)
-        up.wait_closed(1, timeout=2)
-        wait_held(tmp_path, 0)
-        assert query(tmp_path, "SELECT sum(cost) FROM requests") == [(0,)]
-        sock.close()
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_worker_whose_listener_a_signal_has_closed_accepts_nothing(workers):
     worker = proxy.Worker.__new__(proxy.Worker)
@@ -7229,7 +7307,7 @@ class Api:
     def __call__(
         self, method: str, path: str, key: str = TEAM_KEY, /, **body: Any
     ) -> Any:
-        headers = {"Authorization": f"Bearer {key}"}
+        headers = bearer(key)
         more = {"json": body} if method == "POST" else {}
         return self.client.open(path, method=method, headers=headers, **more)
 
@@ -7309,8 +7387,7 @@ def test_a_receipt_tells_what_became_of_a_request(api: Api) -> None:
 
 
 def test_a_request_that_failed_upstream_has_a_free_receipt(api: Api) -> None:
-    messages = [{"role": "user", "content": "Hello"}]
-    answer = api("POST", "/v1/chat/completions", model="chat", messages=messages)
+    answer = api("POST", CHAT, model="chat", messages=SAY_HELLO)
     id = answer.headers["x-request-id"]
     receipt = api.get(f"/v1/account/requests/{id}")
     assert (answer.status_code, receipt["status"]) == (503, 503)
@@ -7359,29 +7436,34 @@ BAD_FILTERS = [
 ]  # fmt: skip
 
 
-def test_a_bad_filter_is_refused_by_name(api: Api) -> None:
-    for query in BAD_FILTERS:
-        answer = api("GET", f"/v1/account/{query}")
-        param = re.search(r"\?(\w+)=", query)[1]
-        error = answer.json["error"]
-        assert (answer.status_code, error["code"]) == (400, "invalid_request"), query
-        assert error["param"] == param
+@pytest.mark.parametrize("query", BAD_FILTERS)
+def test_a_bad_filter_is_refused_by_name(query: str, api: Api) -> None:
+    answer = api("GET", f"/v1/account/{query}")
+    error = answer.json["error"]
+    assert (answer.status_code, error["code"]) == (400, "invalid_request")
+    assert error["param"] == re.search(r"\?(\w+)=", query)[1]
 
 
-def test_an_odd_after_is_only_a_place_to_start(api: Api) -> None:
-    api.say("a")
-    for after in ("nothing", "%00", "%ff", "' OR 1=1 --", "req_%F0%9F%98%80"):
-        assert set(api.ids(f"?after={quote(after, safe='%')}")) <= set(api.ids())
+@pytest.mark.parametrize(
+    "after, older",
+    [
+        ("nothing", 0), ("%00", 0), ("%ff", 0), ("' OR 1=1 --", 0),
+        ("something", 1), ("req_%F0%9F%98%80", 1),
+    ],
+)  # fmt: skip
+def test_an_odd_after_is_only_a_place_to_start(
+    after: str, older: int, api: Api
+) -> None:
+    made = api.say("a")
+    assert api.ids(f"?after={quote(after, safe='%')}") == [made] * older
 
 
 def test_usage_is_summed_by_day_and_model(api: Api, monkeypatch: Any) -> None:
-    day = int(time.time()) // 86400
-    clock = [0.0]
-    with monkeypatch.context() as patch:
-        patch.setattr(proxy.time, "time", lambda: clock[0])
-        for clock[0] in ((day - 40) * 86400.0, (day - 2) * 86400.0, day * 86400.0):
-            api.say("one two")
-        api.say("three")
+    day, clock = 20_000, [0.0]
+    monkeypatch.setattr(proxy.time, "time", lambda: clock[0])
+    for clock[0] in ((day - 40) * 86400.0, (day - 2) * 86400.0, day * 86400.0):
+        api.say("one two")
+    api.say("three")
     names = [time.strftime("%Y-%m-%d", time.gmtime(d * 86400)) for d in (day, day - 2)]
     counts = {"model": "echo", "cached_tokens": 0, "images": 0}
     three = {"requests": 2, "input_tokens": 3, "output_tokens": 3, "credits": 0.000006}
@@ -7400,9 +7482,7 @@ def test_a_made_key_is_shown_once_and_works(api: Api) -> None:
     assert made["hint"].startswith("sk-") and made["hint"].endswith(made["key"][-4:])
     id = api.say("hello", made["key"])
     assert api.get(f"/v1/account/requests/{id}")["key"] == "laptop"
-    listed = api.client.get(
-        "/v1/account/keys", headers={"Authorization": f"Bearer {made['key']}"}
-    )
+    listed = api("GET", "/v1/account/keys", made["key"])
     assert made["key"] not in listed.text
     rows = {row["name"]: row for row in listed.json["data"]}
     sources = {name: row["source"] for name, row in rows.items()}
@@ -7501,34 +7581,6 @@ def test_account_calls_need_no_slot_and_no_credits(app: Callable) -> None:
     assert api.get("/v1/account", POOR_KEY)["credits"]["available"] == 0
 
 
-class Shell:
-    """Commands in this process, on the files of an app that runs."""
-
-    def __init__(self, files: tuple, capsys: pytest.CaptureFixture) -> None:
-        self.keys, self.db = map(str, files)
-        self.capsys = capsys
-
-    def __call__(self, *words: str) -> tuple[int, str, str]:
-        """Exit status, standard output and standard error."""
-        self.capsys.readouterr()
-        try:
-            status = proxy.main([*words, "--keys", self.keys, "--db", self.db])
-        except SystemExit as end:
-            status = end.code
-        return status, *self.capsys.readouterr()
-
-    def rows(self, *words: str) -> list[dict]:
-        """What the command says with --json."""
-        status, out, err = self(*words, "--json")
-        assert (status, err) == (0, "")
-        return json.loads(out)
-
-
-@pytest.fixture
-def shell(api: Api, tmp_path: Path, capsys: pytest.CaptureFixture) -> Shell:
-    return Shell((tmp_path / "keys.json", tmp_path / "proxy.db"), capsys)
-
-
 # -- Admins --------------------------------------------------------------------------
 
 
@@ -7596,10 +7648,14 @@ def test_there_is_one_account_of_a_name(id: str, api: Api) -> None:
     assert credits == {"team": 100, "lab": 0}[id]
 
 
-def test_a_bad_amount_is_not_granted(api: Api) -> None:
+@pytest.mark.parametrize(
+    "credits",
+    [None, "5", True, -1, -0.5, 1e-7, 0.0000015, 1e10, 1e999, [], {}],
+    ids=str,
+)
+def test_a_bad_amount_is_not_granted(credits: Any, api: Api) -> None:
     path = "/v1/accounts/other/grants"
-    for credits in (None, "5", True, -1, -0.5, 1e-7, 0.0000015, 1e10, 1e999, [], {}):
-        assert api.refusal("POST", path, ADMIN_KEY, credits=credits)[0] == 400, credits
+    assert api.refusal("POST", path, ADMIN_KEY, credits=credits)[0] == 400
     assert api.get("/v1/accounts/other", ADMIN_KEY)["credits"]["granted"] == 1
 
 
@@ -7625,10 +7681,10 @@ def take_out_other(api: Api, folder: Path) -> None:
 
 
 def test_an_account_taken_out_of_keys_json_leaves_a_good_ledger(
-    api: Api, shell: Shell, tmp_path: Path
+    api: Api, run: Shell, tmp_path: Path
 ) -> None:
     take_out_other(api, tmp_path)
-    status, out, _ = shell("check")
+    status, out, _ = run("check")
     keys_file(tmp_path, "http://127.0.0.1:9")
     assert "wrong" not in out and status == 0
 
@@ -7740,7 +7796,7 @@ def test_a_revoked_key_stops_at_once_in_every_worker(
 ) -> None:
     server = gateway(workers=2, accounts={"team": {"keys": {"spare": "sk-spare-key"}}})
     session, account = client(), f"{server.url}/v1/account"
-    team = {"Authorization": f"Bearer {TEAM_KEY}"}
+    team = bearer(TEAM_KEY)
     answer = session.post(f"{account}/keys", json={"name": "new"}, headers=team).json()
     key = {True: answer["key"], False: "sk-spare-key"}[made]
     name = {True: "new", False: "spare"}[made]
@@ -7754,7 +7810,7 @@ def test_a_revoked_key_stops_at_once_in_every_worker(
 
 def ask_often(url: str, key: str, times: int = 16) -> list[requests.Response]:
     """The answers to so many GETs at once, each on a connection of its own."""
-    headers = {"Authorization": f"Bearer {key}"}
+    headers = bearer(key)
     with ThreadPoolExecutor(8) as pool:
         asked = pool.map(lambda _: client().get(url, headers=headers), range(times))
     return [*asked]
@@ -7832,22 +7888,24 @@ def test_an_account_is_not_named_like_a_path(api: Api) -> None:
 # -- Tables --------------------------------------------------------------------------
 
 
-def test_the_commands_say_what_the_api_says(api: Api, shell: Shell) -> None:
+def test_the_commands_say_what_the_api_says(
+    api: Api, run: Shell, today: str
+) -> None:
     api.say("one two three")
     api.say("four", OTHER_KEY)
-    assert shell.rows("usage", "team") == api.get("/v1/account/usage")["data"]
+    assert run.rows("usage", "team") == api.get("/v1/account/usage")["data"]
     credits = {"account": "team"} | api.get("/v1/account")["credits"]
-    assert shell.rows("credits", "show", "team") == [credits]
-    keys = [row for row in shell.rows("keys", "list") if row["account"] == "team"]
+    assert run.rows("credits", "show", "team") == [credits]
+    keys = [row for row in run.rows("keys", "list") if row["account"] == "team"]
     assert keys == api.get("/v1/account/keys")["data"]
-    summed = shell.rows("usage")
+    summed = run.rows("usage")
     assert [(row["requests"], row["credits"]) for row in summed] == [(2, 0.000008)]
 
 
-def test_tables_are_aligned(api: Api, shell: Shell) -> None:
+def test_tables_are_aligned(api: Api, run: Shell) -> None:
     api.say("one two three")
     for words in (("keys", "list"), ("credits", "show"), ("usage",)):
-        status, out, _ = shell(*words)
+        status, out, _ = run(*words)
         heads, *lines = out.splitlines()
         starts = [match.start() for match in re.finditer(r"(?<=  )\S|^\S", heads)]
         assert status == 0 and lines
@@ -7857,16 +7915,16 @@ def test_tables_are_aligned(api: Api, shell: Shell) -> None:
 
 @pytest.mark.parametrize("words", [("keys", "list"), ("credits", "show")], ids=" ".join)
 def test_an_odd_name_stays_in_its_line_of_a_table(
-    words: tuple, api: Api, shell: Shell
+    words: tuple, api: Api, run: Shell
 ) -> None:
     for name in SHOWN_NAMES:
         api.post("/v1/accounts", ADMIN_KEY, id=name, credits=1)
         api.post(f"/v1/accounts/{quote(name, safe='')}/keys", ADMIN_KEY, name=name)
-    _, out, _ = shell(*words)
+    _, out, _ = run(*words)
     assert out.count("\n") == 1 + 5 + len(SHOWN_NAMES)
     assert [name for name in SHOWN_NAMES if name not in out] == []
     assert all(letter.isprintable() or letter == "\n" for letter in out)
-    assert {*SHOWN_NAMES} <= {row["account"] for row in shell.rows(*words)}
+    assert {*SHOWN_NAMES} <= {row["account"] for row in run.rows(*words)}
 
 
 NAMING = [
@@ -7879,20 +7937,24 @@ NAMING = [
 
 @pytest.mark.parametrize("words", NAMING, ids=" ".join)
 def test_a_command_refuses_a_name_that_cannot_be_in_one_line(
-    words: tuple, shell: Shell
+    words: tuple, api: Api, run: Shell
 ) -> None:
-    for name in ("\x1b[31mred", "\udcff", "a\nb", "x" * 300):
-        status, out, err = shell(*(name if w == "NAME" else w for w in words))
+    for name in ("\x1b[31mred", "\udcff", "a\nb", "a\0b", " a", "x" * 101):
+        status, out, err = run(*(name if w == "NAME" else w for w in words))
         assert (status, out, err.count("\n")) == (1, "", 1), name
         assert "\x1b" not in err
 
 
-@pytest.mark.parametrize("words", [("credits", "show"), ("usage",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [("credits", "show", "tema"), ("credits", "add", "tema", "5"), ("usage", "tema")],
+    ids=" ".join,
+)
 def test_a_command_refuses_an_account_that_is_not_there(
-    words: tuple, shell: Shell
+    words: tuple, api: Api, run: Shell
 ) -> None:
-    status, out, err = shell(*words, "tema")
-    assert (status, out) == (1, "") and "tema" in err
+    assert "tema" in refused_in_one_line(run(*words))
+    assert "tema" not in run("credits", "show")[1]
 
 
 # -- Documentation -------------------------------------------------------------------
@@ -8051,15 +8113,26 @@ def test_without_a_demo_the_examples_have_a_key_to_replace(app: Callable) -> Non
     assert TEAM_KEY not in page.html
 
 
+def test_a_demo_key_of_odd_letters_is_text(app: Callable) -> None:
+    accounts = {"demo": {"keys": {"readme": 'sk-"><b>x'}}}
+    page = documentation(Api(app(accounts=accounts)))
+    assert 'sk-"><b>x' in page.example("curl-chat") and "<b>x" not in page.html
+
+
+NO_HOSTS = ['"><script>alert(1)</script>', "a'b", "ex ample", "@RATE@", ""]
+
+
 @pytest.mark.parametrize(
-    "host",
-    ['"><script>alert(1)</script>', "a'b", "ex ample", "x" * 3000, "@RATE@", ""],
+    "host, answered",
+    [*((host, (200, "http:///v1")) for host in NO_HOSTS), ("x" * 3000, (400, None))],
     ids=short,
 )
-def test_a_hostile_host_is_text(host: str, api: Api) -> None:
+def test_a_host_that_is_none_is_never_shown(
+    host: str, answered: tuple, api: Api
+) -> None:
     answer = api.client.get("/", headers={"Host": host})
-    assert "<script>alert" not in answer.text
-    assert "@BASE_URL@" not in answer.text
+    base_url = Page(answer.text).text.get("base-url")
+    assert (answer.status_code, base_url) == answered
 
 
 def test_behind_tls_the_base_url_is_https(board: Gateway) -> None:
@@ -8140,18 +8213,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     with Gateway(keys, workers=2, threads=64) as server:
         yield server
         gc.collect()  # a connection that is still open delays the server's end
-    assert wrong_in(keys) == []
-
-
-def wrong_in(keys: Path) -> list[str]:
-    """What does not add up in the ledger beside a keys.json."""
-    ledger, config = (
-        proxy.Ledger(keys.parent / "proxy.db"),
-        proxy.ConfigFile(keys).current,
-    )
-    wrong = ledger.check(lambda id: config.account(id).credits)
-    ledger.close()
-    return wrong
+    assert proof(keys.parent) == []
 
 
 @pytest.fixture(scope="module")
@@ -8293,7 +8355,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
                 503,
             }
         streams = [say("stream", stream=True) for _ in range(3)]
-        admin = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        admin = bearer(ADMIN_KEY)
         url = f"{server.url}/metrics"
         refused = re.compile('{model="",status="402"} 3\n.*{model="",status="404"} 5\n')
         wait_for(lambda: refused.search(client().get(url, headers=admin).text))
@@ -8310,7 +8372,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
         assert [sse_events(stream.content)[-1] for stream in streams] == ["[DONE]"] * 3
         gc.collect()
         yield texts, receipts, {one["id"]: one["credits"] for one in accounts}
-    assert wrong_in(keys) == []
+    assert proof(keys.parent) == []
 
 
 KEYS = [TEAM_KEY, OTHER_KEY, DEMO_KEY]
@@ -8478,7 +8540,7 @@ def test_a_million_rows_answer_the_dashboard_in_200_ms(
 ) -> None:
     path = dashboard_calls()[number]
     key = TEAM_KEY if re.match("/v1/account(?!s)", path) else ADMIN_KEY
-    url, headers = full_and_empty[0].url + path, {"Authorization": f"Bearer {key}"}
+    url, headers = full_and_empty[0].url + path, bearer(key)
     with client() as session:
         assert session.get(url, headers=headers).status_code in {200, 404}
         assert seconds_of(lambda: session.get(url, headers=headers), 5) < 0.2, path
@@ -8495,7 +8557,7 @@ def test_a_million_rows_under_an_open_dashboard_slow_no_request_down(
 def seconds_beside_a_dashboard(server: Gateway) -> float:
     """The median time of a request while a dashboard asks without a pause."""
     stop, session = threading.Event(), client()
-    headers = {"Authorization": f"Bearer {TEAM_KEY}"}
+    headers = bearer(TEAM_KEY)
     paths = ["/v1/account", "/v1/account/usage?days=90", "/v1/account/requests"]
 
     def look() -> None:
@@ -8666,7 +8728,7 @@ def tab(driver: Any, board: Gateway) -> Iterator[Tab]:
 
 def admin_post(server: Gateway, path: str, **body: Any) -> Any:
     """What an admin's POST answers."""
-    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    headers = bearer(ADMIN_KEY)
     answer = client().post(server.url + path, json=body, headers=headers)
     assert answer.status_code == 201, answer.text
     return answer.json()
@@ -8762,7 +8824,7 @@ def test_revoking_asks_first(tab: Tab, newcomer: str) -> None:
     tab.click("#keys .danger")
     tab.click("#ask button[value=no]")
     wait_for(lambda: not tab.shown("#ask"))
-    headers = {"Authorization": f"Bearer {newcomer}"}
+    headers = bearer(newcomer)
     url = f"{tab.server.url}/v1/account/keys"
     [row] = client().get(url, headers=headers).json()["data"]
     assert row["revoked"] is None
@@ -8780,7 +8842,7 @@ def test_a_key_revoked_elsewhere_ends_its_open_dashboard(
     tab: Tab, newcomer: str
 ) -> None:
     tab.sign_in(newcomer)
-    headers = {"Authorization": f"Bearer {newcomer}"}
+    headers = bearer(newcomer)
     url = f"{tab.server.url}/v1/account/keys"
     [row] = client().get(url, headers=headers).json()["data"]
     client().delete(f"{url}/{row['id']}", headers=headers)
@@ -8805,7 +8867,7 @@ def test_an_admin_makes_an_account_and_grants_it_credits(tab: Tab) -> None:
     tab.until("#grant-form output", "Granted 0.75")
     tab.until("#available", "3.25")
     key = tab.make_key("theirs")
-    headers = {"Authorization": f"Bearer {key}"}
+    headers = bearer(key)
     about = client().get(f"{tab.server.url}/v1/account", headers=headers).json()
     assert (about["id"], about["credits"]["available"]) == (name, 3.25)
     tab.click("#back")
@@ -8840,15 +8902,14 @@ def test_only_admins_see_the_admins_part(tab: Tab, newcomer: str) -> None:
     assert [tab.shown(css) for css in hidden] == [True] * 3 + [False]
 
 
-def test_a_name_is_text_on_the_dashboard(tab: Tab) -> None:
-    team = {"Authorization": f"Bearer {TEAM_KEY}"}
+def test_a_name_is_text_on_the_dashboard(tab: Tab, newcomer: str) -> None:
     for name in SHOWN_NAMES:
         account = f"{name[:80]} {time.monotonic_ns() % 10**9}"
         admin_post(tab.server, "/v1/accounts", id=account)
-        body = {"json": {"name": name}, "headers": team}
+        body = {"json": {"name": name}, "headers": bearer(newcomer)}
         made = client().post(f"{tab.server.url}/v1/account/keys", **body).json()
         assert chat(tab.server.url, made["key"], model="echo").ok
-    tab.sign_in(TEAM_KEY)
+    tab.sign_in(newcomer)
     names = (
         "return [...document.querySelectorAll(arguments[0])].map(n => n.textContent)"
     )
@@ -9234,8 +9295,8 @@ def struck(files, monkeypatch) -> Iterator[Callable]:
 
 def asked(app: Any, stream: bool) -> Any:
     """Ask in this process; the answer is not read yet if it is a stream."""
-    body = {"model": "chat", "messages": [{"role": "user", "content": "Say hello"}]}
-    headers = {"Authorization": f"Bearer {TEAM_KEY}"}
+    body = {"model": "chat", "messages": SAY_HELLO}
+    headers = bearer(TEAM_KEY)
     body["stream"] = stream
     path = "/v1/chat/completions"
     return app.test_client().post(path, json=body, headers=headers, buffered=False)
@@ -9795,20 +9856,9 @@ PAID, ESTIMATE = exactly(170), exactly(3 + 2 * 4)  # 9 bytes asked, 13 bytes ans
 LATE, DONE_OK, BROKEN_BODIES = 2.0, (200, "done"), (200, "provider_unavailable")
 ZIPPED_ANSWER = gzip.compress(json.dumps(chat_json("hi")).encode())
 BOMB = gzip.compress(bytes(100 << 20))
-GZIP_KIND = ("Content-Encoding", "gzip")
 MOVED = ("Location", "http://127.0.0.1:1/")
 COOKIE = ("Set-Cookie", "a=b; Path=/")
-HTML_KIND = ("Content-Type", "text/html")
 OVERLOADED = b"<html>Bad gateway</html>"
-ABSURD_REPORTS = {
-    "negative": usage_of(-5, 7),
-    "float": usage_of(5.5, 7),
-    "huge": usage_of(5, 10**12),
-    "text": {"prompt_tokens": "5", "completion_tokens": 7},
-    "true": usage_of(True, 7),
-    "a list": [5, 7],
-    "missing": None,
-}
 UPSTREAMS = {
     "refuses": Case(raw(b""), model="dead"),
     "hangs": Case(stall(), seconds=LATE),
@@ -9833,11 +9883,11 @@ UPSTREAMS = {
     "reset": Case(raw(STREAM, reset=True), True, BROKEN_BODIES),
     "garbage": Case(raw(b"\x00\xffSMTP ready\r\n\r\n")),
     "garbage status": Case(raw(b"HTTP/1.1 2OO OK\r\n\r\n{}")),
-    "HTML_KIND": Case(raw(head(200, HTML_KIND, CLOSE) + OVERLOADED)),
-    "HTML_KIND, stream": Case(raw(head(502, HTML_KIND, CLOSE) + OVERLOADED), True),
-    "gzip": Case(raw(head(200, JSON, GZIP_KIND, CLOSE) + ZIPPED_ANSWER)),
-    "gzip stream": Case(raw(head(200, EVENTS, GZIP_KIND, CLOSE) + ZIPPED_ANSWER), True, BROKEN_BODIES),
-    "gzip bomb": Case(raw(head(200, JSON, GZIP_KIND, CLOSE) + BOMB)),
+    "HTML": Case(raw(head(200, HTML, CLOSE) + OVERLOADED)),
+    "HTML, stream": Case(raw(head(502, HTML, CLOSE) + OVERLOADED), True),
+    "gzip": Case(raw(head(200, JSON, GZIP, CLOSE) + ZIPPED_ANSWER)),
+    "gzip stream": Case(raw(head(200, EVENTS, GZIP, CLOSE) + ZIPPED_ANSWER), True, BROKEN_BODIES),
+    "gzip bomb": Case(raw(head(200, JSON, GZIP, CLOSE) + BOMB)),
     "300 MB line": Case(repeated(FLOOD_LINE, MB, 300), True, BROKEN_BODIES, seconds=1),
     "300 MB chunk": Case(
         repeated(head(200, EVENTS, CHUNKED) + b"12c00000\r\n", MB, 300),
@@ -9905,14 +9955,7 @@ UPSTREAMS = {
     "usage above the hold": Case(
         reported(usage_of(10**6, 10**6)), False, DONE_OK, exactly(3 * 10**6)
     ),
-    **{
-        f"usage {name}": Case(reported(usage), False, DONE_OK, ESTIMATE)
-        for name, usage in ABSURD_REPORTS.items()
-    },
-    **{
-        f"usage {name}, stream": Case(reported(usage), True, DONE_OK, ESTIMATE)
-        for name, usage in ABSURD_REPORTS.items()
-    },
+    "usage missing, stream": Case(reported(None), True, DONE_OK, ESTIMATE),
 }
 FAULT_WAITS = {"ANSWER_TIMEOUT": 0.6, "STREAM_TIMEOUT": 0.8, "STALL_TIMEOUT": 0.5}
 
@@ -10033,10 +10076,18 @@ class Footprint:
         return cls(len(open_files(pid)), threads, memory(pid))
 
 
-def idle(server: Gateway, folder: Path) -> list[Footprint]:
+def connected(port: int) -> list[str]:
+    """The sockets that the server of this port has open, but for the listening one."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    own = [one for one in lines if one[1].endswith(f":{port:04X}") and one[3] != "0A"]
+    return [one[9] for one in own if one[9] != "0"]  # which is of no process
+
+
+def idle(server: Gateway, up: Upstream, folder: Path) -> list[Footprint]:
     """The workers' footprints once nothing runs and no connection is kept."""
     wait_held(folder, 0, 5)
-    time.sleep(1)  # connections to upstreams are kept for 0.5 s here
+    up.wait_closed(len(up.connections))
+    wait_for(lambda: not connected(server.port), what="the clients' connections' end")
     return [Footprint.of(pid) for pid in sorted(server.workers())]
 
 
@@ -10075,9 +10126,9 @@ def test_a_mixed_load_with_faults_leaves_nothing_behind(seconds, gateway, tmp_pa
                 return sum(pool.map(work, range(24)), Counter())
 
         run(max(1, seconds / 10))  # until the heap and SQLite's pages are what they stay
-        before = idle(server, tmp_path)
+        before = idle(server, up, tmp_path)
         seen = run(seconds)
-        after = idle(server, tmp_path)
+        after = idle(server, up, tmp_path)
         assert min(seen.values()) > 10 and len(seen) == 4
         for old, new in zip(before, after, strict=True):
             assert new.files <= old.files and new.threads <= most
@@ -10098,7 +10149,7 @@ def leaky(request: Request) -> None:
     ways = {
         "500": json_answer({"error": {"message": secret}}, 500),
         "401": json_answer({"error": {"message": secret}}, 401),
-        "html": raw(head(200, HTML_KIND, CLOSE) + secret.encode()),
+        "html": raw(head(200, HTML, CLOSE) + secret.encode()),
         "line": raw(f"HTTP/1.1 {secret}\r\n\r\n".encode()),
         "header": raw(
             head(200, JSON, ("X-Debug", SECRET), ("Set-Cookie", SECRET), CLOSE)
@@ -10141,7 +10192,7 @@ def test_no_key_and_no_prompt_is_written_down(gateway, tmp_path):
             for way in WAYS
         ]
         session = client()
-        session.headers["Authorization"] = f"Bearer {ADMIN_KEY}"
+        session.headers.update(bearer(ADMIN_KEY))
         made = session.post(f"{server.url}/v1/account/keys", json={"name": "made"})
         new = re.search(r"sk-[\w-]{40,}", made.text)[0]
         secrets = [TEAM_KEY, OTHER_KEY, POOR_KEY, ADMIN_KEY, SECRET, new]
@@ -10347,19 +10398,11 @@ def bench_server(command: list[str], port: int, **more: Any) -> Iterator[tuple[i
         stderr=subprocess.DEVNULL, **more,
     )  # fmt: skip
     try:
-        wait_for(lambda: answers(port), 20, f"port {port}")
+        wait_for(lambda: healthy(port), 20, f"port {port}")
         yield process.pid, time.monotonic() - start
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def answers(port: int) -> bool:
-    ask = b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n"
-    ask += b"Connection: close\r\n\r\n"
-    with contextlib.suppress(OSError):
-        return bool(raw_http(port, ask, 1))
-    return False
 
 
 @pytest.fixture

@@ -8511,7 +8511,7 @@ def test_an_interrupted_server_ends_its_streams_well(sig, gateway, gate, tmp_pat
 def test_a_client_that_does_not_read_is_settled_before_the_end(gateway, tmp_path):
     big = [chat_chunk("gpt-test", {"content": "x" * 100_000})] * 300
     with Upstream([sse(big, done=False)]) as up:
-        server = gateway(up.url, workers=1, constants=QUICK_TERM)
+        server = gateway(up.url, workers=1, constants={"GRACE": 4, "GRACE_MARGIN": 3.8})
         stream = Visit(server, TEAM_KEY, stream=True).start()  # and reads no more
         os.kill(server.master_pid, signal.SIGTERM)
         server.process.wait(10)

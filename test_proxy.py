@@ -4331,6 +4331,29 @@ def test_text_that_looks_like_the_models_name_is_untouched(stage, text):
     assert stream_text(stage.chat(stream=True).data) == text
 
 
+@pytest.mark.parametrize(
+    "failures, status, retry", [(1, 200, None), (99, 503, "false")]
+)
+def test_an_answer_waits_for_its_charge_and_is_not_to_be_made_again(
+    stage, monkeypatch, failures, status, retry
+):
+    ledger, left = stage.app.extensions["proxy"].ledger, iter(range(failures))
+    settle = ledger.settle
+
+    def fails_at_first(lease: proxy.Lease, charge: proxy.Charge) -> None:
+        if next(left, None) is not None:
+            raise proxy.LedgerUnavailable("a disk in trouble")
+        settle(lease, charge)
+
+    monkeypatch.setattr(ledger, "settle", fails_at_first)
+    monkeypatch.setattr(proxy, "SETTLE_PATIENCE", 0.3)
+    stage.main.script = [json_answer(chat_json("hi"))]
+    response = stage.chat()
+    assert response.status_code == status and "Retry-After" not in response.headers
+    assert response.headers.get("x-should-retry") == retry
+    assert (stage.row(response)["cost"] > 0) == (status == 200)
+
+
 # -- Headers -------------------------------------------------------------------------
 
 TO_UPSTREAM = {"host", "accept", "accept-encoding", "content-type", "content-length"}

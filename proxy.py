@@ -246,7 +246,14 @@ class Refused(BadRequest):
 
 
 class Ended(Exception):
-    """The relay was ended from outside: client, stall, timeout or drain."""
+    """The relay was ended from outside: client, timeout or drain."""
+
+    def failure(self) -> UpstreamFailed:
+        """What a client that is still there is told."""
+        failure = UpstreamFailed(str(self))
+        if str(self) == "drain":
+            failure.message = "This server is being restarted: the answer is cut off."
+        return failure
 
 
 class ConfigError(Exception):
@@ -384,6 +391,12 @@ class Model:
     defaults: dict[str, Any] = field(default_factory=dict)
     max_output: int = DEFAULT_MAX_OUTPUT
 
+    @property
+    def missing(self) -> list[str]:
+        """The unset variables without which none of its upstreams can be asked."""
+        unset = [upstream.missing for upstream, _ in self.routes]
+        return list(dict.fromkeys(itertools.chain(*unset))) if all(unset) else []
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -408,8 +421,7 @@ class Config:
         """Unset environment variable -> the models that answer 503 without it."""
         out: dict[str, list[str]] = {}
         for model in self.models.values():
-            unset = [upstream.missing for upstream, _ in model.routes]
-            for name in dict.fromkeys(itertools.chain(*unset)) if all(unset) else ():
+            for name in model.missing:
                 out.setdefault(name, []).append(model.id)
         return out
 
@@ -1494,7 +1506,8 @@ class Ledger:
     # Accounts and keys
 
     def find_key(self, hash: str) -> tuple | None:
-        """(account, name, hint, admin, revoked, hash, made) of the key with this hash.
+        """(account, name, hint, admin, revoked, hash, made) of the key with this hash;
+        `made`: for an account made at run time, not for a former one of that name.
 
         All keys made here or revoked are kept in memory; a version that is shared
         with all processes tells when to read them again.
@@ -1503,7 +1516,8 @@ class Ledger:
         if self._ring is None or version != self._ring_version:
             rows = self.read(
                 "SELECT k.id, k.account, k.name, k.hint, k.admin, k.revoked, k.hash,"
-                " a.made FROM keys k LEFT JOIN accounts a ON a.id = k.account"
+                " a.made AND k.created >= a.made"
+                " FROM keys k LEFT JOIN accounts a ON a.id = k.account"
                 " WHERE k.hash IS NOT NULL OR k.revoked IS NOT NULL"
             )
             self._ring = {id: row for id, *row in rows}
@@ -1527,16 +1541,10 @@ class Ledger:
             row = db.execute("SELECT made FROM accounts WHERE id = ?", (id,)).fetchone()
             if row and row[0]:
                 return False
-            now = int(time.time())
-            # Keys of a former account of this name are not the new one's.
             db.execute(
-                "UPDATE keys SET revoked = ? WHERE account = ? AND revoked IS NULL",
-                (now, id),
-            )
-            db.execute(
-                "INSERT INTO accounts(id, made, created) VALUES (?, 1, ?)"
-                " ON CONFLICT DO UPDATE SET made = 1",
-                (id, now),
+                "INSERT INTO accounts(id, made, created) VALUES (?1, ?2, ?2)"
+                " ON CONFLICT DO UPDATE SET made = excluded.made",
+                (id, int(time.time())),
             )
             return True
 
@@ -1984,11 +1992,7 @@ EXPONENT = re.compile(rb"\d[eE]")
 PATH = re.compile(r"[a-z0-9_]+(?:[-/][a-z0-9_]+)*")
 CAPS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
 CAPS |= {"n_predict", "num_predict", "max_new_tokens"}  # local servers' own names
-CAP_OF_PATH = {
-    "chat/completions": "max_tokens",
-    "completions": "max_tokens",
-    "responses": "max_output_tokens",
-}
+CAP_OF_PATH = {"completions": "max_tokens", "responses": "max_output_tokens"}
 NO_OUTPUT = {"embeddings", "moderations", "rerank"}
 # Of a body, what the model reads besides its messages.
 TEXT_MEMBERS = "prompt input instructions tools functions query documents".split()
@@ -2020,7 +2024,9 @@ class Call:
     def prompts(self) -> int:
         """How many prompts it holds: a list of token numbers is one, others a batch."""
         prompt = self.body.get("prompt")
-        if self.path != "completions" or not isinstance(prompt, list) or not prompt:
+        if self.path == "chat/completions" or not isinstance(prompt, list):
+            return 1
+        if not self.path.endswith("completions") or not prompt:
             return 1
         return 1 if isinstance(prompt[0], int) else len(prompt)
 
@@ -2064,8 +2070,7 @@ def natural(body: dict[str, Any], name: str, highest: int) -> None:
 
 def parse_call(path: str, data: bytes) -> Call:
     """A request's body, checked as far as money and routing depend on it."""
-    alias = path not in CAP_OF_PATH and path.rpartition("/")[2] in CAP_OF_PATH
-    if not PATH.fullmatch(path) or alias:  # no other spelling escapes the cap
+    if not PATH.fullmatch(path):
         raise NotFound("There is no such path.")
     body = parse_json(data)
     model, stream = body.get("model"), body.get("stream")
@@ -2080,7 +2085,7 @@ def parse_call(path: str, data: bytes) -> Call:
     for name, value in UNSUPPORTED.items():
         if body.get(name) == value:
             raise BadRequest(f"'{name}' may not be {value} here.", param=name)
-    if stream and path.startswith("images/"):
+    if stream and "images/" in path:
         raise BadRequest("Images are not streamed here.", param="stream")
     if path == "chat/completions":
         messages = body.get("messages")
@@ -2164,8 +2169,7 @@ def read_usage(document: dict[str, Any], generates: bool = True) -> Usage | None
 def larger(one: Usage, other: Usage) -> Usage:
     """Of each count the larger: reports of a stream grow, or tell their parts."""
     input, output = max(one.input, other.input), max(one.output, other.output)
-    estimated = one.estimated or other.estimated
-    return Usage(input, max(one.cached, other.cached), output, estimated=estimated)
+    return Usage(input, max(one.cached, other.cached), output)
 
 
 def count_images(document: dict[str, Any]) -> int:
@@ -2642,7 +2646,7 @@ class Connection:
             self._sent = True
         except (BrokenPipeError, ConnectionResetError) as error:
             # Who refuses a long body by its head may answer and close at once.
-            if is_quiet(self.sock):
+            if self.sock is None or is_quiet(self.sock):
                 self._give_up(error)
         except BaseException as error:
             self._give_up(error)
@@ -2806,7 +2810,7 @@ class Dialect:
 
     def cap_name(self, path: str, body: dict[str, Any]) -> str | None:
         """The member that bounds the output here, whatever else `body` holds."""
-        return CAP_OF_PATH.get(path)
+        return CAP_OF_PATH.get(path.rpartition("/")[2])
 
 
 def retry_seconds(text: str) -> int:
@@ -2865,8 +2869,9 @@ class OpenAI(Dialect):
     def cap_name(self, path: str, body: dict[str, Any]) -> str | None:
         # OpenAI's reasoning models refuse `max_tokens`, and OpenAI both at once; most
         # other servers know no other name.
-        theirs = self.upstream.host.endswith(("openai.com", "openai.azure.com"))
-        if theirs and path == "chat/completions" and not body.get("max_tokens"):
+        theirs = self.upstream.host.endswith(("openai.com", ".azure.com"))
+        chat = path.endswith("chat/completions")
+        if theirs and chat and not body.get("max_tokens"):
             return "max_completion_tokens"
         return super().cap_name(path, body)
 
@@ -3402,7 +3407,7 @@ class Relay:
             body = self._whole()
         except Ended as ended:
             self._abandon(499 if str(ended) == "client" else 503)
-            raise UpstreamFailed(str(ended)) from None
+            raise ended.failure() from None
         except ProxyError as error:
             self._abandon(error.status)
             raise
@@ -3414,36 +3419,39 @@ class Relay:
 
     def _send(self) -> Answer:
         """Asks the upstreams in turn while nothing can have been generated."""
-        failure: ProxyError | None = None
+        failed = refused = lacking = None  # what was asked tells more than what was not
         for upstream, upstream_id in self.model.routes:
             dialect = self._services.upstreams.dialect(upstream)
             try:
                 dialect.check(self.call)
-            except ProxyError as error:
-                failure = failure or error  # what was asked tells more
+            except UpstreamFailed as error:
+                lacking = lacking or error
                 self._note_failure(upstream, error)
+                continue
+            except ProxyError as error:
+                refused = refused or error
                 continue
             try:
                 body = self._body(dialect, upstream_id)
                 return dialect.send(self.call, body, self.watch)
             except UpstreamFailed as error:
-                failure = error
+                failed = error
                 self._note_failure(upstream, error)
                 if not error.clean:
                     break
-        raise failure
+        raise failed or refused or lacking
 
-    def _note_failure(self, upstream: UpstreamConfig, error: ProxyError) -> None:
-        if isinstance(error, UpstreamFailed):
-            note = {"upstream": upstream.name, "reason": error.reason}
-            self._services.log.note("upstream", **note)
+    def _note_failure(self, upstream: UpstreamConfig, error: UpstreamFailed) -> None:
+        note = {"upstream": upstream.name, "reason": error.reason}
+        self._services.log.note("upstream", **note)
 
     def _body(self, dialect: Dialect, upstream_id: str) -> dict[str, Any]:
         """The body for one upstream: its model id, the defaults, the cap."""
         body = {**self.model.defaults, **self.call.body, "model": upstream_id}
         if not self.model.price.output or self.call.path in NO_OUTPUT:
             return body
-        own = dialect.cap_name(self.call.path, body)
+        named = CAPS & self.model.defaults.keys()  # the operator knows better
+        own = min(named, default=None) or dialect.cap_name(self.call.path, body)
         caps = {name for name in CAPS & body.keys() if body[name]}
         for name in caps | ({own} if own else set()):
             body[name] = min(body.get(name) or self.lease.tokens, self.lease.tokens)
@@ -3481,7 +3489,7 @@ class Relay:
             yield from self._blocks()
         except Ended as ended:
             if str(ended) != "client":
-                yield self._break(UpstreamFailed(str(ended)))
+                yield self._break(ended.failure())
         except ProxyError as error:
             yield self._break(error)
 
@@ -3672,16 +3680,11 @@ class Relay:
         return len(self._finishes) >= self.call.answers
 
     def _charge(self, status: int) -> Charge:
-        made = self._answer.images if self._answer is not None else None
-        usage = self._usage or estimate(self.call, self._relayed)
-        if made is not None:
-            usage = replace(self._usage or Usage(), images=made)
-        elif status != 200 and self._usage and not (self._ended or self._finished):
-            # A report in the middle of a stream tells of what was made by then.
-            usage = larger(usage, estimate(self.call, self._relayed))
-        free = status != 200 and not self._relayed and not self._usage
-        usage = Usage() if free else usage
-        amount = 0 if free else cost(usage, self.model.price)
+        amount, usage = 0, Usage()
+        whole = status == 200 or self._ended or self._finished
+        if self._relayed or whole and (self._usage or status == 200):
+            usage = self._used(whole)
+            amount = cost(usage, self.model.price)
         if usage.estimated:
             amount = min(amount, self.lease.hold)
         return Charge(
@@ -3695,6 +3698,20 @@ class Relay:
             self._ttfb,
             int((time.monotonic() - self._started) * 1000),
         )
+
+    def _used(self, whole: bool) -> Usage:
+        """What was reported, or an estimate; of a cut answer the report tells only
+        what had been made by then."""
+        images = self._answer.images
+        if images is not None:
+            return replace(self._usage or Usage(), images=images)
+        if whole and self._usage:
+            return self._usage
+        guess = estimate(self.call, self._relayed)
+        if self._usage and self._usage.output >= guess.output:
+            return self._usage
+        known = self._usage or guess
+        return replace(known, output=guess.output, estimated=True)
 
     def _resolve(self, status: int) -> None:
         """Writes how the request ended into the ledger; raises LedgerUnavailable."""
@@ -3780,7 +3797,8 @@ DOCS_HTML = r"""<!doctype html>
 <nav class="toc" aria-label="Contents"><ol>
 <li><a href="#start">Start</a></li><li><a href="#authentication">Authentication</a></li>
 <li><a href="#chat">Chat completions</a></li><li><a href="#streaming">Streaming</a></li>
-<li><a href="#models">Models</a></li><li><a href="#images">Image generation</a></li>
+<li><a href="#models">Models</a></li>
+<li><a href="#images">Image generation</a></li>
 <li><a href="#python">Python</a></li><li><a href="#javascript">JavaScript</a></li>
 <li><a href="#curl">cURL</a></li><li><a href="#receipts">Receipts</a></li>
 <li><a href="#charges">What is charged</a></li><li><a href="#errors">Error codes</a></li>
@@ -3806,8 +3824,8 @@ data-copy="header">Authorization: Bearer @EXAMPLE_KEY@</pre></figure></section>
 <p class="endpoint"><b>POST</b>/v1/chat/completions</p>
 <p>Takes a conversation and answers with its next message. The body is JSON, at least a
 <code>model</code> and <code>messages</code>; other fields of OpenAI's format are passed to the
-model. Without <code>max_tokens</code> the model's own limit holds; where the credits left cannot
-pay for so much, the answer is cut to what they can pay.</p>
+model. Without <code>max_tokens</code> this server's limit for the model holds; where the credits
+left cannot pay for so much, the answer is cut to what they can pay.</p>
 <figure class="example"><figcaption>Request body</figcaption>
 <pre id="chat-request" data-copy="request body">{
   "model": "@EXAMPLE_MODEL@",
@@ -3871,7 +3889,7 @@ for chunk in stream:
         print(chunk.choices[0].delta.content or "", end="", flush=True)
 print()</pre></figure></section>
 <section id="models" class="card"><h2>Models</h2>
-<p>Prices are in credits, for a million tokens or for an image. <code>GET /v1/models</code> lists
+<p>Prices are in credits, for a million tokens, an image or a request. <code>GET /v1/models</code> lists
 those that your key may use.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="Models"><table id="model-table" class="codes">
 <thead><tr><th scope="col">Model</th><th scope="col">About</th><th scope="col">Price</th></tr>
@@ -3883,7 +3901,7 @@ those that your key may use.</p>
 <p>JiMeng paints through the same call: name the image model (<code>@REAL_IMAGE_MODEL@</code>) and
 describe the picture in the last user message. It takes some seconds. The answer's
 <code>content</code> is the address of the image and nothing else; download it soon, such links
-last about a day. @NO_IMAGES@@IMAGE_NOTE@</p>
+last about a day. @IMAGE_NOTE@</p>
 <figure class="example"><figcaption>cURL</figcaption>
 <pre id="image-curl" data-run="sh" data-copy="image with cURL">
 curl @BASE_URL@/chat/completions \
@@ -3971,9 +3989,10 @@ curl @BASE_URL@/chat/completions \
 <section id="receipts" class="card"><h2>Receipts</h2>
 <p>Every answer has an <code>x-request-id</code> header. For a request that was let in,
 <code>GET /v1/account/requests/{id}</code> tells what became of it: status, tokens by class, cost
-and times. <code>GET /v1/account/requests</code> lists them, newest first
-(<code>limit</code>, <code>after</code>, <code>since</code>, <code>until</code>);
-<code>GET /v1/account/usage?days=30</code> sums them by day and model;
+and times; <code>status</code> 499 says that you left, 503 that the answer failed or was cut.
+<code>GET /v1/account/requests</code> lists them, newest first (<code>limit</code> up to 200,
+<code>after</code> the last id you have, <code>since</code> and <code>until</code> in unix seconds);
+<code>GET /v1/account/usage?days=30</code> sums them by day (UTC) and model;
 <code>GET /v1/account</code> has your credits, limits and keys. The
 <a href="/dashboard">dashboard</a> shows the same. These calls are free.</p>
 <figure class="example"><figcaption>Python: a request and its receipt</figcaption>
@@ -4038,7 +4057,7 @@ see <a href="#limits">rate limits</a>.</td></tr>
 <tr><td>500</td><td><code>internal_error</code></td><td>Something went wrong in this server. Tell
 its operator the <code>x-request-id</code>.</td></tr>
 <tr><td>503</td><td><code>provider_unavailable</code></td><td>The AI provider behind the model is
-down, failing or not set up here. <code>x-should-retry: false</code> means that a repeat cannot
+down, failing or not set up here, or this server was restarted in the middle of the answer. <code>x-should-retry: false</code> means that a repeat cannot
 help or could cost twice; otherwise try again after <code>Retry-After</code>.</td></tr>
 <tr><td>503</td><td><code>overloaded</code></td><td>This server has no room for another
 request right now. Nothing was sent on; try again after <code>Retry-After</code>.</td></tr>
@@ -4056,7 +4075,8 @@ wait (1 to 60). The window slides: a request counts for as long as the window la
 is free again. A stream is one concurrent request until it ends. Answers to a key carry
 <code>x-ratelimit-limit-requests</code>, <code>x-ratelimit-remaining-requests</code> and
 <code>x-ratelimit-reset-requests</code>. The OpenAI SDKs wait and repeat by themselves.
-Account calls and <code>/v1/models</code> are counted apart and take nothing from these limits.</p>
+A refused request counts as well, unless its key is wrong. Account calls and
+<code>/v1/models</code> are counted apart (300 a minute) and take nothing from these limits.</p>
 <p class="soft">Accounts may have limits of their own; the dashboard shows yours. Is this server up?
 <a href="/healthz">@ROOT_URL@/healthz</a></p></section>
 </div>
@@ -4078,7 +4098,7 @@ DEMO_IMAGE_NOTE = (
     "(The example names <code>@EXAMPLE_MODEL@</code>, which only gives its own words back:"
     " put in <code>@REAL_IMAGE_MODEL@</code> with a key of your own.)"
 )
-NO_IMAGES_NOTE = "This server has no image model at the moment. "
+ABOUT_IMAGES = r'<section id="images".*?</section>\n|<li><a href="#images">.*?</li>\n'
 
 DASHBOARD_HTML = r"""<!doctype html>
 <html lang="en">
@@ -5120,6 +5140,7 @@ class Services:
     refused: Counter[int] = field(default_factory=Counter)
     pid: int = field(default_factory=os.getpid)
     closed: threading.Event = field(default_factory=threading.Event)
+    tidying: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def config(self) -> Config:
@@ -5139,6 +5160,10 @@ class Services:
             self.log.note("config", reason=f"{wrong}; the last good one is kept")
 
     def tidy(self) -> None:
+        with self.tidying:  # the end of the process does it as well
+            self._tidy()
+
+    def _tidy(self) -> None:
         self.reload()
         self.ledger.forget_keys()
         self.upstreams.tidy()
@@ -5237,7 +5262,7 @@ def add_hooks(app: Flask, services: Services) -> None:
         header = asked.environ.get("HTTP_AUTHORIZATION", "")
         try:
             here.key, here.account = identify(services, header)
-        except Unauthorized:
+        except (Unauthorized, LedgerUnavailable):
             if endpoint is None:  # 404 or 405, whoever asks
                 return
             raise
@@ -5446,16 +5471,19 @@ def find_keys(
     rows = {
         id: row
         for id, *row in ledger.read(
-            "SELECT id, account, name, hint, hash, admin, created, used, revoked"
-            " FROM keys WHERE ?1 IS NULL OR account = ?1 ORDER BY created, id",
+            "SELECT k.id, account, name, hint, hash, admin, made, k.created, used,"
+            " revoked FROM keys k LEFT JOIN accounts a ON a.id = account"
+            " WHERE ?1 IS NULL OR account = ?1 ORDER BY k.created, k.id",
             account,
         )
     }
     for key in config.keys.values():
         if account in (None, key.account):
-            yield key, rows.pop(key.id, (None,) * 8)[5:]
-    for id, (owner, name, hint, hash, admin, *times) in rows.items():
+            yield key, rows.pop(key.id, (None,) * 9)[6:]
+    for id, (owner, name, hint, hash, admin, made, *times) in rows.items():
         if hash:
+            if made and times[0] < made and owner not in config.accounts:
+                times[2] = times[2] or made  # of a former account of that name
             yield made_key(config, id, owner, name, hint, hash, admin), times
 
 
@@ -5831,7 +5859,9 @@ def page(text: str, kind: str) -> Response:
 
 def live_demo(config: Config, ledger: Ledger) -> tuple[str, str] | None:
     """(key, model) that anyone may try; None if there is none, or it was revoked."""
-    row = ledger.find_key(sha256(config.demo[0])) if config.demo else None
+    row = None
+    with contextlib.suppress(LedgerUnavailable):
+        row = ledger.find_key(sha256(config.demo[0])) if config.demo else None
     return None if row and row[4] else config.demo
 
 
@@ -5853,7 +5883,8 @@ def price_text(price: Price) -> str:
 def model_rows(config: Config) -> str:
     rows = []
     for model in config.models.values():
-        cells = (model.id, model.about, price_text(model.price))
+        about = f"{model.about} (not set up here)" if model.missing else model.about
+        cells = (model.id, about, price_text(model.price))
         escaped = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         rows.append(f"<tr>{escaped}</tr>")
     return "\n".join(rows)
@@ -5883,7 +5914,8 @@ def fill_documentation(config: Config, demo: tuple[str, str] | None, root: str) 
     text = DOCS_HTML.replace("@MODEL_ROWS@", model_rows(config))
     text = text.replace("@KEY_NOTE@", DEMO_NOTE if demo else OWN_KEY_NOTE)
     text = text.replace("@IMAGE_NOTE@", DEMO_IMAGE_NOTE if demo else "")
-    text = text.replace("@NO_IMAGES@", "" if images else NO_IMAGES_NOTE)
+    if not images:
+        text = re.sub(ABOUT_IMAGES, "", text, flags=re.DOTALL)
     for name, value in values.items():
         text = text.replace(f"@{name}@", html.escape(value))
     return text
@@ -6039,6 +6071,10 @@ class Worker(ThreadWorker):
         for listener in self.sockets:
             listener.close()
 
+    def set_accept_enabled(self, enabled: bool) -> None:
+        """A worker that was told to end while it started has closed its listeners."""
+        super().set_accept_enabled(enabled and self.alive)
+
     def accept(self, listener: Any) -> None:
         """Without a descriptor left nobody is accepted; what runs goes on.
 
@@ -6132,12 +6168,14 @@ def bound_clients(arbiter: Any, worker: Any) -> None:
 def drain_on_signals(worker: Any) -> None:
     """Makes SIGTERM begin the drain; Ctrl-C ends what runs at once, but well."""
     atexit.register(worker.wsgi.extensions["proxy"].tidy)  # the last lines, too
+    usual = signal.getsignal(signal.SIGTERM)
     drains = {signal.SIGTERM: GRACE - GRACE_MARGIN, signal.SIGINT: 0, signal.SIGQUIT: 0}
-    usual = {number: signal.getsignal(number) for number in drains}
 
     def stop(number: int, frame: Any) -> None:
+        # SIGTERM's own handler for all three: a terminal's Ctrl-C comes twice, and
+        # those of the others would wait for a lock that the first of them holds.
         worker.drain(drains[number])
-        usual[number](number, frame)
+        usual(number, frame)
 
     for number in drains:
         signal.signal(number, stop)
@@ -6341,13 +6379,20 @@ def show(rows: list[dict[str, Any]], as_json: bool) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
+def dated(row: dict[str, Any]) -> dict[str, str]:
+    """A key's times as people read them."""
+    times = {name: row[name] for name in ("created", "last_used", "revoked")}
+    return {name: stamp(time) if time else "" for name, time in times.items()}
+
+
 @keys_group.command("list")
 @file_options
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def keys_list(keys: str, db: str | None, as_json: bool) -> None:
     """Hints and ids of all keys, never the keys."""
     with opened(keys, db) as (config, ledger):
-        show(list_keys(config, ledger), as_json)
+        rows = list_keys(config, ledger)
+        show(rows if as_json else [row | dated(row) for row in rows], as_json)
 
 
 @keys_group.command("revoke")

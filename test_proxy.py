@@ -2125,14 +2125,19 @@ def test_a_writer_that_hangs_in_another_process_is_not_waited_for_for_ever(
 SYNC = b"fdatasync"
 
 
+def is_in(folder: Path, fd: int) -> bool:
+    """Whether a file of this test is open there: other apps live as long as all tests."""
+    return os.readlink(f"/proc/self/fd/{fd}").startswith(f"{folder}/")
+
+
 @pytest.fixture
-def syncs(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+def syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """`SYNC` for each os.fdatasync, between what a test adds."""
     found: list[bytes] = []
     real = os.fdatasync
 
     def fdatasync(fd: int) -> None:
-        found.append(SYNC)
+        found.extend([SYNC] * is_in(tmp_path, fd))
         real(fd)
 
     monkeypatch.setattr(os, "fdatasync", fdatasync)
@@ -2948,6 +2953,12 @@ class Stage:
                 "echo-spare": {"upstream": ["echo/echo", "spare/x"], **TOKENS},
                 **{name: {"upstream": f"{name}/x", **TOKENS} for name in NOWHERE},
                 "mild": {"upstream": "main/m", **TOKENS, "defaults": MILD},
+                "thinker": {
+                    "upstream": "main/o",
+                    **TOKENS,
+                    "defaults": {"max_completion_tokens": 900},
+                },
+                "unset-image": {"upstream": ["unset/x", "volc/x"], **IMAGE},
                 "picture": {"upstream": "main/dall-e", **IMAGE},
                 "deepseek-chat": {"upstream": "deep/deepseek-flash"},
                 "deepseek-r1": {"upstream": "deep/deepseek-v4-pro"},
@@ -4163,6 +4174,8 @@ BOTH_CAPS = {"max_completion_tokens": 7, "max_tokens": 7}
         ),
         ("chat/completions", {"n_predict": 7}, {"n_predict": 7, "max_tokens": 7}),
         ("responses", {"max_tokens": 9}, {"max_tokens": 9, "max_output_tokens": 9}),
+        ("fim/completions", {}, {"max_tokens": 1000}),
+        ("v1/chat/completions", {}, {"max_tokens": 1000}),
         ("completions", {}, {"max_tokens": 1000}),
         ("responses", {}, {"max_output_tokens": 1000}),
         ("responses", {"max_output_tokens": 9}, {"max_output_tokens": 9}),
@@ -4177,7 +4190,7 @@ def test_the_cap_is_written_under_the_name_of_the_path(stage, path, asked, cap):
     assert sent.path == f"/v1/{path}" and found == cap
 
 
-@pytest.mark.parametrize("host", ["api.openai.com", "x.openai.azure.com"])
+@pytest.mark.parametrize("host", ["api.openai.com", "x.services.ai.azure.com"])
 @pytest.mark.parametrize(
     "asked, name",
     [
@@ -4192,20 +4205,12 @@ def test_openai_is_sent_one_cap_for_it_refuses_two(host, asked, name):
 
 
 @pytest.mark.parametrize(
-    "path", ["v1/chat/completions", "a/completions", "b/responses"]
-)
-def test_another_spelling_of_a_path_does_not_escape_the_cap(stage, path):
-    response = stage.post(path, {"model": "chat", "messages": SAY_HELLO})
-    assert (response.status_code, error_of(response)["code"]) == (404, "not_found")
-    assert not stage.main.requests
-
-
-@pytest.mark.parametrize(
     "path, body",
     [
         ("responses", {"background": True}),
         ("chat/completions", {"service_tier": "priority"}),
         ("images/generations", {"stream": True}),
+        ("v1/images/generations", {"stream": True}),
     ],
 )
 def test_what_cannot_be_charged_rightly_is_refused(stage, path, body):
@@ -4599,9 +4604,53 @@ def test_a_slow_image_over_tls_streams_comments_too(tmp_path, monkeypatch, app):
     assert answer.status_code == 200 and comments >= 2
 
 
+def test_an_operators_default_names_the_cap(stage):
+    stage.main.script = [json_answer(chat_json("hi"))]
+    stage.chat("thinker", max_completion_tokens=7)
+    sent = stage.main.requests[0].json
+    assert sent["max_completion_tokens"] == 7 and "max_tokens" not in sent
+
+
+def test_a_reset_in_the_handshake_is_free_and_the_next_is_asked(stage):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        pool.submit(reset_in_the_handshake, server)
+        url = {"url": f"https://127.0.0.1:{server.getsockname()[1]}/v1"}
+        dialect = proxy.OpenAI(proxy.parse_upstream("u", url, "upstreams.u"))
+        with pytest.raises(proxy.UpstreamFailed) as failed:
+            dialect.post("x", {}, proxy.Watch())
+    assert failed.value.clean
+
+
+def reset_in_the_handshake(server: socket.socket) -> None:
+    sock, _ = server.accept()
+    sock.recv(1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+@pytest.mark.parametrize("depth", range(960, 990))
+def test_what_is_read_but_cannot_be_written_is_free_and_leaves_no_hold(stage, depth):
+    data = '{"model": "chat", "messages": [{}], "tools": %s}' % (
+        "[" * depth + "]" * depth
+    )
+    stage.main.script = [json_answer(chat_json("hi"))]
+    response = stage.app.test_client().post(
+        CHAT, data=data, content_type="application/json", headers=bearer(TEAM_KEY)
+    )
+    assert response.status_code in (200, 400)
+    assert not stage.rows("state = 0")
+
+
 @pytest.mark.parametrize(
     "model, status, code",
-    [("dead-echo", 503, "provider_unavailable"), ("echo-spare", 200, None)],
+    [
+        ("dead-echo", 503, "provider_unavailable"),
+        ("echo-spare", 200, None),
+        ("unset-image", 404, "not_found"),
+    ],
 )
 def test_a_route_that_cannot_do_the_path_hides_no_other(stage, model, status, code):
     stage.spare.script = [json_answer(chat_json("hi"))]
@@ -4971,7 +5020,7 @@ def test_running_usage_is_charged_once(stage):
     "report, relayed, output",
     [(usage_of(12, 0), 400, 100), (usage_of(12, 300), 400, 300)],
 )
-def test_a_cut_stream_is_charged_the_larger_of_report_and_estimate(
+def test_the_output_of_a_cut_stream_is_the_larger_of_report_and_estimate(
     stage, report, relayed, output
 ):
     chunks = chat_chunks("x" * relayed, include_usage_chunk=False)[:-1]
@@ -4980,7 +5029,8 @@ def test_a_cut_stream_is_charged_the_larger_of_report_and_estimate(
     response = stage.chat(stream=True)
     assert ends_in_error(stage, response)
     row = stage.row(response)
-    assert (row["input"], row["output"], row["estimated"]) == (12, output, 1)
+    guessed = output == relayed // 4
+    assert (row["input"], row["output"], row["estimated"]) == (12, output, guessed)
 
 
 def test_done_without_a_finish_is_no_end_whatever_was_reported(stage):
@@ -5194,6 +5244,16 @@ def test_the_text_of_a_cut_response_counts_once(stage):
     response = stage.post("responses", {"model": "chat", "input": "x", "stream": True})
     assert ends_in_error(stage, response)
     assert stage.row(response)["output"] == 2  # "Hello"
+
+
+def test_an_error_before_any_text_is_free_whatever_was_reported(stage):
+    told = {"message": {"model": "m", "usage": {"input_tokens": 900}}}
+    failed = {"type": "error", "error": {"type": "overloaded_error", "message": "x"}}
+    stage.main.script = [sse([{"type": "message_start", **told}, failed], done=False)]
+    ask = {"model": "chat", "messages": SAY_HELLO, "max_tokens": 99, "stream": True}
+    response = stage.post("messages", ask)
+    assert ends_in_error(stage, response)
+    assert stage.row(response)["state"] == proxy.RELEASED
 
 
 def test_a_stream_of_messages_is_whole_and_its_reports_add_up(stage):
@@ -5680,9 +5740,8 @@ def test_the_examples_name_models_that_are_here(
     order = {name: None for name in (*gone, "echo" if mine else "-")} | mine
     page = documentation(Api(app(accounts={"demo": None}, models=order)))
     found = re.findall(r'"?model"?[:=] ?"([\w-]+)"', page.html)
-    wanted = named if "paint" in named else named | {"jimeng-image"}
-    assert {*found} == wanted and DEMO_KEY not in page.html
-    assert ("no image model" in page.html) == ("paint" not in named)
+    assert {*found} == named and DEMO_KEY not in page.html
+    assert ("#images" in page.html) == ("image-curl" in page.html) == ("paint" in named)
 
 
 def in_one_line(text: str) -> str:
@@ -6787,13 +6846,14 @@ def test_the_last_byte_leaves_after_the_charge_is_on_disk(
 
 
 def test_a_json_answer_leaves_after_the_charge_is_on_disk(
-    ask: Callable, monkeypatch: pytest.MonkeyPatch
+    ask: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settled, real = [], os.fdatasync
     count = "SELECT count(*) FROM requests WHERE state = 1"
 
     def fdatasync(fd: int) -> None:
-        settled.extend(ask.services.ledger.read(count))
+        if is_in(tmp_path, fd):
+            settled.extend(ask.services.ledger.read(count))
         real(fd)
 
     monkeypatch.setattr(os, "fdatasync", fdatasync)
@@ -7176,14 +7236,22 @@ def test_an_account_that_is_admin_no_more_has_no_admin_keys(
     assert api.get("/v1/account", made["key"])["admin"] is False
 
 
-def test_a_new_account_has_no_keys_of_a_former_one(api: Api, tmp_path: Path) -> None:
+def test_a_new_account_has_no_keys_of_a_former_one(
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    monkeypatch.setattr(proxy.time, "time", lambda: now - 60)
     old = api.post("/v1/account/keys", OTHER_KEY, name="laptop")["key"]
+    monkeypatch.setattr(proxy.time, "time", lambda: now)
     take_out_other(api, tmp_path)
     api.post("/v1/accounts", ADMIN_KEY, id="other")
     assert api.refusal("GET", "/v1/account", old) == (401, "unauthorized")
     new = api.post("/v1/accounts/other/keys", ADMIN_KEY, name="new")["key"]
-    assert api.get("/v1/account", new)["id"] == "other"
-    keys_file(tmp_path, "http://127.0.0.1:9")
+    rows = api.get("/v1/account/keys", new)["data"]
+    assert [bool(row["revoked"]) for row in rows] == [True, False]
+    keys_file(tmp_path, "http://127.0.0.1:9")  # which declares it again
+    wait_for(lambda: api("GET", "/v1/account", OTHER_KEY).status_code == 200)
+    assert api.get("/v1/account", old)["id"] == "other"
 
 
 @pytest.mark.parametrize("id", ["team", "lab"])
@@ -8516,19 +8584,25 @@ def test_draining_finishes_short_streams_and_settles_long_ones(sig, gateway, tmp
                 os.killpg(group, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGQUIT])
-def test_an_interrupted_server_ends_its_streams_well(sig, gateway, gate, tmp_path):
+@pytest.mark.parametrize(
+    "kill, sig", [(os.killpg, signal.SIGINT)] * 3 + [(os.kill, signal.SIGQUIT)]
+)
+def test_an_interrupted_server_ends_its_streams_well(
+    kill, sig, gateway, gate, tmp_path
+):
     with Upstream([sse(WORDS, gate=gate)]) as up:
-        server = gateway(up.url, workers=2)
+        server = gateway(up.url, workers=1)  # another might be starting yet
         stream = Visit(server, TEAM_KEY, stream=True).start()
         started = time.monotonic()
-        os.kill(server.master_pid, sig)
-        assert json.loads(sse_events(stream.finish().body)[-1])["error"]
+        kill(server.master_pid, sig)  # a terminal signals the whole group
+        error = json.loads(sse_events(stream.finish().body)[-1])["error"]
+        assert "restarted" in error["message"]
         server.process.wait(10)
     assert time.monotonic() - started < 5
     row = (stream.id, proxy.SETTLED, 503)
     assert query(tmp_path, "SELECT id, state, status FROM requests") == [row]
-    assert f"event=request request={stream.id}" in server.log()
+    log = server.log()
+    assert f"event=request request={stream.id}" in log and "Traceback" not in log
 
 
 def test_a_client_that_does_not_read_is_settled_before_the_end(gateway, tmp_path):

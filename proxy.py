@@ -6156,13 +6156,21 @@ def when_ready(arbiter: Any) -> None:
     share_memory()
 
 
-def bound_clients(arbiter: Any, worker: Any) -> None:
+def bound_clients(worker: Any) -> None:
     """No read from and no write to a client takes longer than CLIENT_TIMEOUT: the
     accepted sockets inherit what is set on the listening ones."""
     limit = struct.pack("ll", CLIENT_TIMEOUT, 0)
     for listener in worker.sockets:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             listener.sock.setsockopt(socket.SOL_SOCKET, option, limit)
+
+
+def after_fork(arbiter: Any, worker: Any) -> None:
+    """Until a worker has handlers of its own a signal ends it: those of the master,
+    which it was born with, would only note it for the master."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    bound_clients(worker)
 
 
 def drain_on_signals(worker: Any) -> None:
@@ -6214,7 +6222,7 @@ class Server(BaseApplication):
             "loglevel": "warning",
             "proc_name": "proxy",
             "worker_tmp_dir": "/dev/shm" if os.path.isdir("/dev/shm") else None,
-            "post_fork": bound_clients,
+            "post_fork": after_fork,
             "post_worker_init": drain_on_signals,
             "when_ready": when_ready,
         }

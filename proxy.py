@@ -2084,7 +2084,8 @@ def parse_call(path: str, data: bytes) -> Call:
         natural(body, name, MAX_CHOICES)
     for name, value in UNSUPPORTED.items():
         if body.get(name) == value:
-            raise BadRequest(f"'{name}' may not be {value} here.", param=name)
+            told = f"'{name}' may not be {json.dumps(value)} here."
+            raise BadRequest(told, param=name)
     if stream and "images/" in path:
         raise BadRequest("Images are not streamed here.", param="stream")
     if path == "chat/completions":

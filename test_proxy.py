@@ -9095,7 +9095,8 @@ def test_a_full_disk_stops_new_requests_and_loses_no_charge(
         pids = server.wait_workers(2)
         streams = [Visit(server, TEAM_KEY, True, max_tokens=77).start() for _ in "123"]
         full = lambda: small_disk() and {status(server) for _ in range(5)} == {503}
-        wait_for(full, 5, "the disk is full")  # the log may be moved away once more
+        # The log may be moved away once more, and a charge is waited for.
+        wait_for(full, 5 + 12 * patience, "the disk is full")
         filler = tmp_path / "filler"
         asked = len(up.requests)
         refused = visits(10, server, TEAM_KEY, stream=False)

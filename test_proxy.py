@@ -122,7 +122,6 @@ class Connection:
     def __init__(self, sock: socket.socket, server: Upstream) -> None:
         self.sock, self.server, self.input = sock, server, sock.makefile("rb")
         self.closed = threading.Event()
-        self.closed_at: float | None = None
 
     def read(self, size: int) -> bytes:
         """Return exactly `size` bytes; raises Gone when the peer sends fewer."""
@@ -164,7 +163,6 @@ class Connection:
             self.sock.shutdown(socket.SHUT_WR)
             while self.input.read1(65536):
                 pass
-        self.closed_at = time.monotonic()
         self.closed.set()
         self.input.close()
         self.sock.close()
@@ -3217,7 +3215,7 @@ def test_a_text_that_is_nested_beyond_reading_ends_nothing() -> None:
     assert proxy.written({"choices": [{"delta": {"content": deep}}]}) == 0
 
 
-# Upstreams ---------------------------------------------------------------------------
+# HTTP --------------------------------------------------------------------------------
 
 
 # -- Stage ---------------------------------------------------------------------------
@@ -3762,6 +3760,8 @@ def refuse_by_the_head(server: socket.socket) -> None:
         size = ("Content-Length", str(len(body)))
         sock.sendall(head(413, ("Content-Type", "application/json"), size) + body)
 
+
+# Dialects ----------------------------------------------------------------------------
 
 # -- Dialects: DeepSeek --------------------------------------------------------------
 
@@ -5910,791 +5910,6 @@ def test_the_sdk_does_not_repeat_what_could_be_billed_twice(sdk, real):
     assert real.volc.submits == 1
 
 
-# Pages -------------------------------------------------------------------------------
-
-
-# -- Documentation -------------------------------------------------------------------
-
-CHROMIUM, CHROMEDRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
-EXAMPLES = {
-    "stream-curl": "sh",
-    "stream-python": "python",
-    "image-curl": "sh",
-    "python-requests": "python",
-    "python-openai": "python",
-    "javascript-fetch": "node",
-    "curl-chat": "sh",
-    "receipt-python": "python",
-    "account-curl": "sh",
-}
-TOLD_ON_THE_PAGE = [
-    "Authorization: Bearer", "dashboard", "/v1/chat/completions", '"messages"',
-    '"role": "system"', '"max_tokens": 1024', '"temperature": 0.7', '"stream"',
-    "chat.completion", '"finish_reason"', '"usage"', '"prompt_tokens"',
-    '"completion_tokens"', '"total_tokens"', "reasoning_content", "deepseek-chat",
-    "deepseek-r1", "deepseek-coder", "jimeng-image", "JiMeng", "requests", "OpenAI SDK",
-    "JavaScript", "cURL", "Retry-After", "per API key", "Concurrent requests",
-    "data: [DONE]", "include_usage", "x-request-id", "GET /v1/models", "x-should-retry",
-    "/v1/account/requests", "/v1/account/usage", "x-ratelimit-remaining-requests",
-]  # fmt: skip
-
-
-class Page(HTMLParser):
-    """A page's text, what its elements with an id say, and what it links to."""
-
-    VOID = {"meta", "link", "img", "br", "input", "hr"}
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.html, self.words, self.path = html, "", []
-        self.text: dict[str, str] = {}
-        self.attributes: list[tuple[str, str, str]] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attributes: list) -> None:
-        self.attributes += [(tag, name, value or "") for name, value in attributes]
-        id = dict(attributes).get("id", "")
-        self.text.setdefault(id, "")
-        self.path += [(tag, id)] * (tag not in self.VOID)
-
-    def handle_endtag(self, tag: str) -> None:
-        while self.path and self.path.pop()[0] != tag:
-            pass
-
-    def handle_data(self, data: str) -> None:
-        self.words += data
-        for _, id in self.path:
-            self.text[id] += data
-
-    def example(self, id: str) -> str:
-        """The text of a pre, without the line end after its tag (HTML §13.2.6.4.7)."""
-        return self.text[id].removeprefix("\n")
-
-    def values(self, *names: str) -> list[str]:
-        """What the attributes of these names say."""
-        return [value for _, name, value in self.attributes if name in names]
-
-
-def documentation(api: Api, **headers: str) -> Page:
-    """The documentation as this app shows it."""
-    return Page(api.client.get("/", headers=headers).text)
-
-
-@pytest.mark.parametrize(
-    "models, named",
-    [
-        ({}, {"echo"}),
-        ({"mine": "input"}, {"mine"}),
-        ({"mine": "input", "paint": "image"}, {"mine", "paint"}),
-    ],
-)
-def test_the_examples_name_models_that_are_here(
-    app: Callable, models: dict, named: set
-) -> None:
-    gone = "chat deepseek-chat deepseek-r1 embed flat jimeng-image seedream".split()
-    mine = {
-        name: {"upstream": "main/x", "price": {kind: 1}}
-        for name, kind in models.items()
-    }
-    order = {name: None for name in (*gone, "echo" if mine else "-")} | mine
-    page = documentation(Api(app(accounts={"demo": None}, models=order)))
-    found = re.findall(r'"?model"?[:=] ?"([\w-]+)"', page.html)
-    assert {*found} == named and DEMO_KEY not in page.html
-    assert ("#images" in page.html) == ("image-curl" in page.html) == ("paint" in named)
-
-
-def in_one_line(text: str) -> str:
-    """The text with single spaces."""
-    return " ".join(text.split())
-
-
-def test_the_documentation_has_all_of_the_contract(app: Callable) -> None:
-    coder = {"upstream": "main/x", "about": "Code", "price": {"input": 1}}
-    api = Api(app(models={"deepseek-coder": coder}))
-    words = in_one_line(documentation(api).words)
-    assert [text for text in TOLD_ON_THE_PAGE if text not in words] == []
-
-
-def test_the_documentation_lists_every_error_there_is(api: Api) -> None:
-    classes, kinds = [proxy.ProxyError], set()
-    for each in classes:
-        classes += each.__subclasses__()
-        kinds.add((str(each.status), each.code))
-    text = documentation(api).html
-    rows = re.findall(r"<tr><td>(\d+)</td><td><code>(\w+)</code>", text)
-    assert kinds - {*rows} == set()
-
-
-def test_every_code_in_the_documentation_can_come(api: Api) -> None:
-    source, _ = Path(proxy.__file__).read_text().split("# Pages ---")
-    text = documentation(api).html
-    codes = re.findall(r"<tr><td>\d+</td><td><code>(\w+)</code>", text)
-    assert (
-        len(codes) > 10 and [code for code in codes if f'"{code}"' not in source] == []
-    )
-
-
-def test_the_documentation_has_this_servers_values(app: Callable) -> None:
-    models = {"chat": {"about": "Fast & <b>cheap</b>", "price": {"input": 0.125}}}
-    limits = {"rate": "7/minute", "concurrent": 3}
-    page = documentation(Api(app(limits=limits, models=models)), Host="ai.example:81")
-    assert page.text["base-url"] == "http://ai.example:81/v1"
-    assert "http://ai.example:81/v1/chat/completions" in page.text["curl-chat"]
-    assert re.search(r"\D7\D", page.text["limit-table"])
-    assert re.search(r"\D3\D", page.text["limit-table"])
-    assert "Fast & <b>cheap</b>" in page.text["model-table"]
-    assert "0.125 per million input tokens" in page.text["model-table"]
-    assert "0.04 an image" in page.text["model-table"]
-    assert re.findall(r"@[A-Z_]+@", page.html) == []
-    assert "yourdomain" not in page.html
-
-
-def test_the_demo_key_is_in_the_examples(api: Api) -> None:
-    page = documentation(api)
-    for id in EXAMPLES:
-        assert DEMO_KEY in page.example(id) and "sk-your-api-key" not in page.example(
-            id
-        )
-
-
-def test_without_a_demo_the_examples_have_a_key_to_replace(app: Callable) -> None:
-    page = documentation(Api(app(accounts={"demo": None})))
-    for id in EXAMPLES:
-        assert "sk-your-api-key" in page.example(id)
-    assert "deepseek-chat" in page.example("python-requests")
-    assert "deepseek-r1" in page.example("python-openai")
-    assert "jimeng-image" in page.example("image-curl")
-    assert TEAM_KEY not in page.html
-
-
-def test_a_demo_key_of_odd_letters_is_text(app: Callable) -> None:
-    accounts = {"demo": {"keys": {"readme": 'sk-"><b>x'}}}
-    page = documentation(Api(app(accounts=accounts)))
-    assert 'sk-"><b>x' in page.example("curl-chat") and "<b>x" not in page.html
-
-
-NO_HOSTS = ['"><script>alert(1)</script>', "a'b", "ex ample", "@RATE@", ""]
-
-
-@pytest.mark.parametrize(
-    "host, answered",
-    [*((host, (200, "http:///v1")) for host in NO_HOSTS), ("x" * 3000, (400, None))],
-    ids=short,
-)
-def test_a_host_that_is_none_is_never_shown(
-    host: str, answered: tuple, api: Api
-) -> None:
-    answer = api.client.get("/", headers={"Host": host})
-    base_url = Page(answer.text).text.get("base-url")
-    assert (answer.status_code, base_url) == answered
-
-
-def test_behind_tls_the_base_url_is_https(board: Gateway) -> None:
-    headers = {"X-Forwarded-Proto": "https", "Host": "api.example.com"}
-    page = Page(client().get(f"{board.url}/", headers=headers).text)
-    assert page.text["base-url"] == "https://api.example.com/v1"
-
-
-def test_every_link_on_a_page_leads_somewhere(api: Api) -> None:
-    for path in ("/", "/dashboard"):
-        page = Page(api.client.get(path).text)
-        for target in page.values("href", "src"):
-            outer, _, anchor = target.partition("#")
-            assert not re.match("https?:|//", outer)
-            assert outer in {"", "data:,"} or api.client.get(outer).status_code == 200
-            assert anchor in {*page.text, ""}
-
-
-@pytest.mark.parametrize(
-    "path", ["/", "/dashboard", *(f"/assets/{n}" for n in proxy.ASSETS)]
-)
-def test_pages_have_strict_headers(path: str, api: Api) -> None:
-    answer = api.client.get(path)
-    policy = dict(
-        part.strip().partition(" ")[::2]
-        for part in answer.headers["Content-Security-Policy"].split(";")
-    )
-    assert answer.status_code == 200
-    assert policy["default-src"] == policy["base-uri"] == "'none'"
-    assert policy["frame-ancestors"] == "'none'"
-    assert (
-        policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
-    )
-    assert "unsafe" not in "".join(policy.values())
-    assert answer.headers["Cache-Control"] == "no-store"
-    assert answer.headers["X-Frame-Options"] == "DENY"
-    assert answer.headers["X-Content-Type-Options"] == "nosniff"
-    assert "Set-Cookie" not in answer.headers
-    assert answer.headers["x-request-id"].startswith("req_")
-
-
-def test_pages_hold_no_inline_code_and_no_foreign_address(api: Api) -> None:
-    for path in ("/", "/dashboard"):
-        page = Page(api.client.get(path).text)
-        names = {name for _, name, _ in page.attributes}
-        assert [
-            name for name in names if name == "style" or name.startswith("on")
-        ] == []
-        assert (
-            "<style" not in page.html
-            and re.findall(r"<script(?! src=)", page.html) == []
-        )
-
-
-def test_scripts_never_make_html_or_code_of_a_text() -> None:
-    ways = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|Function\("
-    ways += r"|srcdoc|localStorage|document\.cookie|https?://(?!www\.w3\.org)"
-    for text, kind in proxy.ASSETS.values():
-        assert re.findall(ways, text) == []
-        assert kind in {"text/css", "text/javascript"}
-
-
-@pytest.mark.parametrize(
-    "path", ["/assets/nothing.js", "/assets/..%2fproxy.py", "/keys.json"]
-)
-def test_there_are_no_other_pages(path: str, api: Api) -> None:
-    answer = api.client.get(path)
-    assert (answer.status_code, answer.json["error"]["code"]) == (404, "not_found")
-
-
-@pytest.fixture(scope="module")
-def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """One gateway of two workers for the pages; afterwards its ledger adds up."""
-    folder = tmp_path_factory.mktemp("board")
-    limits = {"limits": {"rate": "10000/minute"}}
-    accounts = {"demo": limits, "team": limits}
-    keys = keys_file(folder, "http://127.0.0.1:9", accounts=accounts)
-    with Gateway(keys, workers=2, threads=64) as server:
-        yield server
-        gc.collect()  # a connection that is still open delays the server's end
-    assert proof(keys.parent) == []
-
-
-@pytest.fixture(scope="module")
-def whole_board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway without demo, with the contract's models and its examples' key."""
-    folder = tmp_path_factory.mktemp("whole")
-    with FakeDeepSeek() as deep, FakeVolcengine() as volc:
-        volc.states, soon = ("done",), {"JIMENG_FIRST_POLL": 0.1}
-        upstreams = {"volc": {"url": volc.url, "key": volc.key}}
-        upstreams["main"] = {"url": deep.url, "key": deep.key}
-        models = {"jimeng-image": {"upstream": "volc/jimeng_t2i_v40"}}
-        you = {"credits": 1, "keys": {"docs": "sk-your-api-key"}}
-        accounts = {"demo": None, "you": you}
-        more = {"upstreams": upstreams, "models": models, "accounts": accounts}
-        keys = keys_file(folder, deep.url, **more)
-        with Gateway(keys, workers=2, constants=soon) as server:
-            yield server
-            server.kill_group()
-
-
-def run_example(page: Page, id: str, folder: Path) -> str:
-    """Run an example of the page as it stands; return what it prints."""
-    kind = EXAMPLES[id]
-    suffix = {"sh": "sh", "python": "py", "node": "mjs"}[kind]
-    file = folder / f"example.{suffix}"
-    file.write_text(page.example(id))
-    program = {"python": sys.executable}.get(kind, kind)
-    run = subprocess.run(
-        [program, file], capture_output=True, text=True, timeout=60, cwd=folder
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
-ECHOED = {
-    "stream-curl": "data: [DONE]",
-    "stream-python": "Write a haiku about rain\n",
-    "image-curl": '"content":"A futuristic city at sunset, cinematic lighting"',
-    "python-requests": "Explain quantum computing simply\n",
-    "python-openai": "Solve: 2x + 5 = 13\n",
-    "javascript-fetch": "What is the capital of France?\n",
-    "curl-chat": '"content":"Hello!"',
-    "receipt-python": "'status': 200",
-    "account-curl": '"available":',
-}
-RELAYED = {
-    "image-curl": "https://",
-    "python-requests": "Hello from the deep.\n",
-    "python-openai": "Hello from the deep.\n",
-    "receipt-python": "'model': 'deepseek-chat'",
-}
-
-
-def skip_without(program: str, module: str = "json") -> None:
-    """Skip where an example's program or module is not installed."""
-    pytest.importorskip(module)
-    if not shutil.which(program):
-        pytest.skip(f"needs {program}")
-
-
-NEEDS = {"javascript-fetch": ("node",), "stream-python": ("sh", "openai")}
-NEEDS |= {"python-openai": ("sh", "openai")}
-
-
-@pytest.mark.parametrize("id", EXAMPLES)
-def test_an_example_runs_as_it_stands(id: str, board: Gateway, tmp_path: Path) -> None:
-    skip_without(*NEEDS.get(id, ["curl"]))
-    page = Page(client().get(f"{board.url}/").text)
-    printed = run_example(page, id, tmp_path)
-    assert ECHOED[id] in printed.replace('": ', '":')
-
-
-@pytest.mark.parametrize("id", RELAYED)
-def test_an_example_of_the_contracts_models_runs_as_it_stands(
-    id: str, whole_board: Gateway, tmp_path: Path
-) -> None:
-    skip_without(*NEEDS.get(id, ["curl"]))
-    page = Page(client().get(f"{whole_board.url}/").text)
-    assert RELAYED[id] in run_example(page, id, tmp_path)
-
-
-def test_no_example_is_left_out(api: Api) -> None:
-    pairs = re.findall(
-        r'<pre id="([\w-]+)"\s+data-run="(\w+)"', documentation(api).html
-    )
-    assert dict(pairs) == EXAMPLES
-
-
-# -- Browser -------------------------------------------------------------------------
-
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--disable-dev-shm-usage", "--window-size=1280,900",
-)  # fmt: skip
-PHONE, DESK = 390, 1280
-HURRY = """
-    const wait = window.setTimeout;
-    window.setTimeout = (f, ms, ...more) => wait(f, ms === 5000 ? 1000 : ms, ...more);
-"""  # polls five times as often
-POSITIONS = "return [document.documentElement.scrollWidth, innerWidth]"
-
-
-class Tab:
-    """A tab of Chromium on one gateway, used as a person would."""
-
-    def __init__(self, driver: Any, server: Gateway) -> None:
-        self.driver, self.server = driver, server
-        self.js = driver.execute_script
-
-    def one(self, css: str) -> Any:
-        """The first element of a selector."""
-        return self.driver.find_element("css selector", css)
-
-    def all(self, css: str) -> list:
-        """All elements of a selector."""
-        return self.driver.find_elements("css selector", css)
-
-    def text(self, css: str) -> str:
-        """What the first element of a selector shows."""
-        return self.one(css).text
-
-    def shown(self, css: str) -> bool:
-        """Whether the first element of a selector is to be seen."""
-        return self.one(css).is_displayed()
-
-    def until(self, css: str, words: str = "", timeout: float = 10) -> Any:
-        """The first element of a selector, once it is seen and has the words."""
-
-        def there() -> Any:
-            found = [one for one in self.all(css) if one.is_displayed()]
-            return next((one for one in found if words in one.text), None)
-
-        return wait_for(self.unless_stale(there), timeout, f"{css}: {words}")
-
-    @staticmethod
-    def unless_stale(look: Callable[[], T]) -> Callable[[], T | None]:
-        """The look, which finds nothing while the page is being redrawn."""
-        from selenium.common.exceptions import StaleElementReferenceException
-
-        def careful() -> T | None:
-            with suppress(StaleElementReferenceException):
-                return look()
-            return None
-
-        return careful
-
-    def type(self, css: str, words: str) -> None:
-        """Replace what a field holds."""
-        self.one(css).clear()
-        self.one(css).send_keys(words)
-
-    def click(self, css: str) -> None:
-        """Click once it can be seen."""
-        self.until(css).click()
-
-    def open(
-        self, path: str = "/dashboard", width: int = DESK, dark: bool = False
-    ) -> None:
-        """Open a page as a new visitor."""
-        screen = {"width": width, "height": 900, "deviceScaleFactor": 1}
-        screen |= {"mobile": width == PHONE}
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        cdp = self.driver.execute_cdp_cmd
-        cdp("Emulation.setDeviceMetricsOverride", screen)
-        cdp("Emulation.setEmulatedMedia", {"features": [scheme]})
-        self.driver.get(self.server.url + "/healthz")
-        self.js("sessionStorage.clear()")
-        self.driver.get(self.server.url + path)
-
-    def sign_in(self, key: str, **look: Any) -> Self:
-        """Sign in as a new visitor and wait for the whole board."""
-        self.open(**look)
-        self.until("#key-input").send_keys(key, "\ue007")
-        for table in ("#requests", "#models", "#keys"):
-            self.until(f"{table} tbody tr")
-        return self
-
-    def make_key(self, name: str) -> str:
-        """Make a key with the form; return what the dialog shows once."""
-        self.type("#key-name", name)
-        self.click("#key-form button")
-        key = self.until("#made-key", "sk-").text
-        self.click("#made .actions button")
-        wait_for(lambda: not self.shown("#made"))
-        return key
-
-    def key_row(self, name: str) -> Any:
-        """The row of a key."""
-        rows = [row for row in self.all("#keys tbody tr") if name in row.text]
-        return rows[0] if rows else None
-
-    def revoke(self, name: str) -> None:
-        """Revoke a key and say yes."""
-        self.key_row(name).find_element("css selector", ".danger").click()
-        self.click("#ask .danger")
-        gone = self.unless_stale(lambda: "revoked" in self.key_row(name).text)
-        wait_for(gone, 10, f"{name} is shown as revoked")
-
-    def problems(self) -> list[str]:
-        """What the console says, answers that are no success left out."""
-        told = [entry["message"] for entry in self.driver.get_log("browser")]
-        return [text for text in told if "Failed to load resource" not in text]
-
-
-@pytest.fixture(scope="module")
-def driver(board: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One Chromium for all tests; ended before the server, whose end it would delay."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    if not (CHROMIUM.exists() and CHROMEDRIVER.exists()):
-        pytest.skip("needs Chromium and its driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    folder = tmp_path_factory.mktemp("chromium")
-    for flag in (*FLAGS, f"--user-data-dir={folder}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(str(CHROMEDRIVER))
-    made = webdriver.Chrome(options=options, service=service)
-    hurry = {"source": HURRY}
-    made.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", hurry)
-    yield made
-    made.quit()
-
-
-@pytest.fixture
-def tab(driver: Any, board: Gateway) -> Iterator[Tab]:
-    """A tab; after the test, its console has told of no violation and no mistake."""
-    made = Tab(driver, board)
-    made.problems()
-    yield made
-    assert made.problems() == []
-    assert made.js("return document.cookie + localStorage.length") == "0"
-
-
-def admin_post(server: Gateway, path: str, **body: Any) -> Any:
-    """What an admin's POST answers."""
-    headers = bearer(ADMIN_KEY)
-    answer = client().post(server.url + path, json=body, headers=headers)
-    assert answer.status_code == 201, answer.text
-    return answer.json()
-
-
-@pytest.fixture
-def newcomer(board: Gateway) -> str:
-    """The key of a new account with a credit."""
-    id = f"new {time.monotonic_ns()}"
-    admin_post(board, "/v1/accounts", id=id, credits=1)
-    return admin_post(board, f"/v1/accounts/{quote(id)}/keys", name="first")["key"]
-
-
-def test_a_wrong_key_says_so(tab: Tab) -> None:
-    tab.open()
-    for key, words in (("sk-wrong", "Wrong key"), ("sk clé", "not an API key")):
-        tab.type("#key-input", key)
-        tab.click("#sign-in-form button")
-        tab.until("#sign-in-form output", words)
-        assert not tab.shown("#board")
-    assert tab.js("return sessionStorage.length") == 0
-
-
-def test_the_key_is_kept_in_session_storage_alone(tab: Tab) -> None:
-    tab.sign_in(TEAM_KEY)
-    kept = tab.js("return [sessionStorage.length, sessionStorage['api-key']]")
-    assert kept == [1, TEAM_KEY]
-    assert TEAM_KEY not in tab.driver.current_url
-    assert TEAM_KEY not in tab.js("return document.documentElement.outerHTML")
-    tab.driver.refresh()
-    tab.until("#account-id", "team")
-    tab.click("#sign-out")
-    tab.until("#key-input")
-    assert tab.js("return sessionStorage.length") == 0
-    tab.driver.refresh()
-    tab.until("#key-input")
-    assert not tab.shown("#board")
-
-
-def test_a_key_is_made_used_watched_and_revoked(tab: Tab, newcomer: str) -> None:
-    openai = pytest.importorskip("openai")
-    tab.sign_in(newcomer)
-    assert "No requests" in tab.text("#requests")
-    key = tab.make_key("laptop")
-    assert key not in tab.js("return document.documentElement.outerHTML")
-    sdk = openai.OpenAI(api_key=key, base_url=f"{tab.server.url}/v1", max_retries=0)
-    messages = [{"role": "user", "content": "one two three"}]
-    ask = sdk.chat.completions.with_raw_response.create
-    answer = ask(model="echo", messages=messages)
-    assert answer.parse().choices[0].message.content == "one two three"
-    row = tab.until(f"#requests tr[data-id={answer.headers['x-request-id']}]")
-    assert all(word in row.text for word in ("200", "echo", "laptop", "3", "0.000006"))
-    wait_for(lambda: tab.text("#available") == "0.999994", what="the credits left")
-    tab.until("#models tbody", "0.000006")
-    tab.revoke("laptop")
-    with pytest.raises(openai.AuthenticationError):
-        ask(model="echo", messages=messages)
-
-
-def test_a_copied_key_is_the_whole_key(tab: Tab, newcomer: str) -> None:
-    tab.sign_in(newcomer)
-    grant = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
-    tab.driver.execute_cdp_cmd("Browser.grantPermissions", grant)
-    tab.type("#key-name", "copied")
-    tab.click("#key-form button")
-    key = tab.until("#made-key", "sk-").text
-    tab.click("#made .copy")
-    tab.until("#made .copy", "Copied")
-    read = "navigator.clipboard.readText().then(arguments[0])"
-    assert tab.driver.execute_async_script(read) == key
-
-
-def test_every_example_is_copied_as_it_is_shown(tab: Tab) -> None:
-    tab.open("/")
-    grant = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
-    tab.driver.execute_cdp_cmd("Browser.grantPermissions", grant)
-    page = Page(client().get(f"{tab.server.url}/").text)
-    for id in EXAMPLES:
-        button = tab.one(f"#{id} + .copy")
-        tab.js("arguments[0].scrollIntoView({block: 'center'})", button)
-        button.click()
-        tab.until(f"#{id} + .copy", "Copied")
-        read = "navigator.clipboard.readText().then(arguments[0])"
-        assert tab.driver.execute_async_script(read) == page.example(id)
-
-
-def test_revoking_asks_first(tab: Tab, newcomer: str) -> None:
-    tab.sign_in(newcomer)
-    tab.click("#keys .danger")
-    tab.until("#ask-text", "You are signed in with it")
-    tab.one("#ask").send_keys("\ue00c")
-    wait_for(lambda: not tab.shown("#ask"))
-    tab.click("#keys .danger")
-    tab.click("#ask button[value=no]")
-    wait_for(lambda: not tab.shown("#ask"))
-    headers = bearer(newcomer)
-    url = f"{tab.server.url}/v1/account/keys"
-    [row] = client().get(url, headers=headers).json()["data"]
-    assert row["revoked"] is None
-
-
-def test_revoking_ones_own_key_signs_out(tab: Tab, newcomer: str) -> None:
-    tab.sign_in(newcomer)
-    tab.click("#keys .danger")
-    tab.click("#ask .danger")
-    tab.until("#notice", "you revoked the key")
-    assert tab.js("return sessionStorage.length") == 0
-
-
-def test_a_key_revoked_elsewhere_ends_its_open_dashboard(
-    tab: Tab, newcomer: str
-) -> None:
-    tab.sign_in(newcomer)
-    headers = bearer(newcomer)
-    url = f"{tab.server.url}/v1/account/keys"
-    [row] = client().get(url, headers=headers).json()["data"]
-    client().delete(f"{url}/{row['id']}", headers=headers)
-    tab.click("#period button")
-    tab.until("#notice", "not valid any more", timeout=2)
-    assert not tab.shown("#board")
-    assert tab.js("return sessionStorage.length") == 0
-    assert tab.all("#keys tbody tr") == []
-
-
-def test_an_admin_makes_an_account_and_grants_it_credits(tab: Tab) -> None:
-    tab.sign_in(ADMIN_KEY)
-    name = f"zz {time.monotonic_ns()}"
-    tab.type("#account-name", name)
-    tab.type("#account-credits", "2.5")
-    tab.click("#account-form button")
-    tab.until("#account-id", name)
-    assert tab.text("#available") == "2.5"
-    tab.type("#grant-credits", "0.75")
-    tab.type("#grant-note", "for March")
-    tab.click("#grant-form button")
-    tab.until("#grant-form output", "Granted 0.75")
-    tab.until("#available", "3.25")
-    key = tab.make_key("theirs")
-    headers = bearer(key)
-    about = client().get(f"{tab.server.url}/v1/account", headers=headers).json()
-    assert (about["id"], about["credits"]["available"]) == (name, 3.25)
-    tab.click("#back")
-    tab.until("#account-id", "boss")
-    tab.type("#account-name", name)
-    tab.click("#account-form button")
-    tab.until("#account-form output", "already")
-
-
-def test_what_was_typed_for_one_account_is_not_left_for_the_next(tab: Tab) -> None:
-    tab.sign_in(ADMIN_KEY)
-    tab.type("#grant-credits", "0.5")
-    tab.click("#grant-form button")
-    tab.until("#grant-form output", "Granted 0.5")
-    tab.type("#grant-credits", "7")
-    tab.type("#key-name", "theirs")
-    tab.click("#key-admin")
-    name = f"zz {time.monotonic_ns()}"
-    tab.type("#account-name", name)
-    tab.click("#account-form button")
-    tab.until("#account-id", name)
-    typed = "return ['grant-credits', 'key-name'].map((id) => $(id).value).join('')"
-    assert tab.js(typed) == "" and tab.text("#grant-form output") == ""
-    assert tab.js("return $('key-admin').checked") is False
-
-
-def test_only_admins_see_the_admins_part(tab: Tab, newcomer: str) -> None:
-    tab.sign_in(newcomer)
-    hidden = ["#admin", "#grant-form", "#key-admin-label", "#back"]
-    assert [tab.shown(css) for css in hidden] == [False] * 4
-    tab.sign_in(ADMIN_KEY)
-    assert [tab.shown(css) for css in hidden] == [True] * 3 + [False]
-
-
-def test_a_name_is_text_on_the_dashboard(tab: Tab, newcomer: str) -> None:
-    for name in SHOWN_NAMES:
-        account = f"{name[:80]} {time.monotonic_ns() % 10**9}"
-        admin_post(tab.server, "/v1/accounts", id=account)
-        body = {"json": {"name": name}, "headers": bearer(newcomer)}
-        made = client().post(f"{tab.server.url}/v1/account/keys", **body).json()
-        assert chat(tab.server.url, made["key"], model="echo").ok
-    tab.sign_in(newcomer)
-    names = (
-        "return [...document.querySelectorAll(arguments[0])].map(n => n.textContent)"
-    )
-    assert {*SHOWN_NAMES} <= {*tab.js(names, "#keys bdi")}
-    assert {*SHOWN_NAMES} <= {*tab.js(names, "#requests bdi")}
-    tab.sign_in(ADMIN_KEY)
-    tab.until("#accounts", TAG)
-    assert tab.all("#board img") == []
-    tab.click("#accounts button[class=link] bdi[title^='<img']")
-    tab.until("#account-id", TAG)
-
-
-def test_a_name_too_long_is_refused_beside_its_form(tab: Tab, newcomer: str) -> None:
-    tab.sign_in(newcomer)
-    tab.type("#key-name", "x" * 300)
-    tab.click("#key-form button")
-    tab.until("#key-form output", "1 to 100 characters")
-
-
-def test_the_playground_streams_and_tells_the_cost(tab: Tab, newcomer: str) -> None:
-    tab.sign_in(newcomer)
-    tab.js("document.querySelector('#play-model').value = 'echo'")
-    tab.type("#play-message", f"{TAG} {{{{7*7}}}} مرحبا")
-    tab.click("#play-form .main")
-    tab.until("#play-form output", "Done in")
-    assert tab.text("#play-answer") == f"{TAG} {{{{7*7}}}} مرحبا"
-    assert "credits" in tab.text("#play-form output")
-    tab.until("#requests tbody tr[data-id]")
-
-
-def test_the_playground_says_what_went_wrong(tab: Tab, newcomer: str) -> None:
-    tab.sign_in(newcomer)
-    tab.js("document.querySelector('#play-model').value = 'chat'")
-    tab.type("#play-message", "Hello")
-    tab.click("#play-form .main")
-    tab.until("#play-form output.bad", "temporarily unavailable")
-
-
-def test_older_requests_come_page_by_page(tab: Tab, newcomer: str) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        asked = [
-            pool.submit(chat, tab.server.url, newcomer, model="echo")
-            for _ in range(120)
-        ]
-    assert all(one.result().ok for one in asked)
-    tab.sign_in(newcomer)
-    count = "return document.querySelectorAll('#requests tr[data-id]').length"
-    counts = [tab.js(count)]
-    for _ in range(2):
-        tab.click("#requests-more")
-        wait_for(lambda: tab.js(count) > counts[-1])
-        counts.append(tab.js(count))
-    assert counts == [50, 100, 120] and not tab.shown("#requests-more")
-    read = "return [...document.querySelectorAll('#requests tr[data-id]')]"
-    ids = tab.js(f"{read}.map(row => row.dataset.id)")
-    assert ids == sorted({*ids}, reverse=True)
-    assert tab.text("#requests-count") == "120 shown"
-
-
-def test_an_empty_dashboard_says_so(tab: Tab, newcomer: str) -> None:
-    tab.sign_in(newcomer)
-    assert "No requests" in tab.text("#requests")
-    assert "Nothing" in tab.text("#models")
-    assert not tab.shown("#requests-more") and not tab.shown("#chart")
-    assert "No spending" in tab.text("#spending-text")
-
-
-def test_the_dashboard_is_used_by_keyboard_alone(tab: Tab, newcomer: str) -> None:
-    tab.sign_in(newcomer)
-    missing = """
-        const all = [...document.querySelectorAll('#board button, #board input,'
-            + ' #board select, #board textarea')].filter((n) => n.checkVisibility());
-        return all.filter((n) => n.tabIndex < 0 || !(n.labels || []).length
-            && !n.textContent.trim() && !n.ariaLabel).map((n) => n.id);"""
-    assert tab.js(missing) == []
-    tab.js("document.querySelector('#key-name').focus()")
-    tab.driver.switch_to.active_element.send_keys("by keyboard", "\ue007")
-    tab.until("#made-key", "sk-")
-    tab.driver.switch_to.active_element.send_keys("\ue00c")
-    wait_for(lambda: not tab.shown("#made"))
-    wait_for(lambda: tab.key_row("by keyboard"))
-
-
-@pytest.mark.parametrize("width", [PHONE, DESK])
-@pytest.mark.parametrize("key", [None, TEAM_KEY, ADMIN_KEY], ids=["/", "team", "admin"])
-def test_a_page_is_no_wider_than_its_screen(
-    key: str | None, width: int, tab: Tab
-) -> None:
-    show = {None: lambda: tab.open("/", width)}
-    show.get(key, lambda: tab.sign_in(key, width=width))()
-    wide, screen = tab.js(POSITIONS)
-    assert wide <= screen == width
-
-
-def test_the_policy_stops_inline_code_and_foreign_addresses(tab: Tab) -> None:
-    tab.open()
-    tab.js("""
-        const script = document.createElement('script');
-        script.textContent = 'window.ran = 1';
-        document.body.append(script);
-        const image = '<img src=x onerror="window.ran = 1">';
-        document.body.insertAdjacentHTML('beforeend', image);
-        fetch('http://127.0.0.2:9/').catch(() => { window.refused = 1; });""")
-    wait_for(lambda: tab.js("return window.refused"))
-    assert tab.js("return window.ran") is None
-    assert len([text for text in tab.problems() if "Content Security" in text]) >= 3
-
-
 # Application -------------------------------------------------------------------------
 
 CHAT = "/v1/chat/completions"
@@ -8500,6 +7715,791 @@ def test_a_command_refuses_an_account_that_is_not_there(
 ) -> None:
     assert "tema" in refused_in_one_line(run(*words))
     assert "tema" not in run("credits", "show")[1]
+
+
+# Pages -------------------------------------------------------------------------------
+
+
+# -- Documentation -------------------------------------------------------------------
+
+CHROMIUM, CHROMEDRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
+EXAMPLES = {
+    "stream-curl": "sh",
+    "stream-python": "python",
+    "image-curl": "sh",
+    "python-requests": "python",
+    "python-openai": "python",
+    "javascript-fetch": "node",
+    "curl-chat": "sh",
+    "receipt-python": "python",
+    "account-curl": "sh",
+}
+TOLD_ON_THE_PAGE = [
+    "Authorization: Bearer", "dashboard", "/v1/chat/completions", '"messages"',
+    '"role": "system"', '"max_tokens": 1024', '"temperature": 0.7', '"stream"',
+    "chat.completion", '"finish_reason"', '"usage"', '"prompt_tokens"',
+    '"completion_tokens"', '"total_tokens"', "reasoning_content", "deepseek-chat",
+    "deepseek-r1", "deepseek-coder", "jimeng-image", "JiMeng", "requests", "OpenAI SDK",
+    "JavaScript", "cURL", "Retry-After", "per API key", "Concurrent requests",
+    "data: [DONE]", "include_usage", "x-request-id", "GET /v1/models", "x-should-retry",
+    "/v1/account/requests", "/v1/account/usage", "x-ratelimit-remaining-requests",
+]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """A page's text, what its elements with an id say, and what it links to."""
+
+    VOID = {"meta", "link", "img", "br", "input", "hr"}
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.html, self.words, self.path = html, "", []
+        self.text: dict[str, str] = {}
+        self.attributes: list[tuple[str, str, str]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attributes]
+        id = dict(attributes).get("id", "")
+        self.text.setdefault(id, "")
+        self.path += [(tag, id)] * (tag not in self.VOID)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.path and self.path.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+        for _, id in self.path:
+            self.text[id] += data
+
+    def example(self, id: str) -> str:
+        """The text of a pre, without the line end after its tag (HTML §13.2.6.4.7)."""
+        return self.text[id].removeprefix("\n")
+
+    def values(self, *names: str) -> list[str]:
+        """What the attributes of these names say."""
+        return [value for _, name, value in self.attributes if name in names]
+
+
+def documentation(api: Api, **headers: str) -> Page:
+    """The documentation as this app shows it."""
+    return Page(api.client.get("/", headers=headers).text)
+
+
+@pytest.mark.parametrize(
+    "models, named",
+    [
+        ({}, {"echo"}),
+        ({"mine": "input"}, {"mine"}),
+        ({"mine": "input", "paint": "image"}, {"mine", "paint"}),
+    ],
+)
+def test_the_examples_name_models_that_are_here(
+    app: Callable, models: dict, named: set
+) -> None:
+    gone = "chat deepseek-chat deepseek-r1 embed flat jimeng-image seedream".split()
+    mine = {
+        name: {"upstream": "main/x", "price": {kind: 1}}
+        for name, kind in models.items()
+    }
+    order = {name: None for name in (*gone, "echo" if mine else "-")} | mine
+    page = documentation(Api(app(accounts={"demo": None}, models=order)))
+    found = re.findall(r'"?model"?[:=] ?"([\w-]+)"', page.html)
+    assert {*found} == named and DEMO_KEY not in page.html
+    assert ("#images" in page.html) == ("image-curl" in page.html) == ("paint" in named)
+
+
+def in_one_line(text: str) -> str:
+    """The text with single spaces."""
+    return " ".join(text.split())
+
+
+def test_the_documentation_has_all_of_the_contract(app: Callable) -> None:
+    coder = {"upstream": "main/x", "about": "Code", "price": {"input": 1}}
+    api = Api(app(models={"deepseek-coder": coder}))
+    words = in_one_line(documentation(api).words)
+    assert [text for text in TOLD_ON_THE_PAGE if text not in words] == []
+
+
+def test_the_documentation_lists_every_error_there_is(api: Api) -> None:
+    classes, kinds = [proxy.ProxyError], set()
+    for each in classes:
+        classes += each.__subclasses__()
+        kinds.add((str(each.status), each.code))
+    text = documentation(api).html
+    rows = re.findall(r"<tr><td>(\d+)</td><td><code>(\w+)</code>", text)
+    assert kinds - {*rows} == set()
+
+
+def test_every_code_in_the_documentation_can_come(api: Api) -> None:
+    source, _ = Path(proxy.__file__).read_text().split("# Pages ---")
+    text = documentation(api).html
+    codes = re.findall(r"<tr><td>\d+</td><td><code>(\w+)</code>", text)
+    assert (
+        len(codes) > 10 and [code for code in codes if f'"{code}"' not in source] == []
+    )
+
+
+def test_the_documentation_has_this_servers_values(app: Callable) -> None:
+    models = {"chat": {"about": "Fast & <b>cheap</b>", "price": {"input": 0.125}}}
+    limits = {"rate": "7/minute", "concurrent": 3}
+    page = documentation(Api(app(limits=limits, models=models)), Host="ai.example:81")
+    assert page.text["base-url"] == "http://ai.example:81/v1"
+    assert "http://ai.example:81/v1/chat/completions" in page.text["curl-chat"]
+    assert re.search(r"\D7\D", page.text["limit-table"])
+    assert re.search(r"\D3\D", page.text["limit-table"])
+    assert "Fast & <b>cheap</b>" in page.text["model-table"]
+    assert "0.125 per million input tokens" in page.text["model-table"]
+    assert "0.04 an image" in page.text["model-table"]
+    assert re.findall(r"@[A-Z_]+@", page.html) == []
+    assert "yourdomain" not in page.html
+
+
+def test_the_demo_key_is_in_the_examples(api: Api) -> None:
+    page = documentation(api)
+    for id in EXAMPLES:
+        assert DEMO_KEY in page.example(id) and "sk-your-api-key" not in page.example(
+            id
+        )
+
+
+def test_without_a_demo_the_examples_have_a_key_to_replace(app: Callable) -> None:
+    page = documentation(Api(app(accounts={"demo": None})))
+    for id in EXAMPLES:
+        assert "sk-your-api-key" in page.example(id)
+    assert "deepseek-chat" in page.example("python-requests")
+    assert "deepseek-r1" in page.example("python-openai")
+    assert "jimeng-image" in page.example("image-curl")
+    assert TEAM_KEY not in page.html
+
+
+def test_a_demo_key_of_odd_letters_is_text(app: Callable) -> None:
+    accounts = {"demo": {"keys": {"readme": 'sk-"><b>x'}}}
+    page = documentation(Api(app(accounts=accounts)))
+    assert 'sk-"><b>x' in page.example("curl-chat") and "<b>x" not in page.html
+
+
+NO_HOSTS = ['"><script>alert(1)</script>', "a'b", "ex ample", "@RATE@", ""]
+
+
+@pytest.mark.parametrize(
+    "host, answered",
+    [*((host, (200, "http:///v1")) for host in NO_HOSTS), ("x" * 3000, (400, None))],
+    ids=short,
+)
+def test_a_host_that_is_none_is_never_shown(
+    host: str, answered: tuple, api: Api
+) -> None:
+    answer = api.client.get("/", headers={"Host": host})
+    base_url = Page(answer.text).text.get("base-url")
+    assert (answer.status_code, base_url) == answered
+
+
+def test_behind_tls_the_base_url_is_https(board: Gateway) -> None:
+    headers = {"X-Forwarded-Proto": "https", "Host": "api.example.com"}
+    page = Page(client().get(f"{board.url}/", headers=headers).text)
+    assert page.text["base-url"] == "https://api.example.com/v1"
+
+
+def test_every_link_on_a_page_leads_somewhere(api: Api) -> None:
+    for path in ("/", "/dashboard"):
+        page = Page(api.client.get(path).text)
+        for target in page.values("href", "src"):
+            outer, _, anchor = target.partition("#")
+            assert not re.match("https?:|//", outer)
+            assert outer in {"", "data:,"} or api.client.get(outer).status_code == 200
+            assert anchor in {*page.text, ""}
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/dashboard", *(f"/assets/{n}" for n in proxy.ASSETS)]
+)
+def test_pages_have_strict_headers(path: str, api: Api) -> None:
+    answer = api.client.get(path)
+    policy = dict(
+        part.strip().partition(" ")[::2]
+        for part in answer.headers["Content-Security-Policy"].split(";")
+    )
+    assert answer.status_code == 200
+    assert policy["default-src"] == policy["base-uri"] == "'none'"
+    assert policy["frame-ancestors"] == "'none'"
+    assert (
+        policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    )
+    assert "unsafe" not in "".join(policy.values())
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["X-Frame-Options"] == "DENY"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert "Set-Cookie" not in answer.headers
+    assert answer.headers["x-request-id"].startswith("req_")
+
+
+def test_pages_hold_no_inline_code_and_no_foreign_address(api: Api) -> None:
+    for path in ("/", "/dashboard"):
+        page = Page(api.client.get(path).text)
+        names = {name for _, name, _ in page.attributes}
+        assert [
+            name for name in names if name == "style" or name.startswith("on")
+        ] == []
+        assert (
+            "<style" not in page.html
+            and re.findall(r"<script(?! src=)", page.html) == []
+        )
+
+
+def test_scripts_never_make_html_or_code_of_a_text() -> None:
+    ways = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|Function\("
+    ways += r"|srcdoc|localStorage|document\.cookie|https?://(?!www\.w3\.org)"
+    for text, kind in proxy.ASSETS.values():
+        assert re.findall(ways, text) == []
+        assert kind in {"text/css", "text/javascript"}
+
+
+@pytest.mark.parametrize(
+    "path", ["/assets/nothing.js", "/assets/..%2fproxy.py", "/keys.json"]
+)
+def test_there_are_no_other_pages(path: str, api: Api) -> None:
+    answer = api.client.get(path)
+    assert (answer.status_code, answer.json["error"]["code"]) == (404, "not_found")
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """One gateway of two workers for the pages; afterwards its ledger adds up."""
+    folder = tmp_path_factory.mktemp("board")
+    limits = {"limits": {"rate": "10000/minute"}}
+    accounts = {"demo": limits, "team": limits}
+    keys = keys_file(folder, "http://127.0.0.1:9", accounts=accounts)
+    with Gateway(keys, workers=2, threads=64) as server:
+        yield server
+        gc.collect()  # a connection that is still open delays the server's end
+    assert proof(keys.parent) == []
+
+
+@pytest.fixture(scope="module")
+def whole_board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway without demo, with the contract's models and its examples' key."""
+    folder = tmp_path_factory.mktemp("whole")
+    with FakeDeepSeek() as deep, FakeVolcengine() as volc:
+        volc.states, soon = ("done",), {"JIMENG_FIRST_POLL": 0.1}
+        upstreams = {"volc": {"url": volc.url, "key": volc.key}}
+        upstreams["main"] = {"url": deep.url, "key": deep.key}
+        models = {"jimeng-image": {"upstream": "volc/jimeng_t2i_v40"}}
+        you = {"credits": 1, "keys": {"docs": "sk-your-api-key"}}
+        accounts = {"demo": None, "you": you}
+        more = {"upstreams": upstreams, "models": models, "accounts": accounts}
+        keys = keys_file(folder, deep.url, **more)
+        with Gateway(keys, workers=2, constants=soon) as server:
+            yield server
+            server.kill_group()
+
+
+def run_example(page: Page, id: str, folder: Path) -> str:
+    """Run an example of the page as it stands; return what it prints."""
+    kind = EXAMPLES[id]
+    suffix = {"sh": "sh", "python": "py", "node": "mjs"}[kind]
+    file = folder / f"example.{suffix}"
+    file.write_text(page.example(id))
+    program = {"python": sys.executable}.get(kind, kind)
+    run = subprocess.run(
+        [program, file], capture_output=True, text=True, timeout=60, cwd=folder
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+ECHOED = {
+    "stream-curl": "data: [DONE]",
+    "stream-python": "Write a haiku about rain\n",
+    "image-curl": '"content":"A futuristic city at sunset, cinematic lighting"',
+    "python-requests": "Explain quantum computing simply\n",
+    "python-openai": "Solve: 2x + 5 = 13\n",
+    "javascript-fetch": "What is the capital of France?\n",
+    "curl-chat": '"content":"Hello!"',
+    "receipt-python": "'status': 200",
+    "account-curl": '"available":',
+}
+RELAYED = {
+    "image-curl": "https://",
+    "python-requests": "Hello from the deep.\n",
+    "python-openai": "Hello from the deep.\n",
+    "receipt-python": "'model': 'deepseek-chat'",
+}
+
+
+def skip_without(program: str, module: str = "json") -> None:
+    """Skip where an example's program or module is not installed."""
+    pytest.importorskip(module)
+    if not shutil.which(program):
+        pytest.skip(f"needs {program}")
+
+
+NEEDS = {"javascript-fetch": ("node",), "stream-python": ("sh", "openai")}
+NEEDS |= {"python-openai": ("sh", "openai")}
+
+
+@pytest.mark.parametrize("id", EXAMPLES)
+def test_an_example_runs_as_it_stands(id: str, board: Gateway, tmp_path: Path) -> None:
+    skip_without(*NEEDS.get(id, ["curl"]))
+    page = Page(client().get(f"{board.url}/").text)
+    printed = run_example(page, id, tmp_path)
+    assert ECHOED[id] in printed.replace('": ', '":')
+
+
+@pytest.mark.parametrize("id", RELAYED)
+def test_an_example_of_the_contracts_models_runs_as_it_stands(
+    id: str, whole_board: Gateway, tmp_path: Path
+) -> None:
+    skip_without(*NEEDS.get(id, ["curl"]))
+    page = Page(client().get(f"{whole_board.url}/").text)
+    assert RELAYED[id] in run_example(page, id, tmp_path)
+
+
+def test_no_example_is_left_out(api: Api) -> None:
+    pairs = re.findall(
+        r'<pre id="([\w-]+)"\s+data-run="(\w+)"', documentation(api).html
+    )
+    assert dict(pairs) == EXAMPLES
+
+
+# -- Browser -------------------------------------------------------------------------
+
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage", "--window-size=1280,900",
+)  # fmt: skip
+PHONE, DESK = 390, 1280
+HURRY = """
+    const wait = window.setTimeout;
+    window.setTimeout = (f, ms, ...more) => wait(f, ms === 5000 ? 1000 : ms, ...more);
+"""  # polls five times as often
+POSITIONS = "return [document.documentElement.scrollWidth, innerWidth]"
+
+
+class Tab:
+    """A tab of Chromium on one gateway, used as a person would."""
+
+    def __init__(self, driver: Any, server: Gateway) -> None:
+        self.driver, self.server = driver, server
+        self.js = driver.execute_script
+
+    def one(self, css: str) -> Any:
+        """The first element of a selector."""
+        return self.driver.find_element("css selector", css)
+
+    def all(self, css: str) -> list:
+        """All elements of a selector."""
+        return self.driver.find_elements("css selector", css)
+
+    def text(self, css: str) -> str:
+        """What the first element of a selector shows."""
+        return self.one(css).text
+
+    def shown(self, css: str) -> bool:
+        """Whether the first element of a selector is to be seen."""
+        return self.one(css).is_displayed()
+
+    def until(self, css: str, words: str = "", timeout: float = 10) -> Any:
+        """The first element of a selector, once it is seen and has the words."""
+
+        def there() -> Any:
+            found = [one for one in self.all(css) if one.is_displayed()]
+            return next((one for one in found if words in one.text), None)
+
+        return wait_for(self.unless_stale(there), timeout, f"{css}: {words}")
+
+    @staticmethod
+    def unless_stale(look: Callable[[], T]) -> Callable[[], T | None]:
+        """The look, which finds nothing while the page is being redrawn."""
+        from selenium.common.exceptions import StaleElementReferenceException
+
+        def careful() -> T | None:
+            with suppress(StaleElementReferenceException):
+                return look()
+            return None
+
+        return careful
+
+    def type(self, css: str, words: str) -> None:
+        """Replace what a field holds."""
+        self.one(css).clear()
+        self.one(css).send_keys(words)
+
+    def click(self, css: str) -> None:
+        """Click once it can be seen."""
+        self.until(css).click()
+
+    def open(
+        self, path: str = "/dashboard", width: int = DESK, dark: bool = False
+    ) -> None:
+        """Open a page as a new visitor."""
+        screen = {"width": width, "height": 900, "deviceScaleFactor": 1}
+        screen |= {"mobile": width == PHONE}
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        cdp = self.driver.execute_cdp_cmd
+        cdp("Emulation.setDeviceMetricsOverride", screen)
+        cdp("Emulation.setEmulatedMedia", {"features": [scheme]})
+        self.driver.get(self.server.url + "/healthz")
+        self.js("sessionStorage.clear()")
+        self.driver.get(self.server.url + path)
+
+    def sign_in(self, key: str, **look: Any) -> Self:
+        """Sign in as a new visitor and wait for the whole board."""
+        self.open(**look)
+        self.until("#key-input").send_keys(key, "\ue007")
+        for table in ("#requests", "#models", "#keys"):
+            self.until(f"{table} tbody tr")
+        return self
+
+    def make_key(self, name: str) -> str:
+        """Make a key with the form; return what the dialog shows once."""
+        self.type("#key-name", name)
+        self.click("#key-form button")
+        key = self.until("#made-key", "sk-").text
+        self.click("#made .actions button")
+        wait_for(lambda: not self.shown("#made"))
+        return key
+
+    def key_row(self, name: str) -> Any:
+        """The row of a key."""
+        rows = [row for row in self.all("#keys tbody tr") if name in row.text]
+        return rows[0] if rows else None
+
+    def revoke(self, name: str) -> None:
+        """Revoke a key and say yes."""
+        self.key_row(name).find_element("css selector", ".danger").click()
+        self.click("#ask .danger")
+        gone = self.unless_stale(lambda: "revoked" in self.key_row(name).text)
+        wait_for(gone, 10, f"{name} is shown as revoked")
+
+    def problems(self) -> list[str]:
+        """What the console says, answers that are no success left out."""
+        told = [entry["message"] for entry in self.driver.get_log("browser")]
+        return [text for text in told if "Failed to load resource" not in text]
+
+
+@pytest.fixture(scope="module")
+def driver(board: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One Chromium for all tests; ended before the server, whose end it would delay."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if not (CHROMIUM.exists() and CHROMEDRIVER.exists()):
+        pytest.skip("needs Chromium and its driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    folder = tmp_path_factory.mktemp("chromium")
+    for flag in (*FLAGS, f"--user-data-dir={folder}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(str(CHROMEDRIVER))
+    made = webdriver.Chrome(options=options, service=service)
+    hurry = {"source": HURRY}
+    made.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", hurry)
+    yield made
+    made.quit()
+
+
+@pytest.fixture
+def tab(driver: Any, board: Gateway) -> Iterator[Tab]:
+    """A tab; after the test, its console has told of no violation and no mistake."""
+    made = Tab(driver, board)
+    made.problems()
+    yield made
+    assert made.problems() == []
+    assert made.js("return document.cookie + localStorage.length") == "0"
+
+
+def admin_post(server: Gateway, path: str, **body: Any) -> Any:
+    """What an admin's POST answers."""
+    headers = bearer(ADMIN_KEY)
+    answer = client().post(server.url + path, json=body, headers=headers)
+    assert answer.status_code == 201, answer.text
+    return answer.json()
+
+
+@pytest.fixture
+def newcomer(board: Gateway) -> str:
+    """The key of a new account with a credit."""
+    id = f"new {time.monotonic_ns()}"
+    admin_post(board, "/v1/accounts", id=id, credits=1)
+    return admin_post(board, f"/v1/accounts/{quote(id)}/keys", name="first")["key"]
+
+
+def test_a_wrong_key_says_so(tab: Tab) -> None:
+    tab.open()
+    for key, words in (("sk-wrong", "Wrong key"), ("sk clé", "not an API key")):
+        tab.type("#key-input", key)
+        tab.click("#sign-in-form button")
+        tab.until("#sign-in-form output", words)
+        assert not tab.shown("#board")
+    assert tab.js("return sessionStorage.length") == 0
+
+
+def test_the_key_is_kept_in_session_storage_alone(tab: Tab) -> None:
+    tab.sign_in(TEAM_KEY)
+    kept = tab.js("return [sessionStorage.length, sessionStorage['api-key']]")
+    assert kept == [1, TEAM_KEY]
+    assert TEAM_KEY not in tab.driver.current_url
+    assert TEAM_KEY not in tab.js("return document.documentElement.outerHTML")
+    tab.driver.refresh()
+    tab.until("#account-id", "team")
+    tab.click("#sign-out")
+    tab.until("#key-input")
+    assert tab.js("return sessionStorage.length") == 0
+    tab.driver.refresh()
+    tab.until("#key-input")
+    assert not tab.shown("#board")
+
+
+def test_a_key_is_made_used_watched_and_revoked(tab: Tab, newcomer: str) -> None:
+    openai = pytest.importorskip("openai")
+    tab.sign_in(newcomer)
+    assert "No requests" in tab.text("#requests")
+    key = tab.make_key("laptop")
+    assert key not in tab.js("return document.documentElement.outerHTML")
+    sdk = openai.OpenAI(api_key=key, base_url=f"{tab.server.url}/v1", max_retries=0)
+    messages = [{"role": "user", "content": "one two three"}]
+    ask = sdk.chat.completions.with_raw_response.create
+    answer = ask(model="echo", messages=messages)
+    assert answer.parse().choices[0].message.content == "one two three"
+    row = tab.until(f"#requests tr[data-id={answer.headers['x-request-id']}]")
+    assert all(word in row.text for word in ("200", "echo", "laptop", "3", "0.000006"))
+    wait_for(lambda: tab.text("#available") == "0.999994", what="the credits left")
+    tab.until("#models tbody", "0.000006")
+    tab.revoke("laptop")
+    with pytest.raises(openai.AuthenticationError):
+        ask(model="echo", messages=messages)
+
+
+def test_a_copied_key_is_the_whole_key(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    grant = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    tab.driver.execute_cdp_cmd("Browser.grantPermissions", grant)
+    tab.type("#key-name", "copied")
+    tab.click("#key-form button")
+    key = tab.until("#made-key", "sk-").text
+    tab.click("#made .copy")
+    tab.until("#made .copy", "Copied")
+    read = "navigator.clipboard.readText().then(arguments[0])"
+    assert tab.driver.execute_async_script(read) == key
+
+
+def test_every_example_is_copied_as_it_is_shown(tab: Tab) -> None:
+    tab.open("/")
+    grant = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    tab.driver.execute_cdp_cmd("Browser.grantPermissions", grant)
+    page = Page(client().get(f"{tab.server.url}/").text)
+    for id in EXAMPLES:
+        button = tab.one(f"#{id} + .copy")
+        tab.js("arguments[0].scrollIntoView({block: 'center'})", button)
+        button.click()
+        tab.until(f"#{id} + .copy", "Copied")
+        read = "navigator.clipboard.readText().then(arguments[0])"
+        assert tab.driver.execute_async_script(read) == page.example(id)
+
+
+def test_revoking_asks_first(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    tab.click("#keys .danger")
+    tab.until("#ask-text", "You are signed in with it")
+    tab.one("#ask").send_keys("\ue00c")
+    wait_for(lambda: not tab.shown("#ask"))
+    tab.click("#keys .danger")
+    tab.click("#ask button[value=no]")
+    wait_for(lambda: not tab.shown("#ask"))
+    headers = bearer(newcomer)
+    url = f"{tab.server.url}/v1/account/keys"
+    [row] = client().get(url, headers=headers).json()["data"]
+    assert row["revoked"] is None
+
+
+def test_revoking_ones_own_key_signs_out(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    tab.click("#keys .danger")
+    tab.click("#ask .danger")
+    tab.until("#notice", "you revoked the key")
+    assert tab.js("return sessionStorage.length") == 0
+
+
+def test_a_key_revoked_elsewhere_ends_its_open_dashboard(
+    tab: Tab, newcomer: str
+) -> None:
+    tab.sign_in(newcomer)
+    headers = bearer(newcomer)
+    url = f"{tab.server.url}/v1/account/keys"
+    [row] = client().get(url, headers=headers).json()["data"]
+    client().delete(f"{url}/{row['id']}", headers=headers)
+    tab.click("#period button")
+    tab.until("#notice", "not valid any more", timeout=2)
+    assert not tab.shown("#board")
+    assert tab.js("return sessionStorage.length") == 0
+    assert tab.all("#keys tbody tr") == []
+
+
+def test_an_admin_makes_an_account_and_grants_it_credits(tab: Tab) -> None:
+    tab.sign_in(ADMIN_KEY)
+    name = f"zz {time.monotonic_ns()}"
+    tab.type("#account-name", name)
+    tab.type("#account-credits", "2.5")
+    tab.click("#account-form button")
+    tab.until("#account-id", name)
+    assert tab.text("#available") == "2.5"
+    tab.type("#grant-credits", "0.75")
+    tab.type("#grant-note", "for March")
+    tab.click("#grant-form button")
+    tab.until("#grant-form output", "Granted 0.75")
+    tab.until("#available", "3.25")
+    key = tab.make_key("theirs")
+    headers = bearer(key)
+    about = client().get(f"{tab.server.url}/v1/account", headers=headers).json()
+    assert (about["id"], about["credits"]["available"]) == (name, 3.25)
+    tab.click("#back")
+    tab.until("#account-id", "boss")
+    tab.type("#account-name", name)
+    tab.click("#account-form button")
+    tab.until("#account-form output", "already")
+
+
+def test_what_was_typed_for_one_account_is_not_left_for_the_next(tab: Tab) -> None:
+    tab.sign_in(ADMIN_KEY)
+    tab.type("#grant-credits", "0.5")
+    tab.click("#grant-form button")
+    tab.until("#grant-form output", "Granted 0.5")
+    tab.type("#grant-credits", "7")
+    tab.type("#key-name", "theirs")
+    tab.click("#key-admin")
+    name = f"zz {time.monotonic_ns()}"
+    tab.type("#account-name", name)
+    tab.click("#account-form button")
+    tab.until("#account-id", name)
+    typed = "return ['grant-credits', 'key-name'].map((id) => $(id).value).join('')"
+    assert tab.js(typed) == "" and tab.text("#grant-form output") == ""
+    assert tab.js("return $('key-admin').checked") is False
+
+
+def test_only_admins_see_the_admins_part(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    hidden = ["#admin", "#grant-form", "#key-admin-label", "#back"]
+    assert [tab.shown(css) for css in hidden] == [False] * 4
+    tab.sign_in(ADMIN_KEY)
+    assert [tab.shown(css) for css in hidden] == [True] * 3 + [False]
+
+
+def test_a_name_is_text_on_the_dashboard(tab: Tab, newcomer: str) -> None:
+    for name in SHOWN_NAMES:
+        account = f"{name[:80]} {time.monotonic_ns() % 10**9}"
+        admin_post(tab.server, "/v1/accounts", id=account)
+        body = {"json": {"name": name}, "headers": bearer(newcomer)}
+        made = client().post(f"{tab.server.url}/v1/account/keys", **body).json()
+        assert chat(tab.server.url, made["key"], model="echo").ok
+    tab.sign_in(newcomer)
+    names = (
+        "return [...document.querySelectorAll(arguments[0])].map(n => n.textContent)"
+    )
+    assert {*SHOWN_NAMES} <= {*tab.js(names, "#keys bdi")}
+    assert {*SHOWN_NAMES} <= {*tab.js(names, "#requests bdi")}
+    tab.sign_in(ADMIN_KEY)
+    tab.until("#accounts", TAG)
+    assert tab.all("#board img") == []
+    tab.click("#accounts button[class=link] bdi[title^='<img']")
+    tab.until("#account-id", TAG)
+
+
+def test_a_name_too_long_is_refused_beside_its_form(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    tab.type("#key-name", "x" * 300)
+    tab.click("#key-form button")
+    tab.until("#key-form output", "1 to 100 characters")
+
+
+def test_the_playground_streams_and_tells_the_cost(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    tab.js("document.querySelector('#play-model').value = 'echo'")
+    tab.type("#play-message", f"{TAG} {{{{7*7}}}} مرحبا")
+    tab.click("#play-form .main")
+    tab.until("#play-form output", "Done in")
+    assert tab.text("#play-answer") == f"{TAG} {{{{7*7}}}} مرحبا"
+    assert "credits" in tab.text("#play-form output")
+    tab.until("#requests tbody tr[data-id]")
+
+
+def test_the_playground_says_what_went_wrong(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    tab.js("document.querySelector('#play-model').value = 'chat'")
+    tab.type("#play-message", "Hello")
+    tab.click("#play-form .main")
+    tab.until("#play-form output.bad", "temporarily unavailable")
+
+
+def test_older_requests_come_page_by_page(tab: Tab, newcomer: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        asked = [
+            pool.submit(chat, tab.server.url, newcomer, model="echo")
+            for _ in range(120)
+        ]
+    assert all(one.result().ok for one in asked)
+    tab.sign_in(newcomer)
+    count = "return document.querySelectorAll('#requests tr[data-id]').length"
+    counts = [tab.js(count)]
+    for _ in range(2):
+        tab.click("#requests-more")
+        wait_for(lambda: tab.js(count) > counts[-1])
+        counts.append(tab.js(count))
+    assert counts == [50, 100, 120] and not tab.shown("#requests-more")
+    read = "return [...document.querySelectorAll('#requests tr[data-id]')]"
+    ids = tab.js(f"{read}.map(row => row.dataset.id)")
+    assert ids == sorted({*ids}, reverse=True)
+    assert tab.text("#requests-count") == "120 shown"
+
+
+def test_an_empty_dashboard_says_so(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    assert "No requests" in tab.text("#requests")
+    assert "Nothing" in tab.text("#models")
+    assert not tab.shown("#requests-more") and not tab.shown("#chart")
+    assert "No spending" in tab.text("#spending-text")
+
+
+def test_the_dashboard_is_used_by_keyboard_alone(tab: Tab, newcomer: str) -> None:
+    tab.sign_in(newcomer)
+    missing = """
+        const all = [...document.querySelectorAll('#board button, #board input,'
+            + ' #board select, #board textarea')].filter((n) => n.checkVisibility());
+        return all.filter((n) => n.tabIndex < 0 || !(n.labels || []).length
+            && !n.textContent.trim() && !n.ariaLabel).map((n) => n.id);"""
+    assert tab.js(missing) == []
+    tab.js("document.querySelector('#key-name').focus()")
+    tab.driver.switch_to.active_element.send_keys("by keyboard", "\ue007")
+    tab.until("#made-key", "sk-")
+    tab.driver.switch_to.active_element.send_keys("\ue00c")
+    wait_for(lambda: not tab.shown("#made"))
+    wait_for(lambda: tab.key_row("by keyboard"))
+
+
+@pytest.mark.parametrize("width", [PHONE, DESK])
+@pytest.mark.parametrize("key", [None, TEAM_KEY, ADMIN_KEY], ids=["/", "team", "admin"])
+def test_a_page_is_no_wider_than_its_screen(
+    key: str | None, width: int, tab: Tab
+) -> None:
+    show = {None: lambda: tab.open("/", width)}
+    show.get(key, lambda: tab.sign_in(key, width=width))()
+    wide, screen = tab.js(POSITIONS)
+    assert wide <= screen == width
+
+
+def test_the_policy_stops_inline_code_and_foreign_addresses(tab: Tab) -> None:
+    tab.open()
+    tab.js("""
+        const script = document.createElement('script');
+        script.textContent = 'window.ran = 1';
+        document.body.append(script);
+        const image = '<img src=x onerror="window.ran = 1">';
+        document.body.insertAdjacentHTML('beforeend', image);
+        fetch('http://127.0.0.2:9/').catch(() => { window.refused = 1; });""")
+    wait_for(lambda: tab.js("return window.refused"))
+    assert tab.js("return window.ran") is None
+    assert len([text for text in tab.problems() if "Content Security" in text]) >= 3
 
 
 # Processes, files and clients --------------------------------------------------------

@@ -1080,7 +1080,9 @@ class LedgerFile:
         nobody's."""
         if not self._places:
             raise LedgerUnavailable(f"{self.path} is not opened yet")
-        if self._look() != self._places:
+        with ledger_errors():
+            found = self._look()
+        if found != self._places:
             raise LedgerUnavailable(f"{self.path}, or its lock file, was replaced")
 
     def _connect(self, path: str | None = None) -> sqlite3.Connection:

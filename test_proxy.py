@@ -2331,6 +2331,18 @@ def test_a_ledger_without_its_lock_file_is_nobodys_until_it_is_back(
     assert sums(ledger) == (300, 0, 0)
 
 
+@pytest.mark.parametrize("missing", ["proxy.db", "proxy.db-lock"])
+def test_nobody_is_unknown_because_a_file_is_missing(
+    ledger: proxy.Ledger, tmp_path: Path, missing: str
+) -> None:
+    assert ledger.find_key("0" * 64) is None
+    os.rename(tmp_path / missing, tmp_path / "away")
+    with pytest.raises(proxy.LedgerUnavailable):
+        ledger.find_key("0" * 64)
+    os.rename(tmp_path / "away", tmp_path / missing)
+    assert ledger.find_key("0" * 64) is None
+
+
 def test_a_symlink_is_resolved_once(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "proxy.db").symlink_to(tmp_path / "disk" / "real.db")

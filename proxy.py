@@ -2761,6 +2761,8 @@ class Dialect:
         scheme = "https" if self.upstream.secure else "http"
         with requests.Session() as session:
             session.trust_env = False  # ~/.netrc would overwrite the key
+            trusted = ssl.get_default_verify_paths()  # SSL_CERT_FILE's, as a relay does
+            session.verify = trusted.cafile or trusted.capath or certifi.where()
             return session.request(
                 method, f"{scheme}://{self.pool.host}{path}", data=body,
                 headers=headers, timeout=PROBE_TIMEOUT, allow_redirects=False,

@@ -7450,6 +7450,17 @@ def test_check_online_asks_each_provider_once_whether_it_knows_the_key(
     assert (status, len(up.requests)) == (0, 1) and row.endswith(f"  {told}")
 
 
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+def test_check_online_trusts_the_certificates_that_a_relay_trusts(
+    files: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with TlsUpstream(tmp_path, json_answer({"data": []})) as up:
+        monkeypatch.setenv("SSL_CERT_FILE", str(up.cert))
+        keys, db = files(up.url)
+        assert proxy.main(["check", "--online", "--keys", str(keys), "--db", str(db)]) == 0
+    assert re.search(r"(?m)^chat +main/gpt-test +accepted$", capsys.readouterr().out)
+
+
 def test_check_works_beside_a_running_server(run: Shell) -> None:
     served = proxy.create_app(run.keys, run.db)
     answer = served.test_client().post(

@@ -1250,6 +1250,9 @@ class Writer:
 # -- The money
 
 
+MAX_HOLD = 2**62  # micro-credits: SQLite's integers have 63 bits
+
+
 @dataclass(frozen=True, slots=True)
 class Quote:
     """The most a request can cost: `fixed` pico-credits and `token` of them for each
@@ -1300,11 +1303,13 @@ class Lease:
 @dataclass(frozen=True, slots=True)
 class Charge:
     """How a request ended, as its row records it: settled for the cost of its usage
-    (micro-credits), or released, free, where there is none. Times in milliseconds."""
+    (micro-credits), or released, free, where there is none. What the cost has above
+    `most` is a loss. Times in milliseconds."""
 
     status: int
     usage: Usage | None = None
     cost: int = 0
+    most: int = MAX_HOLD
     ttfb: int | None = None
     duration: int | None = None
 
@@ -1386,7 +1391,6 @@ def new_request_id() -> str:
     return f"req_{time.time_ns() // 10**6:011x}{random.getrandbits(52):013x}"
 
 
-MAX_HOLD = 2**62  # micro-credits: SQLite's integers have 63 bits
 HOLD = """
 INSERT INTO requests(account, id, key, model, path, stream, slot, state, created, hold)
 SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, 0, ?8, ?9 WHERE
@@ -1545,24 +1549,25 @@ class Ledger:
 
         return self.write(operation)
 
-    def settle(self, lease: Lease, charge: Charge) -> None:
+    def settle(self, lease: Lease, charge: Charge) -> int:
         """Ends a hold, once: turns it into its charge, which is durable when this
         returns, or gives it back, which needs no fsync: a lost release is made again
-        by whoever clears this worker's slot."""
+        by whoever clears this worker's slot. What of the cost could not be charged
+        (micro-credits) is returned."""
         resolve = functools.partial(self._resolve, lease, charge)
-        self.write(resolve, durable=charge.usage is not None)
+        return self.write(resolve, durable=charge.usage is not None)
 
     def settle_later(self, lease: Lease, charge: Charge) -> None:
         """Keeps a hold's end that could not be written, for the writer to repeat."""
         self._unsettled.append((lease, charge))
 
     @staticmethod
-    def _resolve(lease: Lease, charge: Charge, db: sqlite3.Connection) -> None:
+    def _resolve(lease: Lease, charge: Charge, db: sqlite3.Connection) -> int:
         """The one place where a hold ends; one that has ended is left alone.
 
         A cost above the hold is charged as far as the account can pay.
         """
-        usage, cost = charge.usage or Usage(), charge.cost
+        usage, cost = charge.usage or Usage(), min(charge.cost, charge.most)
         if cost > lease.hold:
             (left,) = db.execute(
                 "SELECT granted - spent - held FROM accounts WHERE id = ?",
@@ -1573,10 +1578,11 @@ class Ledger:
             "UPDATE requests SET state = ?, cost = ?, lost = ?, input = ?, cached = ?,"
             " output = ?, images = ?, estimated = ?, status = ?, ttfb = ?, duration = ?"
             " WHERE account = ? AND id = ? AND state = 0",
-            (SETTLED if charge.usage else RELEASED, cost, max(0, charge.cost - cost))
+            (SETTLED if charge.usage else RELEASED, cost, charge.cost - cost)
             + (usage.input, usage.cached, usage.output, usage.images, usage.estimated)
             + (charge.status, charge.ttfb, charge.duration, lease.account, lease.id),
         )
+        return charge.cost - cost
 
     # Accounts and keys
 
@@ -1952,6 +1958,7 @@ class EventReader:
 
 MAX_CHOICES = 128  # OpenAI's own bound on `n`
 BYTES_PER_TOKEN = 4  # of an estimate: English needs 3-4 bytes, Chinese 4-5
+DIGIT = re.compile(r"[0-9]")  # to many tokenizers each is a token
 
 # What is billed without an answer that tells, or above the model's price.
 UNSUPPORTED = {"background": True, "service_tier": "priority"}
@@ -1961,16 +1968,35 @@ CAPS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
 CAPS |= {"n_predict", "num_predict", "max_new_tokens"}  # local servers' own names
 CAP_OF_PATH = {"completions": "max_tokens", "responses": "max_output_tokens"}
 NO_OUTPUT = {"embeddings", "moderations", "rerank"}
-# Of a body, what the model reads besides its messages.
-TEXT_MEMBERS = "prompt input instructions tools functions query documents".split()
+# Of a body, what the model reads: as text, and as JSON.
+PROMPT = "messages prompt input instructions system query documents".split()
+SCHEMAS = "tools functions response_format text".split()
+
+# Parts of a prompt that are no text: the tokens that one is estimated at, and the most
+# that it is held for (OpenAI's and Anthropic's pictures have at most 4,784 tokens, a
+# minute of audio 600 to 1,920, a page of a PDF 1,500 to 3,000).
+PICTURE, AUDIO, FILE = (1_100, 5_000), (2_000, 60_000), (6_000, 300_000)
+MEDIA = {
+    "image_url": PICTURE, "input_image": PICTURE, "image": PICTURE,
+    "input_audio": AUDIO, "audio_url": AUDIO, "video_url": FILE, "input_video": FILE,
+    "file": FILE, "input_file": FILE, "document": FILE,
+}  # fmt: skip
+# What brings tokens into a prompt that the body does not show; tools that the provider
+# runs itself do so, too.
+UNSEEN = (
+    "previous_response_id conversation container web_search_options search_parameters"
+    " plugins mcp_servers"
+).split()
+OWN_TOOLS = (None, "function", "custom")  # that the client runs
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """One request as the client made it.
 
-    `size`: its body's UTF-8 bytes. `answers`: how many choices come back; `choices`:
-    how many are generated at the most, each with at most `cap` tokens (0: not named).
+    `size`: the most tokens that the prompt can have; `bounded`: that the body shows all
+    of it. `answers`: how many choices come back; `choices`: how many are generated at
+    the most, each with at most `cap` tokens (0: not named).
     """
 
     path: str
@@ -1979,20 +2005,56 @@ class Call:
     stream: bool
     wants_usage: bool
     size: int
+    bounded: bool
     answers: int
     choices: int
     cap: int
 
 
-def text_size(body: dict[str, Any]) -> int:
-    """UTF-8 bytes of the text that the model is given."""
-    messages = body.get("messages")
-    messages = messages if isinstance(messages, list) else []
-    told = [each for each in messages if isinstance(each, dict)]
-    rest = [each.get("tool_calls") for each in told]
-    rest += [body.get(name) for name in TEXT_MEMBERS]
-    size = sum([len(message_text(each).encode("utf-8", "replace")) for each in told])
-    return size + sum([len(to_json(each)) for each in rest if each])
+def medium(part: dict[str, Any]) -> tuple[int, int] | None:
+    """Of a part that is no text: its row of MEDIA."""
+    kind = part.get("type")
+    return MEDIA.get(kind) if type(kind) is str else None
+
+
+def media_parts(prompt: Any) -> Iterator[dict[str, Any]]:
+    """The parts that are no text, of messages and of what tools returned."""
+    for each in prompt if type(prompt) is list else ():
+        if type(each) is dict:
+            if medium(each):
+                yield each
+            else:
+                yield from media_parts(each.get("content") or each.get("output"))
+
+
+def inline_bytes(part: dict[str, Any]) -> int:
+    """Bytes of a medium that its part holds itself; 0 for one that is elsewhere."""
+    size = 0
+    for name, value in part.items():
+        if type(value) is dict:
+            size += inline_bytes(value)
+        elif type(value) is str and (name.endswith("data") or value[:5] == "data:"):
+            size += len(value)
+    return size
+
+
+def prompt_size(body: dict[str, Any], size: int) -> tuple[int, bool]:
+    """(the most tokens of the prompt, whether the body shows all of it) of a body of
+    `size` UTF-8 bytes: a token has at least one, but for media."""
+    bounded = not any([body.get(name) for name in UNSEEN])
+    tools = body.get("tools")
+    for tool in tools if isinstance(tools, list) else ():
+        if isinstance(tool, dict) and tool.get("type") not in OWN_TOOLS:
+            bounded = False
+    try:
+        media = [*media_parts(body.get("messages")), *media_parts(body.get("input"))]
+        for part in media:
+            inline, (_, most) = inline_bytes(part), medium(part)
+            size += min(inline, most) - inline if inline else most
+            bounded = bounded and (inline > 0 or medium(part) is PICTURE)
+    except RecursionError:
+        raise BadRequest("The body is no valid JSON: nested too deeply.") from None
+    return size, bounded and not isinstance(body.get("prompt"), dict)  # a stored one
 
 
 def natural(body: dict[str, Any], name: str, highest: int) -> int | None:
@@ -2046,14 +2108,15 @@ def parse_call(path: str, data: bytes) -> Call:
     if prompt and isinstance(prompt, list) and path.endswith("completions"):
         if path != "chat/completions" and not isinstance(prompt[0], int):
             prompts = len(prompt)  # a list of token numbers is one, others are a batch
+    size, bounded = prompt_size(body, max(size, len(data)))
     return Call(
-        path, body, model, bool(stream), wants_usage, max(size, len(data)),
+        path, body, model, bool(stream), wants_usage, size, bounded,
         prompts * number, prompts * max(number, best), cap,
     )  # fmt: skip
 
 
 def quote(call: Call, model: Model) -> Quote:
-    """The worst case: a token has at least one byte, and no answer is cached."""
+    """The worst case: no part of the prompt is cached."""
     price = model.price
     fixed = call.size * max(price.input, price.cached) + price.request
     fixed += price.image * (call.body.get("n") or 1)
@@ -2068,37 +2131,53 @@ def cost(usage: Usage, price: Price) -> int:
     return -(-(pico + price.request) // PICO)
 
 
-def estimate(call: Call, relayed: int) -> Usage:
-    """The usage of an answer that was not reported; `relayed` bytes of its text."""
-    input = -(-text_size(call.body) // BYTES_PER_TOKEN)
-    return Usage(input, 0, -(-relayed // BYTES_PER_TOKEN), estimated=True)
+def estimate(call: Call, relayed: int, price: Price, images: int = 0) -> Usage:
+    """The usage of an answer that was not reported; `relayed` is what it weighs.
+
+    `images` is what a price by the image asks for.
+    """
+    try:
+        weight = sum([weigh(call.body.get(name)) for name in PROMPT])
+        schemas = [call.body[name] for name in SCHEMAS if call.body.get(name)]
+        weight += sum([len(to_json(schema)) for schema in schemas])
+    except (RecursionError, BadRequest):  # nested too deeply
+        weight = BYTES_PER_TOKEN * call.size
+    input, output = -(-weight // BYTES_PER_TOKEN), -(-relayed // BYTES_PER_TOKEN)
+    return Usage(input, 0, output, images if price.image else 0, estimated=True)
 
 
 def settled_usage(
-    ending: Ending, finished: bool, reported: Usage | None, relayed: int, call: Call
-) -> Usage | None:
+    ending: Ending, finished: bool, sent: bool, reported: Usage | None, relayed: int,
+    call: Call, price: Price,
+) -> Usage | None:  # fmt: skip
     """What a request is charged for; None: it is free.
 
         refused                      nothing
         done                         the report, else an estimate
-        failed, or left, cut, timed  the report, else an estimate of what was
-        out, drained once finished   relayed, if anything was
-        left, cut, timed out,        if anything was relayed: an estimate of it, or the
-        drained before               report where that tells more
+        once finished                the report, else an estimate of what was relayed,
+                                     if anything was
+        cut, timed out, drained      if anything was relayed: an estimate of it, or the
+        before                       report where that tells more
+        left before                  the same, also of nothing relayed, an image too:
+                                     if the upstream had the whole request
 
-    `finished`: each choice had its finish. `relayed`: bytes of the text passed on.
+    `finished`: each choice had its finish. `relayed`: what the answer passed on weighs.
     """
     whole = finished or ending in (Ending.DONE, Ending.FAILED)
+    left = ending is Ending.LEFT and sent
     if ending is Ending.REFUSED:
         return None
-    if not (relayed or ending is Ending.DONE or (whole and reported)):
+    if relayed and reported == Usage():
+        reported = None  # zeros beside a text
+    if not (relayed or left or ending is Ending.DONE or (whole and reported)):
         return None
     if reported and (whole or reported.images):
         return reported
-    guess = estimate(call, relayed)
+    guess = estimate(call, relayed, price, call.choices if left else 0)
     if reported and reported.output >= guess.output:
-        return reported
-    return replace(reported or guess, output=guess.output, estimated=True)
+        return replace(reported, images=guess.images)
+    output, images = guess.output, guess.images
+    return replace(reported or guess, output=output, images=images, estimated=True)
 
 
 REPORTED = (
@@ -2162,23 +2241,27 @@ SILENT = {"role", "type", "id", "object", "index", "finish_reason", "stop_reason
 SILENT |= {"model", "status", "logprobs", "signature", "call_id", "item_id", "annotations"}
 
 
-def text_bytes(part: Any) -> int:
-    """UTF-8 bytes of all texts in a part of an answer."""
+def weigh(part: Any) -> int:
+    """What a part of a prompt or an answer weighs in an estimate: BYTES_PER_TOKEN each
+    digit, number of a token and token of a medium; any other text its UTF-8 bytes."""
     if type(part) is str:
-        return len(part) if part.isascii() else len(part.encode("utf-8", "replace"))
+        size = len(part) if part.isascii() else len(part.encode("utf-8", "replace"))
+        return size + (BYTES_PER_TOKEN - 1) * len(DIGIT.findall(part))
     size = 0
     if type(part) is list:
         for each in part:
-            size += text_bytes(each)
+            size += BYTES_PER_TOKEN if type(each) is int else weigh(each)
     elif type(part) is dict:
+        if kind := medium(part):
+            return BYTES_PER_TOKEN * kind[0]
         for name, value in part.items():
             if value and name not in SILENT:
-                size += text_bytes(value)
+                size += weigh(value)
     return size
 
 
 def written(document: dict[str, Any]) -> int:
-    """Bytes of text that the model wrote into an answer or an event.
+    """What weighs the text that the model wrote into an answer or an event.
 
     The deltas of OpenAI's and Anthropic's streams (the events of /v1/responses tell
     each text again when it is done); choices, `output` and `content` of whole answers.
@@ -2187,11 +2270,11 @@ def written(document: dict[str, Any]) -> int:
     try:
         for choice in choices if isinstance(choices, list) else ():
             if isinstance(choice, dict):
-                size += text_bytes(choice.get("delta") or choice.get("message") or {})
-                size += text_bytes(choice.get("text"))
+                size += weigh(choice.get("delta") or choice.get("message") or {})
+                size += weigh(choice.get("text"))
         for name in ("delta", "output", "content", "content_block"):
             if name in document:
-                size += text_bytes(document[name])
+                size += weigh(document[name])
     except RecursionError:
         pass  # nested too deeply for a text
     return size
@@ -2209,6 +2292,7 @@ ANSWER_TIMEOUT = 600.0  # seconds to a whole JSON answer; the OpenAI SDKs wait a
 STREAM_TIMEOUT = 1800.0  # seconds that a stream may live
 STALL_TIMEOUT = 120.0  # seconds without a `data:` line
 UPSTREAM_IDLE = 4.0  # seconds; uvicorn closes idle connections after 5
+REPORT_PATIENCE = 2.0  # seconds for the report of an answer whose client has left
 LAST_READ = 0.02  # seconds for the end of a body whose last event was read
 WATCH_INTERVAL = 0.25  # seconds between two looks at the deadlines
 HANG_UP = 1.0  # seconds for a client to take the last event of what was ended
@@ -2227,6 +2311,9 @@ class Watch:
         now = time.monotonic()
         self.ended = math.inf  # when
         self.deadline, self.heard, self.stall = now + ANSWER_TIMEOUT, now, math.inf
+        self.sent = False  # whether an upstream had the whole request
+        self.finished = False  # whether all but the report of a stream was read
+        self.left = math.inf  # when the client has
         self.upstream: socket.socket | None = None  # what the relay waits for: it is
         # shut down when the relay is ended
         self._sleeper: threading.Event | None = None
@@ -2247,6 +2334,17 @@ class Watch:
         self.check()
         self._sleeper.wait(seconds)
         self.check()
+
+    def look(self, now: float, drain: float) -> None:
+        """Ends the relay if it is time to; called by the watcher alone."""
+        if now >= drain:
+            self.end(Ending.DRAINED)
+        elif now >= self.left + REPORT_PATIENCE * self.finished:
+            self.end(Ending.LEFT)
+        elif now > self.deadline or now - self.heard > self.stall:
+            self.end(Ending.TIMED_OUT)
+        if now > self.ended + HANG_UP:
+            self.hang_up()
 
     def end(self, ending: Ending) -> None:
         """Ends the relay, once, and wakes it; called by the watcher alone."""
@@ -2325,7 +2423,8 @@ class Watcher:
                 now = time.monotonic()
                 if now - looked >= WATCH_INTERVAL / 2:
                     looked = now
-                    self._deadlines(now)
+                    for watch in list(self._watches):
+                        watch.look(now, self._drain)
                     self._upkeep()
             except Exception:
                 # A socket changed under our hands, or a log is full: whatever it was,
@@ -2338,17 +2437,9 @@ class Watcher:
         with self._lock:
             watch = self._clients.get(number)
             if watch is not None and has_left(watch.client):
-                watch.end(Ending.LEFT)
+                watch.left = time.monotonic()
+                watch.look(watch.left, self._drain)
                 self._forget(watch)
-
-    def _deadlines(self, now: float) -> None:
-        for watch in list(self._watches):
-            if now >= self._drain:
-                watch.end(Ending.DRAINED)
-            elif now > watch.deadline or now - watch.heard > watch.stall:
-                watch.end(Ending.TIMED_OUT)
-            if now > watch.ended + HANG_UP:
-                watch.hang_up()
 
 
 def has_left(client: socket.socket) -> bool:
@@ -2629,7 +2720,7 @@ class Exchange:
             self._sock = self._watch.upstream = self._pool.take()
             self._watch.check()
             self._sock.sendall(head.encode("latin-1") + body)
-            self._sent = True
+            self._sent = self._watch.sent = True
         except (BrokenPipeError, ConnectionResetError) as error:
             # Who refuses a long body by its head may answer and close at once.
             if self._sock is None or is_quiet(self._sock):
@@ -3307,6 +3398,11 @@ LAST_EVENTS = {  # of streams that have no [DONE]: /v1/responses, /v1/messages
     "response.failed": Ending.FAILED,
     "message_stop": Ending.DONE,
 }
+# After which they may tell what was used.
+ENDS_OF_PARTS = (
+    "response.output_text.done", "response.content_part.done", "content_block_stop",
+    "response.output_item.done", "message_delta",
+)  # fmt: skip
 # Possessive: a way back for each character would take 130 bytes of memory for it.
 MODEL_NAME = re.compile(rb'"model"\s*:\s*"((?:[^"\\]++|\\.)*+)"')
 
@@ -3338,11 +3434,11 @@ class Renaming:
         return data.replace(self._old, self._new)
 
 
-def read_whole(data: bytes, call: Call, price: Price, images: int | None) -> tuple:
-    """(document, usage) of a JSON answer; `images`: those that the dialect counted.
-
-    Raises UpstreamFailed for what is none.
-    """
+def read_whole(
+    data: bytes, call: Call, price: Price, images: int | None
+) -> tuple[dict[str, Any], Usage | None]:
+    """(document, reported usage) of a JSON answer; `images`: those that the dialect
+    counted. Raises UpstreamFailed for what is none."""
     try:
         document = json.loads(data.decode())
     except (ValueError, RecursionError):
@@ -3352,10 +3448,9 @@ def read_whole(data: bytes, call: Call, price: Price, images: int | None) -> tup
     usage = read_usage(document, call.path not in NO_OUTPUT)
     if images is None and "data" in document:
         images = count_images(document)
-    if usage is None:
-        free = images and (price.image or not price.output)
-        usage = Usage() if free else estimate(call, written(document))
-    return document, replace(usage, images=images) if images else usage
+    if images and usage is None and (price.image or not price.output):
+        usage = Usage()
+    return document, replace(usage, images=images) if images and usage else usage
 
 
 class Meter:
@@ -3374,6 +3469,7 @@ class Meter:
         self.events = 0  # with data
         self.ending: Ending | None = None
         self.last = b""
+        self.report_due = False  # what follows at once is the report
         self._finishes: set[Any] = set()  # indices of choices that have their finish
         self._rename = Renaming(model.id)
 
@@ -3432,6 +3528,7 @@ class Meter:
                 return b""
         event = self._rename.apply(event, document)
         kind = document.get("type")
+        self.report_due = self.finished or kind in ENDS_OF_PARTS
         if type(kind) is str and kind in LAST_EVENTS:
             self.ending, self.last = LAST_EVENTS[kind], event
             return b""
@@ -3441,6 +3538,7 @@ class Meter:
 # Relay -------------------------------------------------------------------------------
 
 STREAM_HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
+BELIEVED = 4  # times its hold may be charged for a prompt that its body shows whole
 SETTLE_PATIENCE = 10.0  # seconds that an answer's end waits for a ledger in trouble
 PLAIN_WORD = re.compile(r"[\w.:/+@%-]+")
 
@@ -3557,7 +3655,8 @@ class Relay:
         self.call, self.model, self.lease, self.watch = call, model, lease, watch
         self._services = services
         self._meter: Meter | None = None  # of a stream
-        self._usage: Usage | None = None  # of a JSON answer
+        self._usage: Usage | None = None  # as a JSON answer reported it
+        self._weight = 0  # of its text
         self._answer: Answer | None = None
         self._started = time.monotonic()
         self._ttfb: int | None = None  # milliseconds
@@ -3576,13 +3675,15 @@ class Relay:
             data, images = read_all(self._answer), self._answer.images
             self._hear()
             document, self._usage = read_whole(data, self.call, self.model.price, images)
+            self._weight = written(document)
             body = Renaming(self.model.id).apply(data, document)
             self._settle(Ending.DONE)
         except Ended as ended:
-            self._give_up(ended.ending.status)
+            self._usage, self._weight = None, 0  # nothing of it was relayed
+            self._give_up(ended.ending)
             raise ended.failure() from None
         except BaseException as error:
-            self._give_up(getattr(error, "status", 500))
+            self._give_up(Ending.REFUSED, getattr(error, "status", 500))
             raise
         self.close()
         return Response(body, 200, None, None, "application/json")
@@ -3603,6 +3704,7 @@ class Relay:
                 continue
             try:
                 body = self._body(dialect, upstream_id)
+                self.watch.sent = False
                 return dialect.send(self.call, body, self.watch)
             except UpstreamFailed as error:
                 failed = error
@@ -3643,6 +3745,7 @@ class Relay:
         for data in self._answer:
             events = meter.events
             out = meter.feed(data)
+            self.watch.finished = meter.report_due
             if meter.events != events:
                 self._hear()
             if out:
@@ -3673,18 +3776,20 @@ class Relay:
     # The end
 
     def _charged(self, ending: Ending, status: int | None = None) -> Charge:
-        usage, finished, relayed = self._usage, False, 0
-        if self._meter is not None:
-            usage, finished = self._meter.usage, self._meter.finished
-            relayed = self._meter.relayed
+        usage, finished, weight, price = self._usage, False, self._weight, self.model.price
+        if meter := self._meter:
+            usage, finished, weight = meter.usage, meter.finished, meter.relayed
             if self._answer.images is not None:
                 usage = replace(usage or Usage(), images=self._answer.images)
-        used = settled_usage(ending, finished, usage, relayed, self.call)
-        amount = cost(used, self.model.price) if used else 0
+        used = settled_usage(
+            ending, finished, self.watch.sent, usage, weight, self.call, price
+        )
+        amount = cost(used, price) if used else 0
         if used and used.estimated:
             amount = min(amount, self.lease.hold)
+        most = BELIEVED * self.lease.hold if self.call.bounded else MAX_HOLD
         duration = int((time.monotonic() - self._started) * 1000)
-        return Charge(status or ending.status, used, amount, self._ttfb, duration)
+        return Charge(status or ending.status, used, amount, most, self._ttfb, duration)
 
     def _settle(self, ending: Ending) -> None:
         """The charge, before the last byte; a ledger in trouble is waited for."""
@@ -3692,7 +3797,7 @@ class Relay:
         charge = self._charged(ending)
         while True:
             try:
-                self._services.ledger.settle(self.lease, charge)
+                self._write(charge)
                 self._charge = charge
                 return
             except LedgerUnavailable as error:
@@ -3708,15 +3813,20 @@ class Relay:
             return
         self._charge = charge
         try:
-            self._services.ledger.settle(self.lease, charge)
+            self._write(charge)
         except LedgerUnavailable as error:
             self._services.ledger.settle_later(self.lease, charge)
             note = {"request": self.lease.id, "reason": error.reason}
             self._services.log.note("ledger", **note)
 
-    def _give_up(self, status: int) -> None:
+    def _write(self, charge: Charge) -> None:
+        if lost := self._services.ledger.settle(self.lease, charge):
+            note = {"request": self.lease.id, "credits": f"{lost / MICRO:.6f}"}
+            self._services.log.note("loss", **note)
+
+    def _give_up(self, ending: Ending, status: int | None = None) -> None:
         """Ends a request whose answer never began."""
-        self._settle_anyhow(self._charged(Ending.REFUSED, status))
+        self._settle_anyhow(self._charged(ending, status))
         self.close()
 
     def close(self) -> None:
@@ -3724,12 +3834,24 @@ class Relay:
         if self._closed:
             return
         self._closed = True
+        if self._charge is None and self.watch.finished:
+            self._read_on()
         self._services.watcher.remove(self.watch)
         if self._answer is not None:
             self._answer.close()
         if self._charge is None:
             self._settle_anyhow(self._charged(Ending.LEFT))
         self._services.log.request(self.lease, self.model.id, self._charge)
+
+    def _read_on(self) -> None:
+        """The report of an answer that was finished when its client left; the watcher
+        ends the wait."""
+        self.watch.left = min(self.watch.left, time.monotonic())
+        with contextlib.suppress(Ended, ProxyError):
+            for data in self._answer:
+                self._meter.feed(data)
+                if self._meter.ending or not self._meter.report_due:
+                    break
 
 
 # Application -------------------------------------------------------------------------
@@ -5191,9 +5313,10 @@ own, lower price where the model has one.</li>
 comes back when it ends, and an account never goes below zero.</li>
 <li>Images cost their price for each image delivered.</li>
 <li>Refusals, errors of a provider and refusals by its moderation are free.</li>
-<li>If you leave in the middle of a stream, the provider is stopped at once and you pay for an
-estimate of what had been relayed to you, nothing if nothing had been. The same goes for a stream
-that broke off. Such receipts are marked <code>estimated</code>.</li></ul></section>
+<li>If you leave before the end, the provider is stopped at once and you pay for an estimate of
+your prompt and of what had been relayed to you, or for the image. For a stream that broke off by
+itself the same, but nothing if nothing had been relayed. Such receipts are marked
+<code>estimated</code>.</li></ul></section>
 <section id="errors" class="card"><h2>Error codes</h2>
 <p>Every error is JSON with this one shape; tell them apart by <code>code</code>.</p>
 {% call example("Error", "error-body", "error") %}

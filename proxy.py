@@ -12,7 +12,7 @@ One request:
                       place        - 503      one of --threads
                       rate         - 429      of a large body before it is read,
                                               of a small one within the admission
-                      read body    - 400 413  bounded, strict
+                      read body    - 400 413  strict; all bodies are bounded, 503
                       model        - 404      keys.json
                       admit        - 402 429  one transaction: window, lease and hold
                       send         - 503 4xx  dialect -> upstream, or the next upstream
@@ -49,8 +49,10 @@ import os
 import queue
 import random
 import re
+import resource
 import secrets
 import select
+import selectors
 import signal
 import socket
 import sqlite3
@@ -62,6 +64,7 @@ import tempfile
 import threading
 import time
 import traceback
+import zlib
 from array import array
 from bisect import bisect_right
 from collections import Counter, deque
@@ -81,6 +84,7 @@ from flask import Flask, Response, g, render_template, request
 from flask_limiter import Limiter
 from gunicorn.app.base import BaseApplication
 from gunicorn.http.errors import ParseException
+from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers.gthread import ThreadWorker
 from jinja2 import DictLoader
 from limits import RateLimitItem, parse_many
@@ -1794,7 +1798,12 @@ def tightest(windows: list[Window]) -> Window:
 # Wire --------------------------------------------------------------------------------
 
 STREAM_TYPE = "text/event-stream"
-MAX_BODY = 10 << 20  # bytes of a request: a few inlined photographs
+MAX_BODY = 32 << 20  # bytes of a request, unpacked: a few inlined pictures
+MAX_VALUES = 2_000_000  # of a body's JSON
+PIECE = 64 << 10  # bytes of one read of a body
+# Seconds of CPU that the reading of a chunked body may take, and for each byte: small
+# chunks cost 2 us each, 19 s for 60 MB of the smallest.
+CHUNKED_CPU, CHUNKED_CPU_BYTE = 0.1, 50e-9
 MAX_EVENT = 1 << 20  # bytes of one event of a stream
 LINE_END = re.compile(rb"\r\n|\n|\r")
 # Possessive, so that a CRLF is one line's end: 2 µs an event, not 7.
@@ -1848,23 +1857,121 @@ def to_json(document: Any) -> bytes:
         raise BadRequest("The body is no valid JSON: nested too deeply.") from None
 
 
-def read_body(environ: dict[str, Any], limit: int) -> bytes:
-    """The whole body of a request, bounded and as long as was announced."""
-    kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise UnsupportedMediaType("Send 'Content-Type: application/json'.")
+# Bytes of memory, measured, that each of these takes of a parsed body at the most.
+MEMORY = {b",": 40, b"[": 64, b"{": 96, b":": 130, b'"': 16}
+BODY_ROOM = 416 << 20  # bytes of all bodies in a worker, as their parsing takes
+SMALL_SHARES = 32 << 20  # of it, kept for bodies that take less than SMALL_SHARE
+SMALL_SHARE = 1 << 20
+PARSING = 352 << 20  # of it, kept for bodies that have arrived: two large ones arrive
+ROOM_PATIENCE = 2.0  # seconds that a body waits for room
+
+
+class Room:
+    """The memory of a worker that bodies may take at once, in bytes."""
+
+    def __init__(self, size: int):
+        self.free, self.changed = size, threading.Condition()
+
+
+class Share:
+    """What one request takes of the room: the bytes that it has received, then what
+    their parsing takes."""
+
+    def __init__(self, room: Room):
+        self._room, self.size = room, 0
+
+    def hold(self, size: int, spare: int = 0) -> None:
+        """Makes it `size` bytes, nothing of them twice; Overloaded if the room had no
+        such share for ROOM_PATIENCE. A share that is not small leaves `spare` bytes."""
+        room, spare = self._room, spare if size > SMALL_SHARE else 0
+        with room.changed:
+            more = size - self.size
+            if more > 0 and not room.changed.wait_for(
+                lambda: room.free - more >= spare, ROOM_PATIENCE
+            ):
+                raise Overloaded("The server has no room for this body.", wait=2)
+            room.free, self.size = room.free - more, size
+            if more < 0:
+                room.changed.notify_all()
+
+
+def parsing_memory(data: bytearray) -> int:
+    """Bytes that a JSON body takes at the most while it is parsed and written; raises
+    BadRequest or TooLarge for what takes too much. Signs inside of texts count, too."""
+    counts = {sign: data.count(sign) for sign in MEMORY}
+    if counts[b","] + counts[b"["] + counts[b"{"] > MAX_VALUES:
+        raise BadRequest(f"The body has more than {MAX_VALUES} JSON values.")
+    # One character beyond Latin makes four bytes of each.
+    size = len(data) * (3 if data.isascii() else 6)
+    size += sum([number * MEMORY[sign] for sign, number in counts.items()])
+    if size > BODY_ROOM - SMALL_SHARES:
+        raise TooLarge("The body has too many JSON values for its size.")
+    return size
+
+
+def received(environ: dict[str, Any], limit: int) -> Iterator[bytes]:
+    """A body as it arrives, bounded, as long as announced, in no too small chunks."""
     announced = environ.get("CONTENT_LENGTH") or None
     if announced and (not announced.isdigit() or int(announced) > limit):
         raise TooLarge(f"The body may have at most {limit} bytes.")
-    try:
-        data = environ["wsgi.input"].read(int(announced or limit + 1))
-    except Exception:
-        # The server's parser names its errors itself (PEP 3333 names none).
-        raise BadRequest("The body could not be read.") from None
-    if len(data) > limit:
-        raise TooLarge(f"The body may have at most {limit} bytes.")
-    if announced and len(data) != int(announced):
+    left, spent, size = int(announced or limit + 1), 0.0, 0
+    while left:
+        spent -= time.thread_time()
+        try:
+            piece = environ["wsgi.input"].read(min(PIECE, left))
+        except Exception:
+            # The server's parser names its errors itself (PEP 3333 names none).
+            raise BadRequest("The body could not be read.") from None
+        spent += time.thread_time()
+        if not piece:
+            break
+        left, size = left - len(piece), size + len(piece)
+        if not announced and spent > CHUNKED_CPU + size * CHUNKED_CPU_BYTE:
+            raise BadRequest("The body comes in too many small chunks.")
+        yield piece
+    if announced and left:
         raise BadRequest("The body is shorter than its Content-Length.")
+
+
+def unpacked(pieces: Iterable[bytes], coding: str) -> Iterator[bytes]:
+    """A body without its Content-Encoding."""
+    if coding in ("", "identity"):
+        yield from pieces
+        return
+    if coding not in ("gzip", "deflate"):
+        told = f"The content encoding {coding!r} is not taken: gzip and deflate are."
+        raise UnsupportedMediaType(told)
+    inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, as its head says
+    try:
+        for piece in pieces:
+            while piece:
+                yield inflate.decompress(piece, PIECE)
+                piece = inflate.unconsumed_tail
+            if inflate.unused_data:
+                break
+        yield inflate.flush()
+    except zlib.error:
+        raise BadRequest(f"The body is no valid {coding}.") from None
+    if not inflate.eof or inflate.unused_data:
+        raise BadRequest(f"The body is no whole {coding}, or more than one.")
+
+
+def read_body(environ: dict[str, Any], limit: int, share: Share) -> bytearray:
+    """The whole body of a request, unpacked; `share` then holds what parsing takes."""
+    kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise UnsupportedMediaType("Send 'Content-Type: application/json'.")
+    coding = environ.get("HTTP_CONTENT_ENCODING", "").strip().lower()
+    data = bytearray()
+    for piece in unpacked(received(environ, limit), coding):
+        size = len(data) + len(piece)
+        if size > limit:
+            raise TooLarge(f"The body may have at most {limit} bytes.")
+        if size > SMALL_SHARE:  # a few come whole, or many would wait for their rest
+            size = max(size, int(environ.get("CONTENT_LENGTH") or 0))
+        share.hold(size, PARSING)
+        data += piece
+    share.hold(parsing_memory(data), SMALL_SHARES)
     return data
 
 
@@ -2009,6 +2116,7 @@ class Call:
     answers: int
     choices: int
     cap: int
+    weight: int | None = None  # of the prompt, where the body was dropped
 
 
 def medium(part: dict[str, Any]) -> tuple[int, int] | None:
@@ -2131,18 +2239,30 @@ def cost(usage: Usage, price: Price) -> int:
     return -(-(pico + price.request) // PICO)
 
 
+def prompt_weight(call: Call) -> int:
+    """What the prompt weighs in an estimate."""
+    if call.weight is not None:
+        return call.weight
+    try:
+        weight = sum([weigh(call.body.get(name)) for name in PROMPT])
+        schemas = [call.body[name] for name in SCHEMAS if call.body.get(name)]
+        return weight + sum([len(to_json(schema)) for schema in schemas])
+    except (RecursionError, BadRequest):  # nested too deeply
+        return BYTES_PER_TOKEN * call.size
+
+
+def without_body(call: Call) -> Call:
+    """What is left to know of a request when its answer has begun."""
+    return replace(call, body={}, weight=prompt_weight(call))
+
+
 def estimate(call: Call, relayed: int, price: Price, images: int = 0) -> Usage:
     """The usage of an answer that was not reported; `relayed` is what it weighs.
 
     `images` is what a price by the image asks for.
     """
-    try:
-        weight = sum([weigh(call.body.get(name)) for name in PROMPT])
-        schemas = [call.body[name] for name in SCHEMAS if call.body.get(name)]
-        weight += sum([len(to_json(schema)) for schema in schemas])
-    except (RecursionError, BadRequest):  # nested too deeply
-        weight = BYTES_PER_TOKEN * call.size
-    input, output = -(-weight // BYTES_PER_TOKEN), -(-relayed // BYTES_PER_TOKEN)
+    input = -(-prompt_weight(call) // BYTES_PER_TOKEN)
+    output = -(-relayed // BYTES_PER_TOKEN)
     return Usage(input, 0, output, images if price.image else 0, estimated=True)
 
 
@@ -2287,6 +2407,7 @@ MAX_HEAD = 64 << 10  # bytes of an upstream's head or trailers
 MAX_CHUNK_LINE = 4096  # bytes of a chunk's size and extensions
 MAX_INFORMATIONAL = 20  # 1xx answers before the final one
 RECEIVE = 16 << 10  # bytes of one read: a TLS record, the rest would not wake a poll
+BODY_TIMEOUT = 60.0  # seconds for the whole body of a request
 CONNECT_TIMEOUT = 5.0  # seconds for TCP and TLS, each
 ANSWER_TIMEOUT = 600.0  # seconds to a whole JSON answer; the OpenAI SDKs wait as long
 STREAM_TIMEOUT = 1800.0  # seconds that a stream may live
@@ -2314,9 +2435,26 @@ class Watch:
         self.sent = False  # whether an upstream had the whole request
         self.finished = False  # whether all but the report of a stream was read
         self.left = math.inf  # when the client has
-        self.upstream: socket.socket | None = None  # what the relay waits for: it is
-        # shut down when the relay is ended
+        self.upstream: socket.socket | None = None  # what the relay waits for, or the
+        # client whose body it reads: it is shut down when the relay is ended
         self._sleeper: threading.Event | None = None
+
+    @contextlib.contextmanager
+    def receiving(self) -> Iterator[None]:
+        """While a body is read from the client. What ended that is raised: the client
+        may still be told."""
+        self.upstream, self.deadline = self.client, time.monotonic() + BODY_TIMEOUT
+        try:
+            yield
+        except BadRequest:
+            if self.ending is Ending.TIMED_OUT:
+                told = f"The body did not arrive within {BODY_TIMEOUT:.0f} seconds."
+                raise BadRequest(told) from None
+            if self.ending is Ending.DRAINED:
+                raise Ended(self.ending).failure() from None
+            raise
+        finally:
+            self.upstream, self.deadline = None, time.monotonic() + ANSWER_TIMEOUT
 
     def streams(self) -> None:
         """The answer is a stream: it may live longer, but must not fall silent."""
@@ -2355,8 +2493,9 @@ class Watch:
             sleeper.set()
         if (upstream := self.upstream) is not None:
             # Not SSLSocket's own: it would drop the TLS state under the reader.
+            how = socket.SHUT_RD if upstream is self.client else socket.SHUT_RDWR
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(upstream, socket.SHUT_RDWR)
+                socket.socket.shutdown(upstream, how)
 
     def hang_up(self) -> None:
         """Ends the write to a client that does not read."""
@@ -3140,6 +3279,7 @@ class Images(ImageDialect):
         if "seedream" in body["model"]:
             self._level(asked)
         exchange = self._api.start("images/generations", asked, watch)
+        del call, body, asked  # they may hold a picture
         try:
             while not exchange.is_ready(COMMENT_INTERVAL):
                 yield None
@@ -3227,7 +3367,8 @@ class JiMeng(ImageDialect):
         # Without force_single one call can make, and bill, fifteen images.
         task = {"req_key": body["model"], "prompt": self.prompt(call)}
         task |= {"force_single": True} | self._options(body)
-        data = self._call("CVSync2AsyncSubmitTask", task, watch)
+        data, model = self._call("CVSync2AsyncSubmitTask", task, watch), body["model"]
+        del call, body, task  # they may hold a picture
         id = data.get("task_id")
         if not isinstance(id, str) or not re.fullmatch(r"[\w-]{1,64}", id):
             raise UpstreamFailed("no task id")
@@ -3237,7 +3378,7 @@ class JiMeng(ImageDialect):
             yield None
             watch.sleep(pause)
             pause = JIMENG_POLL
-            if images := self._poll(body["model"], id, watch):
+            if images := self._poll(model, id, watch):
                 yield images
                 return
             watch.heard = time.monotonic()
@@ -3540,6 +3681,7 @@ class Meter:
 STREAM_HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
 BELIEVED = 4  # times its hold may be charged for a prompt that its body shows whole
 SETTLE_PATIENCE = 10.0  # seconds that an answer's end waits for a ledger in trouble
+KEPT_BODY = 512 << 10  # bytes of memory; what is smaller is not worth its counting
 PLAIN_WORD = re.compile(r"[\w.:/+@%-]+")
 
 
@@ -3600,6 +3742,7 @@ class Services:
 
     def __init__(self, config_file: ConfigFile, db: str, capacity: float):
         self.config_file, self.capacity = config_file, capacity
+        self.room = Room(BODY_ROOM)
         self.pid = os.getpid()
         self.ledger, self.log = Ledger(db, worker=True), RequestLog()
         if self.ledger.trouble:
@@ -3650,10 +3793,11 @@ class Relay:
     """
 
     def __init__(
-        self, services: Services, call: Call, model: Model, lease: Lease, watch: Watch
-    ):
+        self, services: Services, call: Call, model: Model, lease: Lease, watch: Watch,
+        share: Share,
+    ):  # fmt: skip
         self.call, self.model, self.lease, self.watch = call, model, lease, watch
-        self._services = services
+        self._services, self._share = services, share
         self._meter: Meter | None = None  # of a stream
         self._usage: Usage | None = None  # as a JSON answer reported it
         self._weight = 0  # of its text
@@ -3667,6 +3811,7 @@ class Relay:
         """The response; whatever fails before its first byte is raised, and free."""
         try:
             self._answer = self._send()
+            self._drop_body()
             if self._answer.stream:
                 self.watch.streams()
                 self._meter = Meter(self.call, self.model)
@@ -3712,6 +3857,12 @@ class Relay:
                 if error.generated is Generated.PERHAPS:
                     break
         raise failed or refused or lacking
+
+    def _drop_body(self) -> None:
+        """A stream may last for half an hour."""
+        if self._share.size > KEPT_BODY:
+            self.call = without_body(self.call)
+        self._share.hold(0)
 
     def _note_failure(self, upstream: UpstreamConfig, error: UpstreamFailed) -> None:
         note = {"upstream": upstream.name, "reason": error.reason}
@@ -3837,6 +3988,7 @@ class Relay:
         if self._charge is None and self.watch.finished:
             self._read_on()
         self._services.watcher.remove(self.watch)
+        self._share.hold(0)
         if self._answer is not None:
             self._answer.close()
         if self._charge is None:
@@ -4015,18 +4167,19 @@ def model_entry(config: Config, model: Model) -> dict[str, Any]:
 
 def start_relay(services: Services, path: str) -> Response:
     """Everything between the key and the upstream's answer, on one of the places."""
-    watch = Watch(request.environ.get("gunicorn.socket"))
+    watch, share = Watch(request.environ.get("gunicorn.socket")), Share(services.room)
     if not services.watcher.add(watch, services.capacity):
         count_request(services, windows_of(True))
         raise Overloaded("The server has no room at the moment.", wait=1)
     try:
-        return admit(services, path, watch).respond()
+        return admit(services, path, watch, share).respond()
     except BaseException:
         services.watcher.remove(watch)
+        share.hold(0)
         raise
 
 
-def admit(services: Services, path: str, watch: Watch) -> Relay:
+def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
     """The relay of a request that may run; raises why it may not.
 
     A large body is counted before it is read; a small one in the transaction that
@@ -4034,10 +4187,14 @@ def admit(services: Services, path: str, watch: Watch) -> Relay:
     """
     here, environ, hit = g._get_current_object(), request.environ, windows_of(True)
     announced = environ.get("CONTENT_LENGTH") or ""
-    if not announced.isdigit() or int(announced) >= SMALL_BODY:
+    packed = "HTTP_CONTENT_ENCODING" in environ
+    if packed or not announced.isdigit() or int(announced) >= SMALL_BODY:
         count_request(services, hit)
     try:
-        call = parse_call(path, read_body(environ, MAX_BODY))
+        with watch.receiving():
+            data = read_body(environ, MAX_BODY, share)
+        call = parse_call(path, data)
+        del data
         model = find_model(services, call.model)
         here.model = model.id
         worst = quote(call, model)
@@ -4053,7 +4210,7 @@ def admit(services: Services, path: str, watch: Watch) -> Relay:
     if isinstance(admission.outcome, ProxyError):
         raise admission.outcome
     here.admitted = True
-    return Relay(services, call, model, admission.outcome, watch)
+    return Relay(services, call, model, admission.outcome, watch, share)
 
 
 def add_routes(app: Flask, services: Services) -> None:
@@ -4323,9 +4480,17 @@ def add_account_routes(app: Flask, services: Services) -> None:
         return json_response(rows[0])
 
 
-def small_body(known: str) -> dict[str, Any]:
+def small_body(services: Services, known: str) -> dict[str, Any]:
     """A small JSON object with these members only."""
-    body = parse_json(read_body(request.environ, 64 << 10))
+    watch, share = Watch(request.environ.get("gunicorn.socket")), Share(services.room)
+    services.watcher.add(watch)
+    try:
+        with watch.receiving():
+            data = read_body(request.environ, 64 << 10, share)
+        body = parse_json(data)
+    finally:
+        services.watcher.remove(watch)
+        share.hold(0)
     for name in body:
         if name not in known.split():
             raise BadRequest(f"'{name}' is not known here.", param=name)
@@ -4350,7 +4515,7 @@ def add_key_routes(app: Flask, services: Services) -> None:
 
     @route("/keys", "POST")
     def make_key(id: str) -> Response:
-        body = small_body("name admin")
+        body = small_body(services, "name admin")
         name = named(printable_name, body.get("name", "key"), "name")
         admin = body.get("admin", False)
         if type(admin) is not bool or (admin and not g.key.admin):
@@ -4449,7 +4614,7 @@ def add_admin_routes(app: Flask, services: Services) -> None:
     @app.post("/v1/accounts")
     def make_account() -> Response:
         admin_only()
-        body = small_body("id credits")
+        body = small_body(services, "id credits")
         id = named(account_name, body.get("id"), "id")
         amount = named(to_micro, body.get("credits", 0), "credits")
         if id in services.config.accounts or not ledger.make_account(id):
@@ -4461,7 +4626,7 @@ def add_admin_routes(app: Flask, services: Services) -> None:
     @app.post(f"{ONE_ACCOUNT}/grants")
     def grant(account: str) -> Response:
         id = known_account(services, account, live=True)
-        body = small_body("credits note")
+        body = small_body(services, "credits note")
         amount = named(to_micro, body.get("credits"), "credits")
         note = body.get("note") or "granted"
         ledger.grant(id, amount, named(printable_name, note, "note"))
@@ -4599,6 +4764,8 @@ def create_app(
 GRACE = 30  # seconds from SIGTERM to the end of the last stream
 GRACE_MARGIN = 3.0  # seconds before that in which streams are ended and settled
 CLIENT_TIMEOUT = 30  # seconds that one read from or write to a client may take
+FIRST_WORD = 5.0  # seconds that a new connection may be silent
+IDLE = 10_000  # connections of one worker beyond its threads
 SPARE_THREADS = 16  # per worker, kept for answers that relay nothing
 PARSER_STATUS = {
     "LimitRequestLine": 414, "LimitRequestHeaders": 431, "ExpectationFailed": 417,
@@ -4655,6 +4822,19 @@ class Worker(ThreadWorker):
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
             time.sleep(0.05)
+
+    # Connections
+
+    def enqueue_req(self, conn: Any) -> None:
+        """A thread is for those that have spoken: gunicorn gives it, and a descriptor,
+        to each new connection for five seconds, and 75 more without them."""
+        if conn.initialized or conn.data_ready:
+            return super().enqueue_req(conn)
+        conn.sock.setblocking(False)
+        conn.timeout = time.monotonic() + FIRST_WORD
+        self.pending_conns.append(conn)
+        spoken = functools.partial(self.on_pending_socket_readable, conn)
+        self.poller.register(conn.sock, selectors.EVENT_READ, spoken)
 
     # One answer to each request
 
@@ -4713,10 +4893,19 @@ def after_fork(arbiter: Any, worker: Any) -> None:
     client takes longer than CLIENT_TIMEOUT: accepted sockets inherit the option."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
+    SocketUnreader.max_body_chunk = PIECE  # no body is read ahead of its share
     limit = struct.pack("ll", CLIENT_TIMEOUT, 0)
     for listener in worker.sockets:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             listener.sock.setsockopt(socket.SOL_SOCKET, option, limit)
+
+
+def raised_descriptors() -> int:
+    """How many this process may have: as many as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 class Server(BaseApplication):
@@ -4738,8 +4927,8 @@ class Server(BaseApplication):
             "worker_class": Worker,
             "threads": threads,
             # A worker accepts while all its threads are busy; what is left over is
-            # room for idle keep-alive connections.
-            "worker_connections": threads + 1000,
+            # room for idle connections. Each relay needs a second descriptor.
+            "worker_connections": min(threads + IDLE, raised_descriptors() // 2),
             "keepalive": 75,
             "timeout": 60,
             "graceful_timeout": GRACE,

@@ -39,6 +39,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -2691,7 +2692,8 @@ def test_any_plain_path_is_relayed(path: str) -> None:
 def read_body(data: bytes, length: Any = "", kind: str = "application/json") -> bytes:
     """Read a request's body, of which at most ten bytes are allowed."""
     about = {"CONTENT_TYPE": kind, "CONTENT_LENGTH": str(length)}
-    return proxy.read_body(about | {"wsgi.input": BytesIO(data)}, 10)
+    share = proxy.Share(proxy.Room(proxy.BODY_ROOM))
+    return proxy.read_body(about | {"wsgi.input": BytesIO(data)}, 10, share)
 
 
 @pytest.mark.parametrize(
@@ -2711,6 +2713,114 @@ def test_415_for_any_other_content_type(kind: str) -> None:
 def test_a_body_of_just_the_limit_passes(length: Any, parameters: str) -> None:
     data = b"x" * 10
     assert read_body(data, length, f"Application/JSON{parameters}") == data
+
+
+def receive(data: bytes, limit: int = 1000, **environ: Any) -> tuple:
+    """Read a body; return it and its share of the room."""
+    share = proxy.Share(proxy.Room(proxy.BODY_ROOM))
+    stream = BytesIO(data)
+    about = {"CONTENT_TYPE": "application/json", "wsgi.input": stream}
+    return proxy.read_body(about | environ, limit, share), share
+
+
+PACKED = {"gzip": gzip.compress, "deflate": zlib.compress, "GZIP ": gzip.compress}
+
+
+@pytest.mark.parametrize("coding", PACKED)
+def test_a_packed_body_is_unpacked(coding: str) -> None:
+    data = PACKED[coding](b"x" * 1000)
+    assert receive(data, HTTP_CONTENT_ENCODING=coding)[0] == b"x" * 1000
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+def test_a_bomb_is_too_large_and_never_held(coding: str) -> None:
+    share = proxy.Share(proxy.Room(proxy.BODY_ROOM))
+    stream = BytesIO(PACKED[coding](b"x" * (8 << 20)))
+    about = {"CONTENT_TYPE": "application/json", "wsgi.input": stream}
+    with pytest.raises(proxy.TooLarge):
+        proxy.read_body(about | {"HTTP_CONTENT_ENCODING": coding}, 1 << 20, share)
+    assert share.size <= 1 << 20
+
+
+@pytest.mark.parametrize("coding", ["br", "zstd", "gzip, gzip", "gzip;q=1"])
+def test_415_names_an_encoding_that_is_not_taken(coding: str) -> None:
+    with pytest.raises(proxy.UnsupportedMediaType, match=re.escape(coding)):
+        receive(b"{}", HTTP_CONTENT_ENCODING=coding)
+
+
+@pytest.mark.parametrize(
+    "data", [b"{}", b"", gzip.compress(b"{}")[:-1], gzip.compress(b"{}") + b"x"]
+)
+def test_what_is_no_whole_gzip_is_a_bad_request(data: bytes) -> None:
+    with pytest.raises(proxy.BadRequest):
+        receive(data, HTTP_CONTENT_ENCODING="gzip")
+
+
+def test_a_body_of_too_many_values_is_a_bad_request(monkeypatch) -> None:
+    monkeypatch.setattr(proxy, "MAX_VALUES", 100)
+    assert receive(b"[" + b"1," * 99 + b"1]")[0]
+    with pytest.raises(proxy.BadRequest, match="100 JSON values"):
+        receive(b"[" + b"1," * 100 + b"1]")
+
+
+FULL_OF = {
+    "objects": b'{"a":1},', "lists": b"[],", "empty objects": b"{},", "texts": b'"ab",',
+    "numbers": b"12345,", "one text": b"A", "beyond Latin": "😀".encode(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FULL_OF)
+def test_parsing_takes_no_more_memory_than_was_weighed(kind: str) -> None:
+    each = FULL_OF[kind]
+    many = each * (500_000 // len(each))
+    data = b'{"a": [' + many.rstrip(b",") + b"]}"
+    if kind in ("one text", "beyond Latin"):
+        data = b'{"a": "' + many + b'"}'
+    weighed = proxy.parsing_memory(bytearray(data))
+    tracemalloc.start()
+    try:
+        proxy.parse_json(data)
+        assert tracemalloc.get_traced_memory()[1] <= weighed
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_body_that_would_take_more_than_the_room_is_too_large(monkeypatch) -> None:
+    monkeypatch.setattr(proxy, "BODY_ROOM", proxy.SMALL_SHARES + 1000)
+    with pytest.raises(proxy.TooLarge):
+        receive(b'{"a":{"b":{"c":1}}}' * 10)
+
+
+def test_a_share_counts_what_came_and_is_given_back_once(monkeypatch) -> None:
+    monkeypatch.setattr(proxy, "ROOM_PATIENCE", 0.01)
+    room = proxy.Room(4 << 20)
+    one, other = proxy.Share(room), proxy.Share(room)
+    one.hold(3 << 20)
+    with pytest.raises(proxy.Overloaded) as refused:
+        other.hold(2 << 20)
+    assert refused.value.headers["Retry-After"] == "2" and other.size == 0
+    one.hold(0), one.hold(0)
+    assert room.free == 4 << 20
+    other.hold(2 << 20)
+    one.hold(1 << 20, spare=4 << 20)  # small ones need leave nothing
+    with pytest.raises(proxy.Overloaded):
+        one.hold(2 << 20, spare=1 << 20)
+
+
+def test_a_body_in_tiny_chunks_is_refused_early(monkeypatch) -> None:
+    monkeypatch.setattr(proxy, "PIECE", 10)
+    clock = itertools.count()
+    monkeypatch.setattr(proxy.time, "thread_time", lambda: next(clock) * 0.06)
+    with pytest.raises(proxy.BadRequest, match="chunks"):
+        receive(b"x" * 1000)
+    clock = itertools.count()
+    assert receive(b"x" * 1000, CONTENT_LENGTH="1000")[0]  # a counted one is not asked
+
+
+def test_a_dropped_body_is_estimated_as_before() -> None:
+    call = make_call()
+    short = proxy.without_body(call)
+    assert short.body == {} and proxy.prompt_weight(short) == proxy.prompt_weight(call)
 
 
 EVENTS_SENT = ["one", "zwei 😀👩‍👩‍👧 é", '{"a": "\\n"}', "th\nree", "[DONE]"]
@@ -4964,7 +5074,8 @@ def relayed(in_process: InProcess):
         dialect.send.return_value = proxy.Answer(pieces, True)
         dialect.cap_name.return_value = "max_tokens"
         call = proxy.parse_call("chat/completions", body)
-        one = proxy.Relay(services, call, model, lease, proxy.Watch())
+        share = proxy.Share(proxy.Room(10**6))
+        one = proxy.Relay(services, call, model, lease, proxy.Watch(), share)
         one.respond()
         with closing(one):
             return b"".join(one)
@@ -5857,6 +5968,19 @@ def api(app: Callable) -> Api:
 def ask(api: Api) -> Callable:
     """ask(method, path, key, ...) -> the answer of an app with the usual keys."""
     return api.send
+
+
+@pytest.mark.parametrize("pad", ["", "x" * (1 << 20)], ids=["small", "large"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_body_leaves_the_room_once_its_answer_has_begun(stream, pad, app):
+    made = app()
+    room, asked = made.extensions["proxy"].room, {"Authorization": f"Bearer {TEAM_KEY}"}
+    body = {"model": "echo", "messages": SAY_HELLO, "stream": stream, "pad": pad}
+    for body["model"] in ("echo", "nothing"):
+        answer = made.test_client().post("/v1/chat/completions", json=body, headers=asked)
+        assert room.free == proxy.BODY_ROOM, answer.status
+        answer.close()
+        assert room.free == proxy.BODY_ROOM
 
 
 def test_401_is_one_identical_answer(api):
@@ -8971,7 +9095,7 @@ def test_a_flood_that_takes_all_descriptors_ends_no_stream(files, gate):
             for _ in range(150):
                 sock = socket.create_connection(("127.0.0.1", server.port), 5)
                 flood.enter_context(sock).sendall(b"G")
-            wait_for(lambda: len(open_files(pid)) > 60, what="no descriptor is left")
+            wait_for(lambda: len(open_files(pid)) > 40, what="no room for another connection")
             time.sleep(0.5)  # in which nothing may end the stream
             gate.set()
             assert stream.finish().done
@@ -9100,8 +9224,8 @@ def test_a_transfer_coding_is_undone_or_refused(coding, status, plain):
 
 
 def test_a_chunked_body_over_the_limit_is_413(plain):
-    data = CHUNKS + chunk(bytes(1 << 20)) * 11
-    assert raw_http(plain.port, data, 5).startswith(b"HTTP/1.1 413 ")
+    data = CHUNKS + chunk(bytes(1 << 20)) * 33
+    assert raw_http(plain.port, data, 20).startswith(b"HTTP/1.1 413 ")
 
 
 def test_pipelined_requests_are_answered_in_order(plain):
@@ -9146,6 +9270,38 @@ def test_half_a_request_is_given_up_after_the_client_timeout(sent, gateway):
     started = time.monotonic()
     raw_http(server.port, sent, 8)
     assert 0.9 < time.monotonic() - started < 4
+
+
+TRICKLED = {"relay": "/v1/chat/completions", "account": "/v1/account/keys"}
+
+
+@pytest.mark.parametrize("path", TRICKLED.values(), ids=list(TRICKLED))
+def test_a_body_that_trickles_in_is_refused_in_time(path: str, gateway) -> None:
+    server = gateway(constants={"BODY_TIMEOUT": 1})
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TEAM_KEY}\r\n"
+    head += "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), 8) as sock:
+        sock.sendall(head.encode())
+        started = time.monotonic()
+        while not select.select([sock], [], [], 0.1)[0]:
+            sock.sendall(b" ")
+            assert time.monotonic() - started < 4
+        answer = sock.recv(10_000)
+    assert answer.startswith(b"HTTP/1.1 400") and b"did not arrive within 1" in answer
+
+
+def test_a_connection_that_never_spoke_gets_seconds_and_no_thread(gateway) -> None:
+    server = gateway(threads=1, constants={"SPARE_THREADS": 1, "FIRST_WORD": 1})
+    with ExitStack() as crowd:
+        silent = [
+            crowd.enter_context(socket.create_connection(("127.0.0.1", server.port), 8))
+            for _ in range(20)
+        ]
+        started = time.monotonic()
+        assert requests.get(f"{server.url}/healthz", timeout=5).ok
+        assert time.monotonic() - started < 0.9
+        assert [sock.recv(1) for sock in silent] == [b""] * 20
+        assert time.monotonic() - started < 5
 
 
 def test_a_reader_that_stops_reading_is_given_up_and_settled(gateway, tmp_path):

@@ -328,6 +328,7 @@ def from_http(error: HTTPException) -> ProxyError:
 MICRO = 10**6  # micro-credits in a credit: all money is an integer of these
 PICO = 10**6  # pico-credits in a micro-credit: the unit of a price per token
 DAY = 86400  # seconds
+WEEK = 7 * 1440  # minutes
 DEFAULT_MAX_OUTPUT = 4096  # tokens, for a priced model that names no `max_output`
 MAX_TOKENS = 10**7  # no context window is larger: a report above it is not believed
 MAX_RATE = 10_000  # requests of one window: it is read and written whole
@@ -350,9 +351,27 @@ class Price:
 
     input: int = 0
     cached: int = 0
+    written: int = 0
     output: int = 0
     image: int = 0
     request: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Hours:
+    """Hours of the week with a price of their own: from each of `starts`, in minutes
+    since Monday 0:00 UTC, for `length` minutes."""
+
+    utc: str
+    starts: tuple[int, ...]
+    length: int
+    price: Price = Price()
+
+    def cover(self, minute: int) -> bool:
+        return any([(minute - start) % WEEK < self.length for start in self.starts])
+
+    def overlap(self, other: Self) -> bool:
+        return any(map(self.cover, other.starts)) or any(map(other.cover, self.starts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,12 +423,22 @@ class Model:
     about: str = ""
     defaults: dict[str, Any] = field(default_factory=dict)
     max_output: int = DEFAULT_MAX_OUTPUT
+    hours: tuple[Hours, ...] = ()
+    allow: frozenset[str] = frozenset()
 
     @property
     def missing(self) -> list[str]:
         """The unset variables without which none of its upstreams can be asked."""
         unset = [upstream.missing for upstream, _ in self.routes]
         return list(dict.fromkeys(itertools.chain(*unset))) if all(unset) else []
+
+    def at(self, moment: float) -> Model:
+        """This model at the price of the moment (unix seconds)."""
+        minute = int(moment) // 60 + 3 * 1440  # 1970 began on a Thursday
+        for hours in self.hours:
+            if hours.cover(minute):
+                return replace(self, price=hours.price)
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -539,17 +568,62 @@ def parse_limits(value: Any, path: str, common: Limits | None = None) -> Limits:
     return Limits(rate, items, whole(concurrent, f"{path}.concurrent", 1, 100_000))
 
 
-def parse_price(value: Any, path: str) -> Price:
-    """A price: micro-credits per million tokens are pico-credits per token."""
-    value = fields(value, path, "input cached output image request")
+PRICES = "input cached written output image request"
+DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
+HOURS = re.compile(
+    "(?:(DAY)(?:-(DAY))? )?([0-9]{2}):([0-5][0-9])-([0-9]{2}):([0-5][0-9])".replace(
+        "DAY", "|".join(DAYS)
+    )
+)
+
+
+def parse_price(value: Any, path: str, other: dict[str, Any] | None = None) -> Price:
+    """A price: micro-credits per million tokens are pico-credits per token. `other`:
+    what it replaces a part of."""
+    value = fields(value, path, PRICES)
     if not value:
         raise ConfigError(f"{path}: names no price (0 is one)")
     parts = {}
-    for name, amount in value.items():
+    for name, amount in ((other or {}) | value).items():
         micro = to_micro(amount, f"{path}.{name}")
         parts[name] = micro * (PICO if name in ("image", "request") else 1)
-    parts.setdefault("cached", parts.get("input", 0))
+    for name in ("cached", "written"):
+        parts.setdefault(name, parts.get("input", 0))
     return Price(**parts)
+
+
+def parse_hours(value: Any, path: str, usual: dict[str, Any]) -> Hours:
+    """The prices of "Mon-Fri 01:00-04:00": on these days, or on all; an end that is not
+    after its start is on the next day."""
+    value = dict(fields(value, path, PRICES, needed="utc"))
+    utc = text_of(value.pop("utc"), f"{path}.utc")
+    match = HOURS.fullmatch(utc)
+    times = [int(part) for part in match.groups()[2:]] if match else [0] * 4
+    start, end = times[0] * 60 + times[1], times[2] * 60 + times[3]
+    if start == end or start >= 1440 or end > 1440:
+        raise ConfigError(f"{path}.utc: must read like 'Mon-Fri 01:00-04:00'")
+    first = DAYS.index(match[1] or "Mon")
+    last = DAYS.index(match[2] or match[1] or "Sun")
+    days = range(first, first + (last - first) % 7 + 1)
+    starts = tuple([day * 1440 + start for day in days])
+    price = parse_price(value, path, usual)
+    return Hours(utc, starts, (end - start) % 1440 or 1440, price)
+
+
+def parse_prices(value: Any, path: str) -> tuple[Price, tuple[Hours, ...]]:
+    """The usual price, and those of hours which no two may have in common."""
+    usual = dict(fields(value, path, f"{PRICES} hours"))
+    listed, parsed = usual.pop("hours", []), []
+    price = parse_price(usual, path)
+    if not isinstance(listed, list):
+        raise ConfigError(f"{path}.hours: must be a list")
+    for number, each in enumerate(listed):
+        hours = parse_hours(each, f"{path}.hours.{number}", usual)
+        for other in filter(hours.overlap, parsed):
+            told = f"overlaps with '{other.utc}'"
+            raise ConfigError(f"{path}.hours.{number}.utc: {told}")
+        parsed.append(hours)
+    return price, tuple(parsed)
 
 
 def from_environment(text: str) -> tuple[str, tuple[str, ...]]:
@@ -606,10 +680,45 @@ def plain(value: Any, path: str) -> Any:
         raise ConfigError(f"{path}: a number is too large") from None
 
 
+# Fields that move the price, and their plain values; others need an `allow`. Those of
+# images count where an image has a price: tokens tell by themselves.
+PRICED = {
+    "service_tier": ("auto", "default", "standard", "standard_only", "on_demand"),
+    "speed": ("standard",),  # Anthropic
+    "inference_geo": ("global", "not_available"),  # Anthropic
+    "modalities": ("text",),
+    "background": (False,),  # answered when nobody listens
+    "web_search_options": (),
+    "search_parameters": (),  # xAI
+    "enable_search": (False,),  # Qwen
+    "plugins": (),  # OpenRouter, as the next two: who answers, and for what price
+    "models": (),
+    "provider": (),
+}
+PRICED_IMAGES = {
+    "quality": ("auto", "standard", "low"),
+    "size": ("auto", "256x256", "512x512", "1024x1024", "1K", "2K"),
+    "resolution": ("1k",),  # xAI
+    "input_fidelity": ("low",),
+    "sequential_image_generation": ("disabled",),  # Seedream: up to 15 images
+}
+
+
+def parse_allow(value: Any, path: str) -> frozenset[str]:
+    """"field:value", or "field" for all values, of fields that move the price."""
+    if not isinstance(value, list):
+        raise ConfigError(f"{path}: must be a list")
+    known = PRICED | PRICED_IMAGES
+    for text in value:
+        if text_of(text, path).partition(":")[0] not in known:
+            raise ConfigError(f"{path}: takes {', '.join(known)}; not {text!r}")
+    return frozenset(value)
+
+
 def parse_model(
     id: str, value: Any, path: str, upstreams: dict[str, UpstreamConfig]
 ) -> Model:
-    value = fields(value, path, "about defaults max_output", needed="upstream price")
+    value = fields(value, path, "about allow defaults max_output", needed="upstream price")
     names = value["upstream"]
     names = names if isinstance(names, list) and names else [names]
     routes = []
@@ -624,13 +733,16 @@ def parse_model(
     if not isinstance(defaults, dict) or {"model", "n", "best_of"} & {*defaults}:
         raise ConfigError(f"{path}.defaults: must be an object without 'model' or 'n'")
     longest = value.get("max_output", DEFAULT_MAX_OUTPUT)
+    price, hours = parse_prices(value["price"], f"{path}.price")
     return Model(
         printable_name(id, path, 200),
         tuple(routes),
-        parse_price(value["price"], f"{path}.price"),
+        price,
         text_of(value.get("about", ""), f"{path}.about"),
         plain(defaults, f"{path}.defaults"),
         whole(longest, f"{path}.max_output", 1, MAX_TOKENS),
+        hours,
+        parse_allow(value.get("allow", []), f"{path}.allow"),
     )
 
 
@@ -772,7 +884,7 @@ class ConfigFile:
 
 # Ledger ------------------------------------------------------------------------------
 
-SCHEMA_VERSION = 1  # `PRAGMA user_version`; MIGRATIONS has the steps to it
+SCHEMA_VERSION = 2  # `PRAGMA user_version`; MIGRATIONS has the steps to it
 OPEN, SETTLED, RELEASED = 0, 1, 2  # a request's row: a hold resolves at most once
 
 SCHEMA = """
@@ -800,7 +912,8 @@ CREATE TABLE requests(
     cached INTEGER NOT NULL DEFAULT 0, output INTEGER NOT NULL DEFAULT 0,
     images INTEGER NOT NULL DEFAULT 0, estimated INTEGER NOT NULL DEFAULT 0,
     status INTEGER NOT NULL DEFAULT 0, created INTEGER NOT NULL,
-    ttfb INTEGER, duration INTEGER, PRIMARY KEY (account, id)
+    ttfb INTEGER, duration INTEGER, written INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (account, id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX requests_open ON requests(key) WHERE state = 0;
 CREATE TABLE usage(
@@ -811,6 +924,7 @@ CREATE TABLE usage(
     cached INTEGER NOT NULL DEFAULT 0, output INTEGER NOT NULL DEFAULT 0,
     images INTEGER NOT NULL DEFAULT 0, cost INTEGER NOT NULL DEFAULT 0,
     ttfb INTEGER NOT NULL DEFAULT 0, duration INTEGER NOT NULL DEFAULT 0,
+    written INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (account, day, key, model, status)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE windows(key TEXT PRIMARY KEY, hits BLOB NOT NULL) STRICT, WITHOUT ROWID;
@@ -832,20 +946,29 @@ CREATE TRIGGER resolved AFTER UPDATE OF state ON requests WHEN OLD.state = 0 BEG
         NEW.account, NEW.created / 86400000, NEW.key, NEW.model, NEW.status,
         NEW.state = 1, NEW.state = 2, 0, NEW.ttfb IS NOT NULL, NEW.input, NEW.cached,
         NEW.output, NEW.images, NEW.cost, coalesce(NEW.ttfb, 0),
-        coalesce(NEW.duration, 0)
+        coalesce(NEW.duration, 0), NEW.written
     ) ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,
         released = released + excluded.released, answered = answered + excluded.answered,
         input = input + excluded.input, cached = cached + excluded.cached,
         output = output + excluded.output, images = images + excluded.images,
         cost = cost + excluded.cost, ttfb = ttfb + excluded.ttfb,
-        duration = duration + excluded.duration;
+        duration = duration + excluded.duration, written = written + excluded.written;
 END;
 """
 
 # From version 0, commit 022b995, which had random numbers where the version is.
 FROM_VERSION_0 = """
 DROP TRIGGER opened; DROP TRIGGER resolved; DROP TABLE usage;
-{usage}; {opened}; {resolved};
+CREATE TABLE usage(
+    account TEXT NOT NULL, day INTEGER NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL,
+    status INTEGER NOT NULL, requests INTEGER NOT NULL DEFAULT 0,
+    released INTEGER NOT NULL DEFAULT 0, refused INTEGER NOT NULL DEFAULT 0,
+    answered INTEGER NOT NULL DEFAULT 0, input INTEGER NOT NULL DEFAULT 0,
+    cached INTEGER NOT NULL DEFAULT 0, output INTEGER NOT NULL DEFAULT 0,
+    images INTEGER NOT NULL DEFAULT 0, cost INTEGER NOT NULL DEFAULT 0,
+    ttfb INTEGER NOT NULL DEFAULT 0, duration INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (account, day, key, model, status)
+) STRICT, WITHOUT ROWID;
 INSERT INTO usage
     SELECT account, created / 86400000, key, model, status, sum(state = 1),
         sum(state = 2), 0, count(ttfb), sum(input), sum(cached), sum(output),
@@ -857,7 +980,13 @@ INSERT INTO usage(account, day, key, model, status, refused)
 DROP TABLE tallies;
 INSERT INTO meta VALUES ('id', '{id}');
 """
-MIGRATIONS = (FROM_VERSION_0,)  # by the version that each begins with
+FROM_VERSION_1 = """
+DROP TRIGGER IF EXISTS opened; DROP TRIGGER IF EXISTS resolved;
+ALTER TABLE requests ADD COLUMN written INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE usage ADD COLUMN written INTEGER NOT NULL DEFAULT 0;
+{opened}; {resolved};
+"""
+MIGRATIONS = FROM_VERSION_0, FROM_VERSION_1  # by the version that each begins with
 
 MAX_WORKERS = 512  # worker slots: bytes 1 to 512 of the lock file
 WRITER, SPEAKER = 0, MAX_WORKERS + 1  # its other bytes
@@ -884,12 +1013,19 @@ def ledger_errors() -> Iterator[None]:
         raise LedgerUnavailable(f"{type(error).__name__}: {error}") from None
 
 
+def schema_of(db: sqlite3.Connection) -> dict[str, str]:
+    """Name -> SQL of everything in a database, in one line: an added column has none of
+    its own."""
+    rows = db.execute("SELECT name, sql FROM sqlite_schema WHERE sql > ''")
+    return {name: " ".join(sql.split()) for name, sql in rows}
+
+
 @functools.cache
 def expected_schema() -> dict[str, str]:
-    """Name -> SQL of everything in SCHEMA, as SQLite keeps it."""
+    """Name -> SQL of everything in SCHEMA."""
     with contextlib.closing(sqlite3.connect(":memory:")) as db:
         db.executescript(SCHEMA)
-        return dict(db.execute("SELECT name, sql FROM sqlite_schema WHERE sql > ''"))
+        return schema_of(db)
 
 
 def new_file(path: str) -> str:
@@ -994,7 +1130,7 @@ class LedgerFile:
         if version < SCHEMA_VERSION:
             self._upgrade(version, id)
         with contextlib.closing(self._connect()) as db:
-            found = dict(db.execute("SELECT name, sql FROM sqlite_schema"))
+            found = schema_of(db)
         for name, sql in expected_schema().items():
             if found.get(name) != sql:
                 reason = f"its {name} is not that of schema {SCHEMA_VERSION}"
@@ -1283,13 +1419,15 @@ class Quote:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What an answer used: tokens by class (`cached` is a part of `input`), images."""
+    """What an answer used: tokens by class, images. Of `input` parts were `cached`, or
+    `written` to a cache."""
 
     input: int = 0
     cached: int = 0
     output: int = 0
     images: int = 0
     estimated: bool = False
+    written: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -1580,11 +1718,12 @@ class Ledger:
             cost = min(cost, lease.hold + max(0, left + lease.declared))
         db.execute(
             "UPDATE requests SET state = ?, cost = ?, lost = ?, input = ?, cached = ?,"
-            " output = ?, images = ?, estimated = ?, status = ?, ttfb = ?, duration = ?"
-            " WHERE account = ? AND id = ? AND state = 0",
+            " written = ?, output = ?, images = ?, estimated = ?, status = ?, ttfb = ?,"
+            " duration = ? WHERE account = ? AND id = ? AND state = 0",
             (SETTLED if charge.usage else RELEASED, cost, charge.cost - cost)
-            + (usage.input, usage.cached, usage.output, usage.images, usage.estimated)
-            + (charge.status, charge.ttfb, charge.duration, lease.account, lease.id),
+            + (usage.input, usage.cached, usage.written, usage.output, usage.images)
+            + (usage.estimated, charge.status, charge.ttfb, charge.duration)
+            + (lease.account, lease.id),
         )
         return charge.cost - cost
 
@@ -2067,8 +2206,6 @@ MAX_CHOICES = 128  # OpenAI's own bound on `n`
 BYTES_PER_TOKEN = 4  # of an estimate: English needs 3-4 bytes, Chinese 4-5
 DIGIT = re.compile(r"[0-9]")  # to many tokenizers each is a token
 
-# What is billed without an answer that tells, or above the model's price.
-UNSUPPORTED = {"background": True, "service_tier": "priority"}
 EXPONENT = re.compile(rb"\d[eE]")
 PATH = re.compile(r"[a-z0-9_]+(?:[-/][a-z0-9_]+)*")
 CAPS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
@@ -2190,10 +2327,6 @@ def parse_call(path: str, data: bytes) -> Call:
         cap = max(cap, natural(body, name, 2**31 - 1) or 0)
     number = natural(body, "n", MAX_CHOICES) or 1
     best = natural(body, "best_of", MAX_CHOICES) or 1
-    for name, value in UNSUPPORTED.items():
-        if body.get(name) == value:
-            told = f"'{name}' may not be {json.dumps(value)} here."
-            raise BadRequest(told, param=name)
     if stream and "images/" in path:
         raise BadRequest("Images are not streamed here.", param="stream")
     if path == "chat/completions":
@@ -2223,10 +2356,26 @@ def parse_call(path: str, data: bytes) -> Call:
     )  # fmt: skip
 
 
+def refuse_unpriced(body: dict[str, Any], model: Model) -> None:
+    """Raises BadRequest for what would move the price unless its operator allows it.
+
+    A default of the model's is what its price is for: nothing else is plain then.
+    """
+    priced = PRICED | PRICED_IMAGES if model.price.image else PRICED
+    for name in priced.keys() & body.keys() - model.allow:
+        plain = [model.defaults[name]] if name in model.defaults else [None, *priced[name]]
+        value = body[name]
+        for each in value if isinstance(value, list) and value not in plain else [value]:
+            text = each if isinstance(each, str) else json.dumps(each)
+            if each not in plain and f"{name}:{text}" not in model.allow:
+                shown = text if len(text) <= 40 else "this"
+                raise BadRequest(f"'{name}' may not be {shown} here.", param=name)
+
+
 def quote(call: Call, model: Model) -> Quote:
-    """The worst case: no part of the prompt is cached."""
+    """The worst case: all of the prompt is of the dearest class."""
     price = model.price
-    fixed = call.size * max(price.input, price.cached) + price.request
+    fixed = call.size * max(price.input, price.cached, price.written) + price.request
     fixed += price.image * (call.body.get("n") or 1)
     tokens = 0 if call.path in NO_OUTPUT else call.cap or model.max_output
     return Quote(fixed, price.output, tokens, call.choices)
@@ -2234,8 +2383,9 @@ def quote(call: Call, model: Model) -> Quote:
 
 def cost(usage: Usage, price: Price) -> int:
     """Micro-credits, rounded up once."""
-    pico = (usage.input - usage.cached) * price.input + usage.cached * price.cached
-    pico += usage.output * price.output + usage.images * price.image
+    plain = usage.input - usage.cached - usage.written
+    pico = plain * price.input + usage.cached * price.cached
+    pico += usage.written * price.written + usage.output * price.output + usage.images * price.image
     return -(-(pico + price.request) // PICO)
 
 
@@ -2300,18 +2450,41 @@ def settled_usage(
     return replace(reported or guess, output=output, images=images, estimated=True)
 
 
-REPORTED = (
-    ("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"),
-    ("prompt_cache_hit_tokens", ""), ("total_tokens", ""),
+# The names of a count in a usage report, each a path; the first one there counts.
+INPUT = "prompt_tokens", "input_tokens"
+OUTPUT = "completion_tokens", "output_tokens"
+BESIDE = "cache_read_input_tokens", "cache_creation_input_tokens"  # Anthropic's
+CACHED = (
+    "prompt_cache_hit_tokens", BESIDE[0], "prompt_tokens_details.cached_tokens",
+    "input_tokens_details.cached_tokens", "cached_tokens", "num_cached_tokens",
 )  # fmt: skip
+WRITTEN = (
+    BESIDE[1], "prompt_tokens_details.cache_write_tokens",
+    "input_tokens_details.cache_write_tokens",
+)  # fmt: skip
+
+
+def count_of(report: dict[str, Any], names: Iterable[str]) -> int | None:
+    """The count under the first of these names that is there; None: under none.
+    Raises ValueError for one that is not to be believed."""
+    for name in names:
+        value: Any = report
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            if type(value) is not int or not 0 <= value <= MAX_TOKENS:
+                raise ValueError(name)
+            return value
+    return None
 
 
 def read_usage(document: dict[str, Any], generates: bool = True) -> Usage | None:
     """The usage that an answer or event reports; None if none is to be believed.
 
-    Both of OpenAI's namings, and DeepSeek's cache hits (top level of `usage`). What
-    `total_tokens` has above their sum is output: Gemini and xAI count the thinking
-    only there. Where nothing is generated the total alone is the input.
+    Caches are counted inside the input; under Anthropic's names beside it, unless OpenAI's
+    stand with them and have room for them. What `total_tokens` has above the sum is
+    output: Gemini and xAI count the thinking only there. Where nothing is generated the
+    total alone is the input.
     """
     report = document.get("usage")
     for name in ("response", "message"):
@@ -2319,32 +2492,35 @@ def read_usage(document: dict[str, Any], generates: bool = True) -> Usage | None
             report = document[name].get("usage")
     if not isinstance(report, dict):
         return None
-    counts = []
-    for name, other in REPORTED:
-        value = report.get(name)
-        counts.append(report.get(other) if value is None else value)
-    input, output, cached, total = counts
+    try:
+        input, output = count_of(report, INPUT), count_of(report, OUTPUT)
+        cached, written = count_of(report, CACHED), count_of(report, WRITTEN)
+    except ValueError:
+        return None
+    total = report.get("total_tokens")
+    if type(total) is not int or not 0 <= total <= MAX_TOKENS:
+        total = None
     if not generates and input is None:
         input = total
     if input is None and output is None:
         return None
-    details = report.get("prompt_tokens_details") or report.get("input_tokens_details")
-    if isinstance(details, dict) and cached is None:
-        cached = details.get("cached_tokens")
-    for count in (input, output, cached):
-        if count is not None and not (type(count) is int and 0 <= count <= MAX_TOKENS):
-            return None
     both = input is not None and output is not None
-    input, output, cached = input or 0, output or 0, cached or 0
-    if both and type(total) is int and input + output < total <= MAX_TOKENS:
+    input, output, cached, written = input or 0, output or 0, cached or 0, written or 0
+    if any(map(report.get, BESIDE)):
+        most = input + output + cached + written
+        if "prompt_tokens" not in report or cached + written > input or total == most:
+            input += cached + written
+    if both and total is not None and input + output < total:
         output = total - input
-    return Usage(input, min(input, cached), output)
+    cached = min(cached, input)
+    return Usage(input, cached, output, written=min(written, input - cached))
 
 
 def larger(one: Usage, other: Usage) -> Usage:
     """Of each count the larger: reports of a stream grow, or tell their parts."""
     input, output = max(one.input, other.input), max(one.output, other.output)
-    return Usage(input, max(one.cached, other.cached), output)
+    cached, written = max(one.cached, other.cached), max(one.written, other.written)
+    return Usage(input, cached, output, written=min(written, input - cached))
 
 
 def count_images(document: dict[str, Any]) -> int:
@@ -3713,7 +3889,8 @@ class RequestLog:
         usage = charge.usage or Usage()
         fields = {"request": lease.id, "account": lease.account, "key": lease.key}
         fields |= {"model": model, "status": charge.status, "input": usage.input}
-        fields |= {"cached": usage.cached, "output": usage.output}
+        fields |= {"cached": usage.cached, "written": usage.written}
+        fields |= {"output": usage.output}
         fields |= {"images": usage.images, "cost": f"{charge.cost / MICRO:.6f}"}
         fields |= {"estimated": int(usage.estimated), "ttfb_ms": charge.ttfb}
         fields |= {"duration_ms": charge.duration}
@@ -4195,8 +4372,9 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
             data = read_body(environ, MAX_BODY, share)
         call = parse_call(path, data)
         del data
-        model = find_model(services, call.model)
+        model = find_model(services, call.model).at(time.time())
         here.model = model.id
+        refuse_unpriced(call.body, model)
         worst = quote(call, model)
     except ProxyError:
         if not here.windows:
@@ -4365,12 +4543,18 @@ def live_use(services: Services, account: Account) -> dict[str, int]:
     return left | {"concurrent": running[0][0]}
 
 
-def price_entry(price: Price) -> dict[str, int | float]:
-    """A price as keys.json writes it."""
-    each = {"image": price.image, "request": price.request}
-    tokens = {"input": price.input, "cached": price.cached, "output": price.output}
-    parts = {name: to_credits(pico // PICO) for name, pico in each.items() if pico}
-    return {name: to_credits(pico) for name, pico in tokens.items() if pico} | parts
+def price_entry(model: Model) -> dict[str, Any]:
+    """A model's prices as keys.json writes them."""
+    out, price = {}, model.price
+    for name in PRICES.split():
+        pico = getattr(price, name)
+        if pico != (price.input if name in ("cached", "written") else 0):
+            out[name] = to_credits(pico // (PICO if name in ("image", "request") else 1))
+    listed = [
+        {"utc": hours.utc} | price_entry(replace(model, price=hours.price, hours=()))
+        for hours in model.hours
+    ]
+    return out | ({"hours": listed} if listed else {})
 
 
 def describe_account(services: Services, id: str) -> dict[str, Any]:
@@ -4385,7 +4569,7 @@ def describe_account(services: Services, id: str) -> dict[str, Any]:
         entry["key"] = {"id": g.key.id, "name": g.key.name}
         entry["live"] = live_use(services, account)
     entry["models"] = [
-        {"id": model.id, "about": model.about, "price": price_entry(model.price)}
+        {"id": model.id, "about": model.about, "price": price_entry(model)}
         for model in usable(config, account)
     ]
     entry["keys"] = list_keys(config, ledger, id)
@@ -4394,7 +4578,7 @@ def describe_account(services: Services, id: str) -> dict[str, Any]:
 
 RECEIPT = (
     "id created account key model path state status stream input_tokens cached_tokens"
-    " output_tokens images estimated credits ttfb_ms duration_ms"
+    " written_tokens output_tokens images estimated credits ttfb_ms duration_ms"
 ).split()
 
 
@@ -4412,7 +4596,7 @@ def receipts(
     """An account's requests with ids from `low` to below `high`, newest first."""
     rows = ledger.read(
         "SELECT r.id, r.created, r.account, k.name, model, path, state, status, stream,"
-        " input, cached, output, images, estimated, cost, ttfb, duration"
+        " input, cached, written, output, images, estimated, cost, ttfb, duration"
         " FROM requests r LEFT JOIN keys k ON k.id = r.key WHERE r.account = ?"
         " AND r.id >= ? AND r.id < ? ORDER BY r.id DESC LIMIT ?",
         account, low, high, limit,
@@ -4430,14 +4614,14 @@ def moment_id(name: str) -> str | None:
     return f"req_{int(float(text) * 1000):011x}"
 
 
-USED = ("requests", "input_tokens", "cached_tokens", "output_tokens", "images")
+USED = "requests input_tokens cached_tokens written_tokens output_tokens images".split()
 
 
 def usage_rows(ledger: Ledger, account: str | None, days: int) -> list[dict[str, Any]]:
     """Requests, tokens, images and credits by day and model, newest day first."""
     rows = ledger.read(
-        "SELECT day, model, sum(requests), sum(input), sum(cached), sum(output),"
-        " sum(images), sum(cost) FROM usage WHERE (?1 IS NULL OR account = ?1)"
+        "SELECT day, model, sum(requests), sum(input), sum(cached), sum(written),"
+        " sum(output), sum(images), sum(cost) FROM usage WHERE (?1 IS NULL OR account = ?1)"
         " AND day > ?2 AND requests > 0 GROUP BY day, model ORDER BY day DESC, model",
         account, int(time.time()) // DAY - days,
     )  # fmt: skip
@@ -4566,12 +4750,13 @@ METRICS = (
      " WHERE status AND requests + released GROUP BY model UNION ALL"
      " SELECT '_count', model, sum(requests + released) FROM usage"
      " WHERE status AND requests + released GROUP BY model) ORDER BY model"),
-    ("proxy_tokens_total", "counter", "Tokens charged; cached ones are input, too.",
+    ("proxy_tokens_total", "counter", "Tokens charged; cached and written ones are input.",
      "model class",
      "SELECT '', model, 'input', sum(input) FROM usage WHERE requests GROUP BY model"
      " UNION ALL SELECT '', model, 'cached', sum(cached) FROM usage WHERE requests"
-     " GROUP BY model UNION ALL SELECT '', model, 'output', sum(output) FROM usage"
-     " WHERE requests GROUP BY model"),
+     " GROUP BY model UNION ALL SELECT '', model, 'written', sum(written) FROM usage"
+     " WHERE requests GROUP BY model UNION ALL SELECT '', model, 'output', sum(output)"
+     " FROM usage WHERE requests GROUP BY model"),
     ("proxy_images_total", "counter", "Images charged.", "model",
      "SELECT '', model, sum(images) FROM usage WHERE requests GROUP BY model"),
     ("proxy_credits_total", "counter", "Credits spent.", "model",
@@ -4653,14 +4838,18 @@ def picked(ids: list[str], best: str) -> str:
     return best if best in ids or not ids else ids[0]
 
 
-def price_text(price: Price) -> str:
-    """A price for people: credits per million tokens, per image, per request."""
-    units = {"image": "an image", "request": "a request"}
+UNITS = {"image": "an image", "request": "a request"}
+UNITS |= {"written": "per million input tokens written to the cache"}
+
+
+def price_text(entry: dict[str, Any]) -> str:
+    """A price_entry for people: credits per million tokens, per image, per request."""
     parts = [
-        f"{amount} {units.get(name, f'per million {name} tokens')}"
-        for name, amount in price_entry(price).items()
-    ]
-    return ", ".join(parts) or "free"
+        f"{amount} {UNITS.get(name, f'per million {name} tokens')}"
+        for name, amount in entry.items() if name not in ("utc", "hours")
+    ]  # fmt: skip
+    hours = [f"{each['utc']} UTC: {price_text(each)}" for each in entry.get("hours", ())]
+    return "; ".join([", ".join(parts) or "free", *hours])
 
 
 def documentation_values(
@@ -4677,7 +4866,7 @@ def documentation_values(
     rows = []
     for each in config.models.values():
         about = f"{each.about} (not set up here)" if each.missing else each.about
-        rows.append((each.id, about, price_text(each.price)))
+        rows.append((each.id, about, price_text(price_entry(each))))
     return {
         "base_url": root + "v1", "root_url": root.rstrip("/"), "models": rows,
         "rate": config.limits.rate, "concurrent": config.limits.concurrent,
@@ -5497,7 +5686,8 @@ curl {{ base_url }}/account \
   -H "Authorization: Bearer {{ key }}"{% endcall %}</section>
 <section id="charges" class="card"><h2>What is charged</h2><ul>
 <li>The tokens that the provider reports for the request, at the prices above. Cached input has its
-own, lower price where the model has one.</li>
+own, lower price where the model has one, and so may input that is written to a cache. Where hours have
+their own prices, those of the moment count at which the request was let in.</li>
 <li>Before a request is sent, the most that it can cost is held from your credits. What is not used
 comes back when it ends, and an account never goes below zero.</li>
 <li>Images cost their price for each image delivered.</li>

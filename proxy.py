@@ -127,7 +127,8 @@ class ProxyError(Exception):
 class BadRequest(ProxyError):
     status, type, code = 400, "invalid_request_error", "invalid_request"
     about = (
-        "The body is not valid JSON, or a field is missing or of the wrong type. What"
+        "The body is not valid JSON, a field is missing or of the wrong type, or has a"
+        " value that would change the model's price (<code>service_tier</code>). What"
         " the provider finds wrong with a request comes with the provider's message,"
         " as 400, 404, 413 or 422."
     )
@@ -295,8 +296,13 @@ class Ended(Exception):
         super().__init__(ending.reason)
         self.ending = ending
 
-    def failure(self) -> UpstreamFailed:
+    def failure(self) -> ProxyError:
         """What a client that is still there is told."""
+        if self.ending is Ending.LEFT:  # it may have closed its own side only
+            return BadRequest(
+                "The connection was closed for writing before the answer came. This counts"
+                " as leaving: keep it open until then."
+            )
         failure = UpstreamFailed(self.ending.reason)
         if self.ending is Ending.DRAINED:
             failure.message = "This server is being restarted: the answer is cut off."
@@ -559,7 +565,7 @@ def parse_limits(value: Any, path: str, common: Limits | None = None) -> Limits:
     rate = value.get("rate", common.rate if common else "60/minute")
     concurrent = value.get("concurrent", common.concurrent if common else 10)
     try:
-        items = tuple(parse_many(rate))
+        items = tuple(dict.fromkeys(parse_many(rate)))
     except (ValueError, TypeError):
         raise ConfigError(f"{path}.rate: must read like '60/minute'") from None
     for item in items:
@@ -685,7 +691,7 @@ def plain(value: Any, path: str) -> Any:
 PRICED = {
     "service_tier": ("auto", "default", "standard", "standard_only", "on_demand"),
     "speed": ("standard",),  # Anthropic
-    "inference_geo": ("global", "not_available"),  # Anthropic
+    "inference_geo": ("global",),  # Anthropic
     "modalities": ("text",),
     "background": (False,),  # answered when nobody listens
     "web_search_options": (),
@@ -1840,8 +1846,8 @@ class LedgerStorage(Storage, MovingWindowSupport):
     eight bytes of monotonic microseconds, most significant first, so that SQL compares
     them. Whether one more fits is decided and written by one statement. One of these
     storages works in the transaction of `db`, or in one of its own for each operation.
-    `seen` is what the last hit saw of its window: the hits left, and when (monotonic
-    seconds) the oldest leaves.
+    `seen` is what the last look or hit saw of its window: the hits left, and when
+    (monotonic seconds) the oldest leaves.
     """
 
     STORAGE_SCHEME = ["sqlite"]
@@ -1879,15 +1885,23 @@ class LedgerStorage(Storage, MovingWindowSupport):
             + (MOMENT.size, since),
         ).fetchall()
         hits = rows or self._db.execute(WINDOW, (key,)).fetchall()
-        start, count = self._stats(hits[0][0], now, expiry)
-        self.seen = max(0, limit - count), start + expiry
+        self._look(hits, limit, expiry, now)
         return bool(rows)
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
         """(monotonic start, hits) of the window."""
-        rows = self._ledger.read(WINDOW, key)
-        now = int(time.monotonic() * 10**6)
-        return self._stats(rows[0][0] if rows else b"", now, expiry)
+        if self._db is None:
+            rows = self._ledger.read(WINDOW, key)
+        else:
+            rows = self._db.execute(WINDOW, (key,)).fetchall()
+        return self._look(rows, limit, expiry, int(time.monotonic() * 10**6))
+
+    def _look(
+        self, rows: list[tuple], limit: int, expiry: int, now: int
+    ) -> tuple[float, int]:
+        start, count = self._stats(rows[0][0] if rows else b"", now, expiry)
+        self.seen = max(0, limit - count), start + expiry
+        return start, count
 
     @staticmethod
     def _stats(hits: bytes, now: int, expiry: int) -> tuple[float, int]:
@@ -1917,15 +1931,17 @@ class LedgerStorage(Storage, MovingWindowSupport):
 def hit_windows(
     items: Iterable[RateLimitItem], key: str, scope: str, db: sqlite3.Connection
 ) -> list[Window]:
-    """Counts one request in each window of a key, in this transaction; only the last
-    may not fit. `scope`: "relay" or "account"."""
-    storage, seen = LedgerStorage(db=db), []
+    """Counts one request in each window of a key, in this transaction; if one is full,
+    in none, and that is the last one returned. `scope`: "relay" or "account"."""
+    storage = LedgerStorage(db=db)
     strategy = MovingWindowRateLimiter(storage)
-    for item in items:
-        fits = strategy.hit(item, key, scope)
-        seen.append(Window(item, fits, *storage.seen))
-        if not fits:
-            break
+    for ask in strategy.test, strategy.hit:
+        seen = []
+        for item in items:
+            fits = ask(item, key, scope)
+            seen.append(Window(item, fits, *storage.seen))
+            if not fits:
+                return seen
     return seen
 
 
@@ -2361,9 +2377,10 @@ def refuse_unpriced(body: dict[str, Any], model: Model) -> None:
 
     A default of the model's is what its price is for: nothing else is plain then.
     """
-    priced = PRICED | PRICED_IMAGES if model.price.image else PRICED
-    for name in priced.keys() & body.keys() - model.allow:
-        plain = [model.defaults[name]] if name in model.defaults else [None, *priced[name]]
+    for name, values in (PRICED | PRICED_IMAGES if model.price.image else PRICED).items():
+        if name not in body or name in model.allow:
+            continue
+        plain = [model.defaults[name]] if name in model.defaults else [None, *values]
         value = body[name]
         for each in value if isinstance(value, list) and value not in plain else [value]:
             text = each if isinstance(each, str) else json.dumps(each)
@@ -4848,7 +4865,10 @@ def price_text(entry: dict[str, Any]) -> str:
         f"{amount} {UNITS.get(name, f'per million {name} tokens')}"
         for name, amount in entry.items() if name not in ("utc", "hours")
     ]  # fmt: skip
-    hours = [f"{each['utc']} UTC: {price_text(each)}" for each in entry.get("hours", ())]
+    alike: dict[str, list[str]] = {}
+    for each in entry.get("hours", ()):
+        alike.setdefault(price_text(each), []).append(each["utc"])
+    hours = [f"{' and '.join(utc)} UTC: {text}" for text, utc in alike.items()]
     return "; ".join([", ".join(parts) or "free", *hours])
 
 
@@ -5717,7 +5737,9 @@ wait (1 to 60). The window slides: a request counts for as long as the window la
 is free again. A stream is one concurrent request until it ends. Answers to a key carry
 <code>x-ratelimit-limit-requests</code>, <code>x-ratelimit-remaining-requests</code> and
 <code>x-ratelimit-reset-requests</code>. The OpenAI SDKs wait and repeat by themselves.
-A refused request counts as well, unless its key is wrong. Account calls and
+A request that is refused for its body, its model or its credits, for being one too many at once or
+for want of room counts as well. One above this limit counts in none of its windows; one with a wrong
+key, or refused as <code>ledger_unavailable</code>, does not count either. Account calls and
 <code>/v1/models</code> are counted apart (300 a minute) and take nothing from these limits.</p>
 <p class="soft">Accounts may have limits of their own; the dashboard shows yours. Is this server up?
 <a href="/healthz">{{ root_url }}/healthz</a></p></section>

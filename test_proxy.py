@@ -43,7 +43,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html.parser import HTMLParser
@@ -1398,6 +1398,11 @@ NO_LISTS = {  # path: values that are refused there, under that path
     "models.chat.price.colour": [1],
     "models.chat.price.input": NO_AMOUNTS,
     "models.chat.price.image": [-1, "1"],
+    "models.chat.price.written": NO_AMOUNTS,
+    "models.chat.price.hours": [None, {}, 5, "Mon"],
+    "models.chat.allow": [
+        None, {}, "service_tier:flex", [5], ["temperature"], [":flex"], [["modalities"]],
+    ],
     "models.a\nb": [{"upstream": "main/gpt", "price": {"input": 1}}],
 }  # fmt: skip
 REFUSALS = [(path, value) for path, values in NO_LISTS.items() for value in values]
@@ -1536,7 +1541,71 @@ def test_prices_are_exact_and_cached_input_costs_as_input_unless_said(
 ) -> None:
     price = {"input": 0.3, "output": 1.2, "request": 0.01, "image": 0.04}
     exact = load(planted("models.chat.price", price)).models["chat"].price
-    assert exact == proxy.Price(300_000, 300_000, 1_200_000, 4 * 10**10, 10**10)
+    assert exact == proxy.Price(300_000, 300_000, 300_000, 1_200_000, 4 * 10**10, 10**10)
+
+
+PEAK = {"utc": "Mon-Fri 01:00-04:00", "input": 2}
+
+
+def clash(*utc: str) -> dict:
+    """A price with these hours."""
+    return {"input": 1, "hours": [{"utc": each, "input": 2} for each in utc]}
+
+
+@pytest.mark.parametrize(
+    "hours, path",
+    [
+        ([5], "0:"),
+        ([{"input": 1}], "0.utc: is required"),
+        ([PEAK, {"utc": "Sat 01:00-04:00"}], "1: names no price"),
+        ([PEAK | {"colour": 1}], "0.colour: unknown field"),
+        ([PEAK | {"input": -1}], "0.input:"),
+        ([PEAK | {"hours": []}], "0.hours: unknown field"),
+        *(
+            ([{"utc": utc, "input": 1}], "0.utc: must")
+            for utc in [
+                5, None, "", "01:00", "1:00-2:00", "01:00-01:00", "24:00-01:00",
+                "01:60-02:00", "01:00-24:01", "25:00-26:00", "Mo 01:00-02:00",
+                "Mon-Fri", "Mon,Tue 01:00-02:00", "mon 01:00-02:00", "01:00-02:00 UTC",
+                "Mon 01:00-02:00\n", "٠١:00-02:00",
+            ]
+        ),
+    ],
+)  # fmt: skip
+def test_hours_that_cannot_be_meant_are_refused_by_path(
+    load: Callable, hours: list, path: str
+) -> None:
+    with pytest.raises(proxy.ConfigError) as refused:
+        load(planted("models.chat.price", {"input": 1, "hours": hours}))
+    assert str(refused.value).startswith(f"models.chat.price.hours.{path}")
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("01:00-04:00", "03:59-05:00"),
+        ("Mon-Fri 01:00-04:00", "Fri-Sat 02:00-03:00"),
+        ("Mon 22:00-02:00", "Tue 01:00-03:00"),
+        ("Sun 22:00-02:00", "Mon 01:59-03:00"),
+        ("Wed-Fri 00:00-24:00", "Thu 12:00-12:01"),
+        ("12:00-13:00", "12:00-13:00"),
+    ],
+)
+def test_hours_that_overlap_are_refused_by_path(
+    load: Callable, one: str, other: str
+) -> None:
+    for utc in (one, other), (other, one):
+        with pytest.raises(proxy.ConfigError) as refused:
+            load(planted("models.chat.price", clash("Sat 23:00-23:30", *utc)))
+        told = f"models.chat.price.hours.2.utc: overlaps with '{utc[0]}'"
+        assert str(refused.value) == told
+
+
+def test_hours_replace_the_prices_that_they_name(load: Callable) -> None:
+    price = {"input": 1, "cached": 0.1, "output": 2, "hours": [PEAK]}
+    model = load(planted("models.chat.price", price)).models["chat"]
+    assert model.price == proxy.Price(10**6, 10**5, 10**6, 2 * 10**6)
+    assert model.hours[0].price == proxy.Price(2 * 10**6, 10**5, 2 * 10**6, 2 * 10**6)
 
 
 def test_an_accounts_limits_complete_the_common_ones(load: Callable) -> None:
@@ -2257,8 +2326,8 @@ def test_a_symlink_is_resolved_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "sql, words",
     [
-        ("PRAGMA user_version = 2", "newer"),
-        ("DROP TRIGGER resolved", "its resolved is not that of schema 1"),
+        ("PRAGMA user_version = 3", "newer"),
+        ("DROP TRIGGER resolved", "its resolved is not that of schema 2"),
         ("ALTER TABLE requests ADD COLUMN more TEXT", "its requests is not that"),
         ("DELETE FROM meta WHERE name = 'id'", "is no ledger"),
         ("UPDATE meta SET value = 'x' WHERE name = 'id'", "another ledger"),
@@ -2362,6 +2431,39 @@ INSERT INTO windows VALUES ('LIMITER/key_a/relay/60/1/minute', x'000000000000000
 """
 
 
+# What version 1 (12fcd57) had otherwise.
+VERSION_1 = """
+DROP TRIGGER resolved; DROP TABLE tallies; DROP TABLE usage;
+CREATE TABLE usage(
+    account TEXT NOT NULL, day INTEGER NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL,
+    status INTEGER NOT NULL, requests INTEGER NOT NULL DEFAULT 0,
+    released INTEGER NOT NULL DEFAULT 0, refused INTEGER NOT NULL DEFAULT 0,
+    answered INTEGER NOT NULL DEFAULT 0, input INTEGER NOT NULL DEFAULT 0,
+    cached INTEGER NOT NULL DEFAULT 0, output INTEGER NOT NULL DEFAULT 0,
+    images INTEGER NOT NULL DEFAULT 0, cost INTEGER NOT NULL DEFAULT 0,
+    ttfb INTEGER NOT NULL DEFAULT 0, duration INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (account, day, key, model, status)
+) STRICT, WITHOUT ROWID;
+CREATE TRIGGER resolved AFTER UPDATE OF state ON requests WHEN OLD.state = 0 BEGIN
+    UPDATE accounts SET held = held - OLD.hold, spent = spent + NEW.cost,
+        lost = lost + NEW.lost WHERE id = NEW.account;
+END;
+INSERT INTO usage VALUES
+    ('team', 19675, 'key_a', 'chat', 200, 1, 0, 0, 1, 20, 5, 25, 0, 70, 40, 90),
+    ('team', 19675, 'key_a', 'chat', 503, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 10);
+INSERT INTO meta VALUES ('id', '123456781abcdef0');
+PRAGMA user_version = 1; PRAGMA application_id = 0;
+"""
+
+
+@pytest.fixture
+def version_1(version_0: Path) -> Path:
+    """The ledger of version 1, with its lock file."""
+    with closing(sqlite3.connect(version_0)) as db:
+        db.executescript(VERSION_1)
+    return version_0
+
+
 @pytest.fixture
 def version_0(tmp_path: Path) -> Path:
     """The ledger of an older version, with its lock file."""
@@ -2385,16 +2487,18 @@ def test_an_older_ledger_opens_with_everything_kept(version_0: Path) -> None:
     assert before["accounts"] == [("team", 0, 1700000000, 500, 70, 30, 3)]
     with closing(proxy.Ledger(version_0)) as ledger:
         assert ledger.check(declared) == []
-        assert ledger.read("PRAGMA user_version") == [(1,)]
+        assert ledger.read("PRAGMA user_version") == [(2,)]
     usage = tables(version_0, ["usage"])["usage"]
     today = usage[0][1]
     assert usage == [
-        ("", today, "", "", 401, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0),
-        ("", today, "", "", 429, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0, 0),
-        ("team", 19675, "key_a", "chat", 200, 1, 0, 0, 1, 20, 5, 25, 0, 70, 40, 90),
-        ("team", 19675, "key_a", "chat", 503, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 10),
+        ("", today, "", "", 401, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+        ("", today, "", "", 429, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+        ("team", 19675, "key_a", "chat", 200, 1, 0, 0, 1, 20, 5, 25, 0, 70, 40, 90, 0),
+        ("team", 19675, "key_a", "chat", 503, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 10, 0),
     ]
-    assert tables(version_0, KEPT) == {name: before[name] for name in KEPT}
+    before_written = [(*row, 0) for row in before["requests"]]
+    kept = {name: before[name] for name in KEPT} | {"requests": before_written}
+    assert tables(version_0, KEPT) == kept
     backup = version_0.with_name("proxy.db-v0")
     assert tables(backup, [*before]) == before
     assert backup.stat().st_mode & 0o777 == 0o600
@@ -2403,6 +2507,18 @@ def test_an_older_ledger_opens_with_everything_kept(version_0: Path) -> None:
     backup.unlink()
     proxy.Ledger(version_0).close()
     assert not backup.exists()  # it is migrated once
+
+
+def test_a_ledger_of_version_1_opens_with_everything_kept(version_1: Path) -> None:
+    before = tables(version_1, [*KEPT, "usage"])
+    assert len(before["usage"]) == 2 and len(before["requests"]) == 3
+    for name in "requests", "usage":
+        before[name] = [(*row, 0) for row in before[name]]
+    with closing(proxy.Ledger(version_1)) as ledger:
+        assert ledger.check(declared) == []
+        assert ledger.read("PRAGMA user_version") == [(2,)]
+    assert tables(version_1, [*before]) == before
+    assert version_1.with_name("proxy.db-v1").exists()
 
 
 def test_an_older_ledger_is_not_migrated_under_a_running_server(
@@ -2421,7 +2537,7 @@ def test_a_migration_that_was_interrupted_is_made_again(
     version_0: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = tables(version_0, [*KEPT, "tallies", "usage"])
-    steps = (proxy.FROM_VERSION_0 + "SELECT * FROM nowhere;",)
+    steps = (proxy.FROM_VERSION_0, proxy.FROM_VERSION_1 + "SELECT * FROM nowhere;")
     monkeypatch.setattr(proxy, "MIGRATIONS", steps)
     with pytest.raises(proxy.LedgerUnavailable):
         proxy.Ledger(version_0)
@@ -2603,17 +2719,34 @@ def test_a_window_says_when_it_began_and_how_full_it_is(
         assert storage.get_moving_window("k", 3, 60) == (1001, 2)
 
 
-def test_a_request_counts_in_every_window_up_to_one_that_is_full(
+def test_a_request_counts_in_every_window_or_in_none(
     ledger: proxy.Ledger, clock: Clock
 ) -> None:
     items, seen = proxy.parse_many("3/minute;2/second"), []
-    for clock.now in 1000, 1000, 1000, 1001:
+    for clock.now in 1000, 1000, 1000, 1000, 1001, 1002, 1060:
         hit = functools.partial(proxy.hit_windows, items, "k", "relay")
         seen.append([(one.fits, one.left) for one in ledger.write(hit)])
+    refused = [(True, 1), (False, 0)]
     assert seen == [
-        [(True, 2), (True, 1)], [(True, 1), (True, 0)], [(True, 0), (False, 0)],
-        [(False, 0)],
+        [(True, 2), (True, 1)], [(True, 1), (True, 0)], refused, refused,
+        [(True, 0), (True, 1)], [(False, 0)], [(True, 1), (True, 1)],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", ["20/minute;2/second", "2/second;20/minute"])
+def test_who_repeats_at_once_gets_what_the_windows_allow(
+    ledger: proxy.Ledger, clock: Clock, rate: str
+) -> None:
+    hit = functools.partial(proxy.hit_windows, proxy.parse_many(rate), "k", "relay")
+    passed = 0
+    for tenth in range(250):
+        clock.now = 1000 + tenth / 10
+        passed += ledger.write(hit)[-1].fits
+    assert passed == 20
+
+
+def test_a_window_named_twice_is_one() -> None:
+    assert len(proxy.parse_limits({"rate": "5/minute;5/minute"}, "limits").items) == 1
 
 
 # Wire --------------------------------------------------------------------------------
@@ -2985,10 +3118,111 @@ def test_the_worst_case_has_every_image_and_the_request(
     assert proxy.quote(call, make_model(price)).hold(0) == micro
 
 
-def test_dearer_cached_input_is_held_as_such() -> None:
+@pytest.mark.parametrize("name", ["cached", "written"])
+def test_input_is_held_at_its_dearest_price(name: str) -> None:
     call = make_call()
-    quote = proxy.quote(call, make_model({"input": 1, "cached": 3}))
+    quote = proxy.quote(call, make_model({"input": 1, name: 3}))
     assert quote.fixed == call.size * 3 * 10**6
+
+
+PLAIN_BODIES = [
+    {"service_tier": "auto"}, {"service_tier": "default"}, {"service_tier": None},
+    {"service_tier": "standard_only"}, {"speed": "standard"}, {"background": False},
+    {"modalities": ["text"]}, {"modalities": []}, {"web_search_options": None},
+    {"enable_search": False}, {"quality": "high"}, {"size": "4K"},  # told in tokens
+    {"tools": [{"type": "web_search"}]}, {"anything": ["else"]},
+]  # fmt: skip
+DEAR = [
+    {"service_tier": "fast"}, {"service_tier": "ultrafast"}, {"service_tier": "priority"},
+    {"service_tier": "flex"}, {"service_tier": "Default"}, {"service_tier": 1},
+    {"service_tier": ["default", "flex"]}, {"speed": "fast"}, {"inference_geo": "us"},
+    {"background": True}, {"modalities": ["text", "audio"]}, {"modalities": "audio"},
+    {"web_search_options": {}}, {"search_parameters": {"mode": "on"}},
+    {"enable_search": True}, {"plugins": [{"id": "web"}]}, {"models": ["other/dear"]},
+    {"provider": {"only": ["dear"]}},
+]  # fmt: skip
+DEAR_IMAGES = [
+    {"quality": "high"}, {"quality": "hd"}, {"quality": "medium"}, {"size": "4K"},
+    {"size": "1536x1024"}, {"resolution": "2k"}, {"input_fidelity": "high"},
+    {"sequential_image_generation": "auto"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", PLAIN_BODIES, ids=str)
+def test_what_does_not_move_the_price_passes(body: dict) -> None:
+    proxy.refuse_unpriced(body, make_model({"input": 1}))
+
+
+@pytest.mark.parametrize(
+    "price, body",
+    [("input", body) for body in DEAR] + [("image", body) for body in DEAR + DEAR_IMAGES],
+)
+def test_what_moves_the_price_is_refused_by_name_unless_it_is_allowed(
+    price: str, body: dict
+) -> None:
+    [(name, value)] = body.items()
+    with pytest.raises(proxy.BadRequest, match=f"'{name}' may not be ") as refused:
+        proxy.refuse_unpriced(body, make_model({price: 1}))
+    assert refused.value.param == name
+    proxy.refuse_unpriced(body, make_model({price: 1}, allow=[name]))
+    proxy.refuse_unpriced(body, make_model({price: 1}, defaults=body))
+
+
+@pytest.mark.parametrize(
+    "allow, body, passes",
+    [
+        ("service_tier:flex", {"service_tier": "flex"}, True),
+        ("service_tier:flex", {"service_tier": "default"}, True),
+        ("service_tier:flex", {"service_tier": "fast"}, False),
+        ("modalities:audio", {"modalities": ["text", "audio"]}, True),
+        ("modalities:audio", {"modalities": ["audio", "image"]}, False),
+        ("background:true", {"background": True}, True),
+        ("speed:fast", {"speed": "fast", "service_tier": "fast"}, False),
+    ],
+)
+def test_an_allowed_value_is_one_value(allow: str, body: dict, passes: bool) -> None:
+    with nullcontext() if passes else pytest.raises(proxy.BadRequest):
+        proxy.refuse_unpriced(body, make_model({"input": 1}, allow=[allow]))
+
+
+@pytest.mark.parametrize("value", [None, "default", "fast"])
+def test_where_the_price_is_for_a_default_no_other_value_is_plain(value: Any) -> None:
+    model = make_model({"input": 1}, defaults={"service_tier": "flex"})
+    with pytest.raises(proxy.BadRequest):
+        proxy.refuse_unpriced({"service_tier": value}, model)
+
+
+MONDAY = 1_700_438_400  # 2023-11-20, 0:00 UTC
+BORDERS = [  # hours, and the moments that they begin and end: days, hours from Monday
+    ("Mon-Fri 01:00-04:00", [(0, 1), (1, 1), (4, 1)], [(0, 4), (4, 4)]),
+    ("06:00-10:00", [(0, 6), (5, 6), (6, 6)], [(0, 10), (6, 10)]),
+    ("22:00-02:00", [(0, 22), (6, 22)], [(0, 2), (1, 2), (7, 2)]),
+    ("Fri 22:00-02:00", [(4, 22)], [(5, 2)]),
+    ("Sun 22:00-02:00", [(6, 22), (-1, 22)], [(0, 2), (7, 2)]),
+    ("Sat-Sun 00:00-24:00", [(5, 0)], [(7, 0), (0, 0)]),
+    ("Sat-Mon 20:00-00:00", [(5, 20), (6, 20), (0, 20)], [(6, 0), (0, 0), (1, 0)]),
+    ("Wed 00:00-12:00", [(2, 0)], [(2, 12)]),
+]
+
+
+@pytest.mark.parametrize("utc, begins, ends", BORDERS)
+def test_the_price_changes_at_the_border_of_its_hours(
+    utc: str, begins: list, ends: list
+) -> None:
+    model = make_model({"input": 1, "hours": [{"utc": utc, "input": 2}]})
+    for price, moments in ((2, begins), (1, ends)):
+        for day, hour in moments:
+            border = MONDAY + day * 86400 + hour * 3600
+            assert model.at(border - 0.001).price.input == (3 - price) * 10**6
+            assert model.at(border).price.input == price * 10**6
+            assert model.at(border + 52 * 7 * 86400).price.input == price * 10**6
+
+
+@pytest.mark.parametrize("utc", ["Mon-Fri 01:00-04:00", "Sun 22:00-02:00"])
+def test_hours_leave_all_others_at_the_usual_price(utc: str) -> None:
+    model = make_model({"input": 1, "hours": [{"utc": utc, "input": 2}]})
+    week = Counter(model.at(MONDAY + minute * 60).price.input for minute in range(10080))
+    assert week[2 * 10**6] == {"M": 5 * 180, "S": 240}[utc[0]]
 
 
 @pytest.mark.parametrize(
@@ -3011,6 +3245,23 @@ def test_dearer_cached_input_is_held_as_such() -> None:
 def test_a_cost_is_rounded_up_once(price: dict, usage: tuple, micro: int) -> None:
     price = make_model(price).price
     assert proxy.cost(proxy.Usage(*usage), price) == micro
+
+
+@pytest.mark.parametrize(
+    "price, micro",
+    [
+        ({"input": 1}, 1000),
+        ({"input": 1, "cached": 0.1}, 640),
+        ({"input": 1, "written": 1.25}, 1125),
+        ({"input": 1, "cached": 0.1, "written": 1.25}, 765),
+        ({"input": 1, "cached": 0, "written": 0}, 100),
+    ],
+)
+def test_what_is_read_from_and_written_to_a_cache_has_its_own_price(
+    price: dict, micro: int
+) -> None:
+    usage = proxy.Usage(1000, 400, 0, written=500)
+    assert proxy.cost(usage, make_model(price).price) == micro
 
 
 TOLD = {"prompt_tokens": 20, "completion_tokens": 5}
@@ -3057,6 +3308,7 @@ COUNTS = ["prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"]
         *(None, [], "20", 5, True, {}, {"total_tokens": 9}),
         *({name: count} for name in COUNTS for count in ABSURD),
         *(TOLD | {"prompt_cache_hit_tokens": count} for count in ABSURD),
+        *(TOLD | {"cache_creation_input_tokens": count} for count in ABSURD),
         *(TOLD | {"prompt_tokens_details": {"cached_tokens": n}} for n in ABSURD),
     ],
     ids=str,
@@ -3064,6 +3316,50 @@ COUNTS = ["prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"]
 def test_absurd_or_missing_usage_is_not_believed(usage: Any) -> None:
     assert proxy.read_usage({"usage": usage}) is None
     assert proxy.read_usage({"response": {"usage": usage}}) is None
+
+
+READ, WROTE = "cache_read_input_tokens", "cache_creation_input_tokens"
+ANTHROPIC = {"input_tokens": 7, "output_tokens": 50, READ: 10000, WROTE: 2000}
+WRITES = {"cached_tokens": 8, "cache_write_tokens": 6}
+
+
+@pytest.mark.parametrize(
+    "usage, counts",
+    [
+        # Beside the input, as Anthropic has it.
+        (ANTHROPIC, (12007, 10000, 50, 2000)),
+        (ANTHROPIC | {READ: 0}, (2007, 0, 50, 2000)),
+        (ANTHROPIC | {WROTE: None}, (10007, 10000, 50, 0)),
+        (ANTHROPIC | {READ: 0, WROTE: 0}, (7, 0, 50, 0)),
+        (ANTHROPIC | {"input_tokens": 20000}, (32000, 10000, 50, 2000)),
+        # Inside it, as OpenAI has it.
+        (TOLD | {"prompt_tokens_details": WRITES}, (20, 8, 5, 6)),
+        (TOLD_ANEW | {"input_tokens_details": WRITES}, (20, 8, 5, 6)),
+        (TOLD | {"cached_tokens": 8}, (20, 8, 5, 0)),
+        (TOLD | {"num_cached_tokens": 8}, (20, 8, 5, 0)),
+        (TOLD | {"prompt_tokens_details": {"cache_write_tokens": 99}}, (20, 0, 5, 20)),
+        (TOLD | {"prompt_tokens_details": WRITES | {"cached_tokens": 17}}, (20, 17, 5, 3)),
+        # Of servers that mix both: where there is room for them, inside.
+        (TOLD | {READ: 8, WROTE: 6}, (20, 8, 5, 6)),
+        (TOLD | {READ: 8, WROTE: 6, "total_tokens": 25}, (20, 8, 5, 6)),
+        (TOLD | {READ: 8, WROTE: 6, "total_tokens": 39}, (34, 8, 5, 6)),
+        (TOLD | {READ: 8000, WROTE: 60}, (8080, 8000, 5, 60)),
+        (TOLD | {READ: 8000, WROTE: 60, "total_tokens": 8085}, (8080, 8000, 5, 60)),
+    ],
+    ids=str,
+)
+def test_caches_are_counted_inside_or_beside_the_input_as_the_provider_does(
+    usage: dict, counts: tuple
+) -> None:
+    input, cached, output, written = counts
+    expected = proxy.Usage(input, cached, output, written=written)
+    assert proxy.read_usage({"usage": usage}) == expected
+
+
+@pytest.mark.parametrize("one", [proxy.Usage(10, 10), proxy.Usage(10, 2, written=8)])
+def test_reports_that_add_up_leave_no_class_above_the_input(one: proxy.Usage) -> None:
+    both = proxy.larger(one, proxy.Usage(10, 3, written=7))
+    assert both.input == both.cached + both.written == 10
 
 
 def test_where_nothing_is_generated_the_total_is_the_input() -> None:
@@ -3354,7 +3650,7 @@ class Stage:
                 "deepseek-chat": {"upstream": "deep/deepseek-flash"},
                 "deepseek-r1": {"upstream": "deep/deepseek-v4-pro"},
                 "deepseek-coder": {"upstream": "deep/deepseek-flash", **TOKENS},
-                "jimeng-image": {"upstream": "volc/jimeng_t2i_v40"},
+                "jimeng-image": {"upstream": "volc/jimeng_t2i_v40", "allow": ["size"]},
                 "wrong": {"upstream": "wrong/jimeng_t2i_v40", **IMAGE},
                 "stranger": {"upstream": "stranger/jimeng_t2i_v40", **IMAGE},
                 "seedream": {"upstream": "ark/doubao-seedream-4-5-251128"},
@@ -6221,7 +6517,7 @@ def test_a_request_is_one_line_of_the_log(api, capfd):
     told = dict(pair.split("=", 1) for pair in line.split(" "))
     wanted = {"event": "request", "request": id, "account": "team", "key": "main"}
     wanted |= {"model": "echo", "status": "200", "cost": "0.000006", "estimated": "0"}
-    wanted |= {"input": "3", "cached": "0", "output": "3", "images": "0"}
+    wanted |= {"input": "3", "cached": "0", "written": "0", "output": "3", "images": "0"}
     assert told | wanted == told
     assert 0 <= int(told["ttfb_ms"]) <= int(told["duration_ms"])
 
@@ -6441,8 +6737,8 @@ def test_a_receipt_tells_what_became_of_a_request(api):
     assert receipt == {
         "id": id, "account": "team", "key": "main", "model": "echo",
         "path": "chat/completions", "state": "settled", "status": 200, "stream": False,
-        "input_tokens": 3, "cached_tokens": 0, "output_tokens": 3, "images": 0,
-        "estimated": False, "credits": 0.000006,
+        "input_tokens": 3, "cached_tokens": 0, "written_tokens": 0, "output_tokens": 3,
+        "images": 0, "estimated": False, "credits": 0.000006,
     }  # fmt: skip
 
 
@@ -6516,7 +6812,7 @@ def test_usage_is_summed_by_day_and_model(api, monkeypatch):
         api.say("one two")
     api.say("three")
     names = [time.strftime("%Y-%m-%d", time.gmtime(d * 86400)) for d in (day, day - 2)]
-    counts = {"model": "echo", "cached_tokens": 0, "images": 0}
+    counts = {"model": "echo", "cached_tokens": 0, "written_tokens": 0, "images": 0}
     three = {"requests": 2, "input_tokens": 3, "output_tokens": 3, "credits": 0.000006}
     two = {"requests": 1, "input_tokens": 2, "output_tokens": 2, "credits": 0.000004}
     expected = [{"day": names[0]} | counts | three, {"day": names[1]} | counts | two]
@@ -7037,7 +7333,7 @@ SUMS = """
 INSERT INTO accounts(id, made, created, spent) VALUES ('team', 0, 1, 4000000);
 INSERT INTO usage SELECT account, created / 86400000, key, model, status, count(*), 0,
     0, count(*), sum(input), sum(cached), sum(output), sum(images), sum(cost),
-    sum(ttfb), sum(duration) FROM requests GROUP BY 1, 2, 3, 4, 5;
+    sum(ttfb), sum(duration), 0 FROM requests GROUP BY 1, 2, 3, 4, 5;
 """
 
 

@@ -3576,6 +3576,8 @@ def test_a_text_that_is_nested_beyond_reading_ends_nothing(name: str) -> None:
 
 TOKENS = {"price": {"input": 1, "cached": 0.1, "output": 2}, "max_output": 1000}
 IMAGE = {"price": {"image": 0.04}}
+PEAK_HOURS = {"utc": "Mon 01:00-02:00", "input": 5, "output": 4}
+PEAK_PRICE = {"input": 1, "output": 2, "hours": [PEAK_HOURS]}
 UNSET = "PROXY_TEST_UNSET_KEY"
 
 
@@ -3643,6 +3645,8 @@ class Stage:
                 "dead-echo": {"upstream": ["dead/x", "echo/echo"], **TOKENS},
                 "echo-spare": {"upstream": ["echo/echo", "spare/x"], **TOKENS},
                 **{name: {"upstream": f"{name}/x", **TOKENS} for name in NOWHERE},
+                "peak": {"upstream": "main/p", "price": PEAK_PRICE},
+                "written": {"upstream": "main/w", "price": TOKENS["price"] | {"written": 2}},
                 "mild": {"upstream": "main/m", **TOKENS, "defaults": MILD},
                 "thinker": {"upstream": "main/o", **TOKENS, "defaults": THOUGHTFUL},
                 "unset-image": {"upstream": ["unset/x", "volc/x"], **IMAGE},
@@ -4720,6 +4724,9 @@ def test_openai_is_sent_one_cap_for_it_refuses_two(host, asked, name):
     [
         ("responses", {"background": True}),
         ("chat/completions", {"service_tier": "priority"}),
+        ("chat/completions", {"service_tier": "ultrafast"}),
+        ("chat/completions", {"modalities": ["text", "audio"]}),
+        ("messages", {"speed": "fast"}),
         ("images/generations", {"stream": True}),
         ("v1/images/generations", {"stream": True}),
     ],
@@ -4785,6 +4792,45 @@ def test_reported_usage_is_charged_to_the_micro_credit(stage, usage, cost, count
     row = stage.row(stage.chat())
     assert (row["cost"], row["status"], row["estimated"]) == (cost, 200, 0)
     assert (row["input"], row["cached"], row["output"]) == counts
+
+
+def test_the_price_of_the_admission_is_held_and_charged(stage, monkeypatch):
+    clock = [MONDAY + 3600 - 1]
+    monkeypatch.setattr(proxy.time, "time", lambda: clock[0])
+    holds, costs = [], []
+
+    def answer(request: Request) -> Answer:
+        holds.append(stage.rows("state = 0")[-1]["hold"])
+        clock[0] += 1
+        return json_answer(chat_json("hi", usage=usage_of(1000, 10)))
+
+    stage.main.script = [answer] * 2
+    for _ in range(2):
+        costs.append(stage.row(stage.chat("peak", max_tokens=10))["cost"])
+    assert costs == [1020, 5040] and holds[1] > 4 * holds[0]
+
+
+def test_cache_writes_are_charged_at_their_price_and_told(stage):
+    usage = {"prompt_tokens_details": {"cached_tokens": 400, "cache_write_tokens": 500}}
+    stage.main.script = [json_answer(chat_json("hi", usage=usage_of(1000, 10, **usage)))]
+    row = stage.row(stage.chat("written"))
+    assert (row["cost"], row["written"]) == (100 + 40 + 1000 + 20, 500)
+
+
+def test_a_stream_of_messages_pays_for_its_cache(stage):
+    caches = {READ: 400, WROTE: 500}
+    told = {"message": {"usage": {"input_tokens": 100, "output_tokens": 1, **caches}}}
+    events = [
+        {"type": "message_start", **told},
+        {"type": "content_block_delta", "delta": {"type": "text_delta", "text": "Hi"}},
+        {"type": "message_delta", "usage": {"output_tokens": 10}},
+        {"type": "message_stop"},
+    ]
+    stage.main.script = [sse(events, done=False)]
+    ask = {"model": "written", "messages": SAY_HELLO, "max_tokens": 99, "stream": True}
+    row = stage.row(stage.post("messages", ask))
+    assert (row["input"], row["cached"], row["written"]) == (1000, 400, 500)
+    assert row["cost"] == 100 + 40 + 1000 + 20
 
 
 @pytest.mark.parametrize(
@@ -5912,6 +5958,21 @@ def test_a_client_that_leaves_frees_its_slot_and_the_upstream(real, name, leave)
     assert (row["status"], told) == (499, receipt)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_half_closes_is_told_that_it_was_its_own_doing(real, stream):
+    real.main.script = [stall()]
+    ask = {"model": "chat", "messages": SAY_HELLO, "stream": stream}
+    data = request_bytes("/v1/chat/completions", json.dumps(ask).encode())
+    answer = raw_http(real.port, data, finish=True)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    error = json.loads(body)["error"]
+    assert head.startswith(b"HTTP/1.1 400 ") and error["code"] == "invalid_request"
+    assert "closed for writing" in error["message"]
+    assert "provider" not in error["message"] and b"etry" not in head
+    real.wait_idle(2)
+    assert real.rows()[-1]["status"] == 499
+
+
 def test_a_client_that_leaves_a_running_stream_pays_for_what_came(real):
     real.main.script = [endless("events")]
     with chat(real.url, TEAM_KEY, stream=True) as response:
@@ -6432,6 +6493,56 @@ def test_429_after_the_keys_rate_and_the_headers_count_down(app):
     assert code_of(answers[3]) == (429, "rate_limit_exceeded")
     assert 55 <= int(answers[3].headers["Retry-After"]) <= 60
     api.say("a", "sk-2nd")
+
+
+COUNTED = {  # refusals: what is asked of whom, the answer, whether it counts
+    "its JSON": (TEAM_KEY, {"data": "{"}, 400, True),
+    "a field": (TEAM_KEY, {"json": HELLO | {"n": 0}}, 400, True),
+    "its price": (TEAM_KEY, {"json": HELLO | {"service_tier": "fast"}}, 400, True),
+    "its type": (TEAM_KEY, {"data": "{}", "content_type": "text/plain"}, 415, True),
+    "its size": (TEAM_KEY, {"data": b" " * (proxy.MAX_BODY + 1)}, 413, True),
+    "its model": (TEAM_KEY, {"json": HELLO | {"model": "nothing"}}, 404, True),
+    "its credits": (POOR_KEY, {"json": HELLO | {"model": "chat"}}, 402, True),
+    "its key": ("sk-wrong", {"json": HELLO}, 401, False),
+}
+
+
+@pytest.mark.parametrize("why", COUNTED)
+def test_a_refused_request_counts_unless_its_key_is_wrong(app, why):
+    key, ask, status, counts = COUNTED[why]
+    accounts = {name: {"limits": {"rate": "9/minute;8/hour"}} for name in ("team", "poor")}
+    api = Api(app(accounts=accounts))
+    who = TEAM_KEY if key == "sk-wrong" else key
+    left = lambda: api.get("/v1/account", who)["live"]["requests_remaining"]
+    ask = {"content_type": "application/json"} | ask if "data" in ask else ask
+    assert api.send("POST", CHAT, key, **ask).status_code == status
+    assert left() == 8 - counts
+
+
+def test_a_request_for_which_there_is_no_room_counts(app):
+    api = Api(app(accounts={"team": {"limits": {"rate": "9/minute"}}}))
+    api.services.capacity = 0
+    answer = api("POST", CHAT, **HELLO)
+    assert code_of(answer) == (503, "overloaded") and rates(answer)[:2] == ["9", "8"]
+
+
+def test_one_too_many_at_once_counts(app):
+    limits = {"rate": "9/minute", "concurrent": 1}
+    api = Api(app(accounts={"team": {"limits": limits}}))
+    ledger, account = api.services.ledger, api.services.config.account("team")
+    [key] = account.keys
+    running = ledger.admit("req_x", key, account, proxy.Quote(0, 0, 0), "m", "p", False)
+    answer = api("POST", CHAT, **HELLO)
+    assert answer.status_code == 429 and rates(answer)[:2] == ["9", "8"]
+    release(ledger, running.outcome)
+
+
+def test_what_the_rate_refuses_counts_in_no_window(app, monkeypatch):
+    api = Api(app(accounts={"team": {"limits": {"rate": "20/minute;2/hour"}}}))
+    statuses = [api("POST", CHAT, **HELLO).status_code for _ in range(5)]
+    assert statuses == [200, 200, 429, 429, 429]
+    row = "SELECT key, length(hits) / 8 FROM windows WHERE key LIKE '%/relay/%'"
+    assert {hits for _, hits in api.services.ledger.read(row)} == {2}
 
 
 @pytest.mark.parametrize("rate", ["1/second", "1/minute", "1/hour", "1/day"])
@@ -7185,7 +7296,8 @@ KEYS = [TEAM_KEY, OTHER_KEY, DEMO_KEY]
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
     """Texts of /metrics of four workers after some requests, and their receipts."""
     folder, gate = tmp_path_factory.mktemp("measured"), threading.Event()
-    usage = usage_of(10, 5, prompt_tokens_details={"cached_tokens": 4})
+    details = {"cached_tokens": 4, "cache_write_tokens": 3}
+    usage = usage_of(10, 5, prompt_tokens_details=details)
     scripts = {
         "whole": json_answer(chat_json("hi", usage=usage)),
         "broken": json_answer({"error": {}}, 500),
@@ -7273,12 +7385,13 @@ def test_tokens_and_credits_agree_with_the_ledger(measured):
     tokens, credits = Counter(), Counter()
     for row in receipts:
         credits[row["model"],] += round(row["credits"] * 10**6)
-        for kind in ("input", "cached", "output"):
+        for kind in ("input", "cached", "written", "output"):
             tokens[row["model"], kind] += row[f"{kind}_tokens"]
     assert samples(read["proxy_tokens"], "model", "class") == +tokens
     spent = samples(read["proxy_credits"], "model")
     assert {key: round(value * 10**6) for key, value in spent.items()} == +credits
     assert credits["chat",] > 0 and tokens["chat", "cached"] == 16
+    assert tokens["chat", "written"] == 12
 
 
 def test_balances_agree_with_the_accounts(measured):

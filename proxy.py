@@ -748,7 +748,8 @@ def parse_model(
         plain(defaults, f"{path}.defaults"),
         whole(longest, f"{path}.max_output", 1, MAX_TOKENS),
         hours,
-        parse_allow(value.get("allow", []), f"{path}.allow"),
+        parse_allow(value.get("allow", []), f"{path}.allow")
+        | frozenset.intersection(*[DIALECTS[each.dialect].flat for each, _ in routes]),
     )
 
 
@@ -3152,6 +3153,7 @@ class Dialect:
     """
 
     scheme: str
+    flat: frozenset[str] = frozenset()  # fields that move the price elsewhere, but not here
 
     def __init_subclass__(cls) -> None:
         if "scheme" in vars(cls):
@@ -3353,6 +3355,8 @@ COMMENT_INTERVAL = 10.0  # seconds between the comments of a stream that waits
 
 class ImageDialect(Dialect):
     """Image models, asked through chat completions or /images/generations."""
+
+    flat = frozenset({"size"})
 
     def examine(self, call: Call) -> None:
         super().examine(call)

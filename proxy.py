@@ -2468,6 +2468,9 @@ def settled_usage(
     return replace(reported or guess, output=output, images=images, estimated=True)
 
 
+# What holds the report where it is not at the top: OpenAI's /responses, Anthropic's
+# /messages, Groq's and Moonshot's streams (in the first choice).
+HOLDERS = "response", "message", "x_groq", "choices"
 # The names of a count in a usage report, each a path; the first one there counts.
 INPUT = "prompt_tokens", "input_tokens"
 OUTPUT = "completion_tokens", "output_tokens"
@@ -2505,9 +2508,10 @@ def read_usage(document: dict[str, Any], generates: bool = True) -> Usage | None
     total alone is the input.
     """
     report = document.get("usage")
-    for name in ("response", "message"):
-        if report is None and isinstance(document.get(name), dict):
-            report = document[name].get("usage")
+    for name in HOLDERS:
+        holder = document.get(name) if report is None else None
+        holder = holder[0] if holder and type(holder) is list else holder
+        report = holder.get("usage") if type(holder) is dict else report
     if not isinstance(report, dict):
         return None
     try:

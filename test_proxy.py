@@ -3294,7 +3294,20 @@ TOLD_ANEW = {"input_tokens": 20, "output_tokens": 5}
 )
 def test_usage_is_read_under_either_naming(usage: dict, counts: tuple) -> None:
     assert proxy.read_usage({"usage": usage}) == proxy.Usage(*counts)
-    assert proxy.read_usage({"response": {"usage": usage}}) == proxy.Usage(*counts)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"response": {"usage": TOLD}},  # OpenAI's /responses
+        {"type": "message_start", "message": {"usage": TOLD}},  # Anthropic
+        {"choices": [], "x_groq": {"id": "req_1", "usage": TOLD}},  # Groq
+        {"choices": [{"index": 0, "delta": {}, "usage": TOLD}]},  # Moonshot
+        {"usage": None, "choices": [{"usage": TOLD}, 5], "message": "told"},
+    ],
+)
+def test_usage_is_read_where_a_provider_puts_it(document):
+    assert proxy.read_usage(document) == proxy.read_usage({"usage": TOLD})
 
 
 ABSURD = [-1, 1.0, 0.5, True, False, "20", 10**12, proxy.MAX_TOKENS + 1, [], {}, NAN]

@@ -1960,7 +1960,7 @@ PIECE = 64 << 10  # bytes of one read of a body
 # Seconds of CPU that the reading of a chunked body may take, and for each byte: small
 # chunks cost 2 us each, 19 s for 60 MB of the smallest.
 CHUNKED_CPU, CHUNKED_CPU_BYTE = 0.1, 50e-9
-MAX_EVENT = 1 << 20  # bytes of one event of a stream
+MAX_EVENT = 16 << 20  # bytes of one event of a stream: pictures come in deltas
 LINE_END = re.compile(rb"\r\n|\n|\r")
 # Possessive, so that a CRLF is one line's end: 2 µs an event, not 7.
 EVENT_END = re.compile(rb"(?:\r\n?+|\n)(?:\r\n?+|\n)")
@@ -2206,7 +2206,7 @@ class EventReader:
         self._tail = (self._tail + data)[-3:]
         self._size += len(data)
         if self._size > MAX_EVENT:
-            raise UpstreamFailed("an event over 1 MB")
+            raise UpstreamFailed(f"an event over {MAX_EVENT} bytes")
         return []
 
     def flush(self) -> list[bytes]:
@@ -2609,7 +2609,7 @@ BODY_TIMEOUT = 60.0  # seconds for the whole body of a request
 CONNECT_TIMEOUT = 5.0  # seconds for TCP and TLS, each
 ANSWER_TIMEOUT = 600.0  # seconds to a whole JSON answer; the OpenAI SDKs wait as long
 STREAM_TIMEOUT = 1800.0  # seconds that a stream may live
-STALL_TIMEOUT = 120.0  # seconds without a `data:` line
+STALL_TIMEOUT = 120.0  # seconds of a stream without a byte: a comment is one, too
 UPSTREAM_IDLE = 4.0  # seconds; uvicorn closes idle connections after 5
 REPORT_PATIENCE = 2.0  # seconds for the report of an answer whose client has left
 LAST_READ = 0.02  # seconds for the end of a body whose last event was read
@@ -4096,10 +4096,10 @@ class Relay:
         """Events as they come; the charge is on disk before the last one leaves."""
         meter = self._meter
         for data in self._answer:
-            events = meter.events
+            self.watch.heard = time.monotonic()
             out = meter.feed(data)
             self.watch.finished = meter.report_due
-            if meter.events != events:
+            if meter.events and self._ttfb is None:
                 self._hear()
             if out:
                 yield out
@@ -4116,9 +4116,8 @@ class Relay:
         yield meter.last
 
     def _hear(self) -> None:
-        self.watch.heard = now = time.monotonic()
-        if self._ttfb is None:
-            self._ttfb = int((now - self._started) * 1000)
+        """The first byte that is no comment's."""
+        self._ttfb = int((time.monotonic() - self._started) * 1000)
 
     def _break(self, ending: Ending, error: ProxyError) -> bytes:
         """The error event that ends a stream which could not end well."""

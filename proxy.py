@@ -91,8 +91,25 @@ from limits import RateLimitItem, parse_many
 from limits.storage import MovingWindowSupport, Storage
 from limits.strategies import MovingWindowRateLimiter
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing import PathConverter
 
 # Errors ------------------------------------------------------------------------------
+
+# Anthropic's names for types of errors where ours differ, by status.
+ANTHROPIC_TYPES = {
+    402: "billing_error", 403: "permission_error", 404: "not_found_error",
+    413: "request_too_large",
+}  # fmt: skip
+
+
+def is_messages(path: str) -> bool:
+    """Whether a path, with /v1 or without, is of Anthropic's API."""
+    return path.removeprefix("/v1/").partition("/")[0] == "messages"
+
+
+def error_json(document: dict[str, Any]) -> bytes:
+    """UTF-8 whatever its texts are."""
+    return json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")
 
 
 class ProxyError(Exception):
@@ -116,12 +133,34 @@ class ProxyError(Exception):
         self.code = code or self.code
         self.reason = self.code  # for the log; some know more
 
-    def envelope(self) -> bytes:
-        """The body that OpenAI's SDKs read, as UTF-8 JSON."""
+    def members(self) -> dict[str, str | None]:
+        """The error as OpenAI's SDKs read it."""
         error = {"message": self.message, "type": self.type}
-        error |= {"param": self.param, "code": self.code}
-        text = json.dumps({"error": error}, ensure_ascii=False)
-        return text.encode("utf-8", "replace")
+        return error | {"param": self.param, "code": self.code}
+
+    def envelope(self, path: str = "") -> bytes:
+        """The body that the SDKs of this path's family read."""
+        if is_messages(path):
+            kind = ANTHROPIC_TYPES.get(self.status, self.type)
+            error = {"type": kind, "message": self.message}
+            return error_json({"type": "error", "error": error})
+        return error_json({"error": self.members()})
+
+    def events(self, path: str, number: int) -> bytes:
+        """What ends a stream that fails after `number` events.
+
+        On /v1/responses two, as OpenAI has it: at the first its SDKs raise, Codex
+        knows the second alone.
+        """
+        if path != "responses":
+            name = b"event: error\n" if is_messages(path) else b""
+            return name + b"data: " + self.envelope(path) + b"\n\n"
+        error = self.members()
+        first = error | {"type": "error", "sequence_number": number, "error": error}
+        last = {"type": "response.failed", "sequence_number": number + 1}
+        last["response"] = {"object": "response", "status": "failed", "error": error}
+        lines = [(each["type"].encode(), error_json(each)) for each in (first, last)]
+        return b"".join([b"event: %s\ndata: %s\n\n" % line for line in lines])
 
 
 class BadRequest(ProxyError):
@@ -457,6 +496,7 @@ class Config:
     models: dict[str, Model]
     loaded: int
     demo: tuple[str, str] | None = None
+    cors: frozenset[str] = frozenset()  # origins whose pages may call the API; "*": all
 
     def account(self, id: str) -> Account:
         """The declared account, or one made at run time with the common limits."""
@@ -808,10 +848,19 @@ def demo_key(
     return text, sorted(account.models)[0]
 
 
+def parse_origins(value: Any, path: str) -> frozenset[str]:
+    """Origins as browsers write them (RFC 6454 §6.2), or "*"."""
+    for origin in value if isinstance(value, list) else [value]:
+        text_of(origin, path)
+        if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\sA-Z]+", origin):
+            raise ConfigError(f"{path}: must list origins like 'https://example.com'")
+    return frozenset(value if isinstance(value, list) else [value])
+
+
 def parse_config(document: Any) -> Config:
     """The whole of keys.json; raises ConfigError with the path of what is wrong."""
     known = "limits accounts upstreams models"
-    document = fields(document, "", known)
+    document = fields(document, "", f"{known} cors")
     for section in known.split():
         if not isinstance(document.get(section, {}), dict):
             raise ConfigError(f"{section}: must be an object")
@@ -834,7 +883,8 @@ def parse_config(document: Any) -> Config:
                 raise ConfigError(f"accounts.{id}.keys.{key.name}: is declared twice")
             keys[key.id] = key
             demo = demo or demo_key(account, value["keys"][key.name], models)
-    return Config(limits, accounts, keys, models, int(time.time()), demo)
+    cors = parse_origins(document.get("cors", []), "cors")
+    return Config(limits, accounts, keys, models, int(time.time()), demo, cors)
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -2131,6 +2181,24 @@ def read_body(environ: dict[str, Any], limit: int, share: Share) -> bytearray:
     return data
 
 
+# Of the client's headers, those that pass to an upstream, on Anthropic's paths.
+ANTHROPIC_HEADERS = {
+    "anthropic-version": "HTTP_ANTHROPIC_VERSION",
+    "anthropic-beta": "HTTP_ANTHROPIC_BETA",
+}
+
+
+def passed_headers(path: str, environ: dict[str, Any]) -> dict[str, str]:
+    """The client's headers that an upstream is sent."""
+    passed = {}
+    for name, place in ANTHROPIC_HEADERS.items() if is_messages(path) else ():
+        if value := environ.get(place):
+            if not re.fullmatch("[ -~]{1,1000}", value):
+                raise BadRequest(f"The header '{name}' is malformed.", param=name)
+            passed[name] = value
+    return passed
+
+
 def message_text(message: dict[str, Any]) -> str:
     content = message.get("content")
     if isinstance(content, str):
@@ -2227,8 +2295,10 @@ EXPONENT = re.compile(rb"\d[eE]")
 PATH = re.compile(r"[a-z0-9_]+(?:[-/][a-z0-9_]+)*")
 CAPS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
 CAPS |= {"n_predict", "num_predict", "max_new_tokens"}  # local servers' own names
-CAP_OF_PATH = {"completions": "max_tokens", "responses": "max_output_tokens"}
-NO_OUTPUT = {"embeddings", "moderations", "rerank"}
+CAP_OF_PATH = {"responses": "max_output_tokens"}
+CAP_OF_PATH |= dict.fromkeys(("completions", "messages"), "max_tokens")
+FREE = {"messages/count_tokens", "responses/input_tokens"}  # they only count
+NO_OUTPUT = {"embeddings", "moderations", "rerank"} | FREE
 # Of a body, what the model reads: as text, and as JSON.
 PROMPT = "messages prompt input instructions system query documents".split()
 SCHEMAS = "tools functions response_format text".split()
@@ -2271,6 +2341,7 @@ class Call:
     choices: int
     cap: int
     weight: int | None = None  # of the prompt, where the body was dropped
+    headers: dict[str, str] = field(default_factory=dict)  # that pass to the upstream
 
 
 def medium(part: dict[str, Any]) -> tuple[int, int] | None:
@@ -2329,7 +2400,7 @@ def natural(body: dict[str, Any], name: str, highest: int) -> int | None:
     return value
 
 
-def parse_call(path: str, data: bytes) -> Call:
+def parse_call(path: str, data: bytes, headers: dict[str, str] | None = None) -> Call:
     """A request's body, checked as far as money and routing depend on it."""
     if not PATH.fullmatch(path):
         raise NotFound("There is no such path.")
@@ -2369,7 +2440,7 @@ def parse_call(path: str, data: bytes) -> Call:
     size, bounded = prompt_size(body, max(size, len(data)))
     return Call(
         path, body, model, bool(stream), wants_usage, size, bounded,
-        prompts * number, prompts * max(number, best), cap,
+        prompts * number, prompts * max(number, best), cap, None, headers or {},
     )  # fmt: skip
 
 
@@ -2392,6 +2463,8 @@ def refuse_unpriced(body: dict[str, Any], model: Model) -> None:
 
 def quote(call: Call, model: Model) -> Quote:
     """The worst case: all of the prompt is of the dearest class."""
+    if call.path in FREE:
+        return Quote(0, 0, 0)
     price = model.price
     fixed = call.size * max(price.input, price.cached, price.written) + price.request
     fixed += price.image * (call.body.get("n") or 1)
@@ -2440,7 +2513,7 @@ def settled_usage(
 ) -> Usage | None:  # fmt: skip
     """What a request is charged for; None: it is free.
 
-        refused                      nothing
+        refused, or a free path      nothing
         done                         the report, else an estimate
         once finished                the report, else an estimate of what was relayed,
                                      if anything was
@@ -2453,7 +2526,7 @@ def settled_usage(
     """
     whole = finished or ending in (Ending.DONE, Ending.FAILED)
     left = ending is Ending.LEFT and sent
-    if ending is Ending.REFUSED:
+    if ending is Ending.REFUSED or call.path in FREE:
         return None
     if relayed and reported == Usage():
         reported = None  # zeros beside a text
@@ -3146,18 +3219,21 @@ class Exchange:
 BUSY_STATUS = {429, 503, 529}  # an upstream that has generated nothing, and may later
 REFUSED_STATUS = {401, 402, 403}  # it refuses the operator, who alone can mend it
 CLIENT_STATUS = {400, 404, 413, 422}  # the client's own mistakes: passed on
-DONE_PATHS = ("chat/completions", "completions")  # whose choices have a finish
+DONE_PATHS = ("chat/completions", "completions")  # whose streams end in [DONE]
+FINISH_PATHS = (*DONE_PATHS, "messages", "responses")  # whose streams tell a finish
 PROBE_TIMEOUT = 15.0  # seconds for a provider to say whether it knows the key
 
 
 class Dialect:
     """How one kind of upstream is asked. A subclass levels what differs.
 
-    `scheme` is what stands before the "+" of the upstream's URL.
+    `scheme` is what stands before the "+" of the upstream's URL; `paths` are those
+    that it speaks, where the upstream is not the one to say.
     """
 
     scheme: str
     flat: frozenset[str] = frozenset()  # fields that move the price elsewhere, but not here
+    paths: tuple[str, ...] = ()
 
     def __init_subclass__(cls) -> None:
         if "scheme" in vars(cls):
@@ -3173,6 +3249,9 @@ class Dialect:
             failure = UpstreamFailed(f"{missing} is not set", None, Generated.NOTHING)
             failure.message = "The provider of this model is not configured."
             raise failure
+        if self.paths and call.path not in self.paths:
+            spoken = " and ".join([f"/v1/{path}" for path in self.paths])
+            raise NotFound(f"This model is reached through {spoken} only.")
 
     def send(self, call: Call, body: dict[str, Any], watch: Watch) -> Answer:
         """Sends `body` (the upstream's model id, defaults and cap written into it)
@@ -3251,14 +3330,17 @@ class OpenAI(Dialect):
             "User-Agent": "proxy.py",
         }
         if upstream.key:
-            self._headers["Authorization"] = f"Bearer {upstream.key}"
+            self._headers |= self.credentials(upstream.key)
         self._lines = header_lines(self._headers)
+
+    def credentials(self, key: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {key}"}
 
     def send(self, call: Call, body: dict[str, Any], watch: Watch) -> Answer:
         if call.stream and call.path in DONE_PATHS:
             options = body.get("stream_options") or {}
             body["stream_options"] = options | {"include_usage": True}
-        return self.finish(self.start(call.path, body, watch))
+        return self.finish(self.start(call.path, body, watch, call.headers))
 
     def cap_name(self, path: str, body: dict[str, Any]) -> str | None:
         # OpenAI's reasoning models refuse `max_tokens`, and OpenAI both at once; most
@@ -3269,9 +3351,13 @@ class OpenAI(Dialect):
             return "max_completion_tokens"
         return CAP_OF_PATH.get(path.rpartition("/")[2])
 
-    def start(self, path: str, body: dict[str, Any], watch: Watch) -> Exchange:
+    def start(
+        self, path: str, body: dict[str, Any], watch: Watch,
+        more: dict[str, str] | None = None,
+    ) -> Exchange:  # fmt: skip
         exchange = Exchange(self.pool, watch)
-        exchange.send(self.url_path(path), to_json(body), self._lines)
+        lines = header_lines(self._headers | more) if more else self._lines
+        exchange.send(self.url_path(path), to_json(body), lines)
         return exchange
 
     def url_path(self, path: str) -> str:
@@ -3311,6 +3397,20 @@ class OpenAI(Dialect):
         return UpstreamFailed(f"{reason}, {answer.kind or 'no content type'}")
 
 
+class Anthropic(OpenAI):
+    """`anthropic+https://`: Anthropic's own API, of which nothing is translated."""
+
+    scheme = "anthropic"
+    paths = ("messages", "messages/count_tokens")
+
+    def credentials(self, key: str) -> dict[str, str]:
+        """The version is that of a client that names none."""
+        return {"x-api-key": key, "anthropic-version": "2023-06-01"}
+
+    def url_path(self, path: str) -> str:
+        return f"{self.upstream.path.removesuffix('/v1')}/v1/{path}"
+
+
 def as_system(message: dict[str, Any]) -> dict[str, Any]:
     """DeepSeek refuses the role `developer`."""
     if message.get("role") == "developer":
@@ -3323,7 +3423,15 @@ class DeepSeek(OpenAI):
 
     scheme = "deepseek"
 
+    def __init__(self, upstream: UpstreamConfig):
+        super().__init__(upstream)
+        path = upstream.path.removesuffix("/v1") + "/anthropic"
+        self._anthropic = Anthropic(replace(upstream, path=path))
+        self._anthropic.pool = self.pool
+
     def send(self, call: Call, body: dict[str, Any], watch: Watch) -> Answer:
+        if call.path in Anthropic.paths:
+            return self._anthropic.send(call, body, watch)
         # max_completion_tokens is silently ignored there, and would bound nothing.
         if longest := body.pop("max_completion_tokens", None):
             body["max_tokens"] = min(longest, body.get("max_tokens") or longest)
@@ -3361,11 +3469,10 @@ class ImageDialect(Dialect):
     """Image models, asked through chat completions or /images/generations."""
 
     flat = frozenset({"size"})
+    paths = ("chat/completions", "images/generations")
 
     def examine(self, call: Call) -> None:
         super().examine(call)
-        if call.path not in ("chat/completions", "images/generations"):
-            raise NotFound("Image models answer chat completions and generations only.")
         if call.path == "chat/completions" and call.choices > 1:
             raise BadRequest("Only one image a request: 'n' must be 1.", param="n")
         if not self.prompt(call).strip():
@@ -3684,10 +3791,10 @@ class Echo(Dialect):
     """`echo:`: answers with the last user message; words count as tokens."""
 
     scheme = "echo"
+    paths = ("chat/completions",)
 
     def examine(self, call: Call) -> None:
-        if call.path != "chat/completions":
-            raise NotFound("The echo model answers /v1/chat/completions only.")
+        super().examine(call)
         if call.size * call.choices > MAX_ANSWER:
             raise BadRequest("The answers would be too long.", param="n")
 
@@ -3745,6 +3852,8 @@ ENDS_OF_PARTS = (
     "response.output_text.done", "response.content_part.done", "content_block_stop",
     "response.output_item.done", "message_delta",
 )  # fmt: skip
+# What ends a stream of messages of which nothing else is missing.
+MESSAGE_STOP = b'event: message_stop\ndata: {"type": "message_stop"}\n\n'
 # Possessive: a way back for each character would take 130 bytes of memory for it.
 MODEL_NAME = re.compile(rb'"model"\s*:\s*"((?:[^"\\]++|\\.)*+)"')
 
@@ -3830,8 +3939,14 @@ class Meter:
         """The same of what is left when the upstream says no more."""
         out = self._pass(self._reader.flush())
         if self.ending is None and self.finished:
-            self.ending, self.last = Ending.DONE, DONE
+            self._finish(DONE)
         return out
+
+    def _finish(self, done: bytes) -> None:
+        """The end of a stream whose choices have their finish, which not all have."""
+        early = self._call.path in FINISH_PATHS and not self._finishes
+        self.ending = Ending.CUT if early else Ending.DONE
+        self.last = MESSAGE_STOP if is_messages(self._call.path) else done
 
     def _pass(self, events: list[bytes]) -> bytes:
         out = []
@@ -3848,13 +3963,13 @@ class Meter:
             return event
         self.events += 1
         if data.strip() == b"[DONE]":
-            early = self._call.path in DONE_PATHS and not self._finishes
-            self.ending, self.last = Ending.CUT if early else Ending.DONE, event
+            self._finish(event)
             return b""
         document = json_object(data)
         if not document:
             return event
-        if document.get("error"):
+        kind = document.get("type")
+        if document.get("error") or kind == "error":
             self.ending = Ending.CUT
             return b""
         self.relayed += written(document)
@@ -3868,8 +3983,10 @@ class Meter:
                     self._finishes.add(index if type(index) is int else 0)
             if not choices and "usage" in document and not self._call.wants_usage:
                 return b""
+        elif kind == "message_delta" and type(document.get("delta")) is dict:
+            if document["delta"].get("stop_reason"):
+                self._finishes.add(0)
         event = self._rename.apply(event, document)
-        kind = document.get("type")
         self.report_due = self.finished or kind in ENDS_OF_PARTS
         if type(kind) is str and kind in LAST_EVENTS:
             self.ending, self.last = LAST_EVENTS[kind], event
@@ -4072,7 +4189,8 @@ class Relay:
 
     def _body(self, dialect: Dialect, upstream_id: str) -> dict[str, Any]:
         """The body for one upstream: its model id, the defaults, the cap."""
-        body = {**self.model.defaults, **self.call.body, "model": upstream_id}
+        defaults = {} if self.call.path in FREE else self.model.defaults
+        body = {**defaults, **self.call.body, "model": upstream_id}
         if not self.model.price.output or self.call.path in NO_OUTPUT:
             return body
         named = CAPS & self.model.defaults.keys()  # the operator knows better
@@ -4123,7 +4241,7 @@ class Relay:
         """The error event that ends a stream which could not end well."""
         self._services.log.note("stream", request=self.lease.id, reason=error.reason)
         self._settle_anyhow(self._charged(ending))
-        return b"data: " + error.envelope() + b"\n\n"
+        return error.events(self.call.path, self._meter.events)
 
     # The end
 
@@ -4213,6 +4331,30 @@ PUBLIC = {"healthz", "documentation", "dashboard", "asset"}
 SMALL_BODY = 10_000  # bytes: reading them costs no more than refusing the request
 MAX_KEYS = 100  # of one account in a day: each new key has new limits
 ONE_ACCOUNT = "/v1/accounts/<account>"
+# The relayed paths that are listed: any other may be asked for as well, below /v1.
+ENDPOINTS = set(
+    "chat/completions completions embeddings responses messages messages/count_tokens"
+    " images/generations images/edits audio/speech audio/transcriptions"
+    " audio/translations moderations rerank".split()
+)
+BASES = {path.partition("/")[0] for path in ENDPOINTS} | {"models"}
+
+
+class RelayedPath(PathConverter):
+    """Any path but those of this server's own API: mistyped they are no relay's."""
+
+    regex = r"(?!(?:accounts?|usage|models)(?:/|\Z))[^/].*?"
+
+
+def fold_path(path: str) -> str:
+    """The path that is meant by a base URL with too many slashes, a /v1 too much or
+    none; what stands for a model's id is left as it is."""
+    start = re.match("/*(?:v1/+)*", path).end()
+    rest = path[start:]
+    if not re.match("models/+[^/]", rest):
+        rest = re.sub("/+", "/", rest).rstrip("/")
+    known = "v1" in path[:start] or rest.partition("/")[0] in BASES
+    return f"/v1/{rest}" if known else f"/{rest}"
 
 
 def made_key(config: Config, row: KeyRow) -> Key:
@@ -4221,12 +4363,18 @@ def made_key(config: Config, row: KeyRow) -> Key:
     return Key(row.id, row.name, row.account, row.hash, row.hint, admin, "proxy.db")
 
 
-def identify(services: Services, header: str) -> tuple[Key, Account, bool]:
-    """The key and account of an Authorization header, and whether the key has a row in
-    the ledger; or Unauthorized."""
-    scheme, _, bearer = header.partition(" ")
-    bearer = bearer.strip()
-    if scheme.lower() != "bearer" or not BEARER.fullmatch(bearer):
+def sent_key(environ: dict[str, Any]) -> str:
+    """The key that a request shows, as OpenAI's, Anthropic's or Azure's clients do."""
+    if header := environ.get("HTTP_AUTHORIZATION"):
+        scheme, _, bearer = header.partition(" ")
+        return bearer.strip() if scheme.lower() == "bearer" else ""
+    return environ.get("HTTP_X_API_KEY") or environ.get("HTTP_API_KEY") or ""
+
+
+def identify(services: Services, bearer: str) -> tuple[Key, Account, bool]:
+    """The key and its account, and whether the key has a row in the ledger; or
+    Unauthorized."""
+    if not BEARER.fullmatch(bearer):
         raise Unauthorized
     hash, config = sha256(bearer), services.config
     key, row = config.keys.get(key_id(hash)), services.ledger.find_key(hash)
@@ -4252,11 +4400,38 @@ def count_request(services: Services, hit: Callable) -> None:
         raise g.windows[-1].refusal()
 
 
+EXPOSED = (
+    "x-request-id, x-should-retry, retry-after, x-ratelimit-limit-requests,"
+    " x-ratelimit-remaining-requests, x-ratelimit-reset-requests"
+)
+
+
+def cors_headers(config: Config, environ: dict[str, Any]) -> dict[str, str]:
+    """What lets the page of an allowed origin read an answer and, told by a preflight,
+    send its request (WHATWG Fetch §3.3); empty for all others."""
+    origin = environ.get("HTTP_ORIGIN")
+    if not origin or not config.cors & {origin, "*"}:
+        return {}
+    told = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+    told["Access-Control-Expose-Headers"] = EXPOSED
+    if is_preflight(environ):
+        told["Access-Control-Allow-Methods"] = "GET, POST, PATCH, DELETE"
+        told["Access-Control-Max-Age"] = "600"
+        if asked := environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS"):
+            told["Access-Control-Allow-Headers"] = asked
+    return told
+
+
+def is_preflight(environ: dict[str, Any]) -> bool:
+    asks = "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
+    return asks and environ["REQUEST_METHOD"] == "OPTIONS"
+
+
 def add_hooks(app: Flask, services: Services) -> None:
     """Who asks, and what every answer carries."""
 
     @app.before_request
-    def authenticate() -> None:
+    def authenticate() -> Response | None:
         # The proxies `g` and `request` cost 0.6 µs at each use.
         here, asked = g._get_current_object(), request._get_current_object()
         here.request_id = new_request_id()
@@ -4267,27 +4442,34 @@ def add_hooks(app: Flask, services: Services) -> None:
             raise LedgerUnavailable("the application was made before a fork")
         endpoint = asked.endpoint
         if endpoint in PUBLIC:
-            return
-        header = asked.environ.get("HTTP_AUTHORIZATION", "")
+            return None
+        if is_preflight(asked.environ) and cors_headers(services.config, asked.environ):
+            return Response(status=204)
         try:
-            here.key, here.account, here.known = identify(services, header)
+            bearer = sent_key(asked.environ)
+            here.key, here.account, here.known = identify(services, bearer)
         except (Unauthorized, LedgerUnavailable):
             if endpoint is None:  # 404 or 405, whoever asks
-                return
+                return None
             raise
-        if endpoint != "relay" or asked.method != "POST":
-            count_request(services, windows_of(endpoint == "relay"))
+        if endpoint != "relay":
+            count_request(services, windows_of(False))
+        return None
 
     @app.after_request
     def add_headers(response: Response) -> Response:
         add, here = response.headers.add, g._get_current_object()
-        add("x-request-id", here.get("request_id") or new_request_id())
+        add("x-request-id", id := here.get("request_id") or new_request_id())
+        if is_messages(request.path):
+            add("request-id", id)  # where Anthropic's SDKs look for it
         if windows := here.get("windows"):
             window = tightest(windows)
             left = max(0.0, window.reset - time.monotonic())
             add("x-ratelimit-limit-requests", str(window.item.amount))
             add("x-ratelimit-remaining-requests", str(window.left))
             add("x-ratelimit-reset-requests", f"{left:.3f}s")
+        if services.config.cors:
+            response.headers.extend(cors_headers(services.config, request.environ))
         if not here.get("admitted") and request.endpoint not in PUBLIC:
             log_unrelayed(services.log, response.status_code)
         return response
@@ -4304,9 +4486,8 @@ def log_unrelayed(log: RequestLog, status: int) -> None:
 
 def tell(error: ProxyError) -> Response:
     """The one place where an error becomes a response."""
-    return Response(
-        error.envelope(), error.status, error.headers, None, "application/json"
-    )
+    body = error.envelope(request.path)
+    return Response(body, error.status, error.headers, None, "application/json")
 
 
 def add_error_handlers(app: Flask, services: Services) -> None:
@@ -4314,8 +4495,8 @@ def add_error_handlers(app: Flask, services: Services) -> None:
 
     @app.errorhandler(ProxyError)
     def refused(error: ProxyError) -> Response:
-        asked = request.endpoint == "relay" and request.method == "POST"
-        if asked and not g.get("admitted"):  # the ledger has no row of it
+        # Of what was not admitted the ledger has no row.
+        if request.endpoint == "relay" and not g.get("admitted"):
             who = (g.key.account, g.key.id) if g.get("key") else ("", "")
             services.ledger.count_refusal(*who, g.get("model", ""), error.status)
         if isinstance(error, LedgerUnavailable):
@@ -4324,6 +4505,10 @@ def add_error_handlers(app: Flask, services: Services) -> None:
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:
+        # The relay alone takes POST and no OPTIONS, whatever the path.
+        any_path = getattr(error, "valid_methods", None) == ["POST"]
+        if any_path and request.path.removeprefix("/v1/") not in ENDPOINTS:
+            return tell(NotFound("There is no such path."))
         return tell(from_http(error))
 
     @app.errorhandler(Exception)
@@ -4394,7 +4579,7 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
     try:
         with watch.receiving():
             data = read_body(environ, MAX_BODY, share)
-        call = parse_call(path, data)
+        call = parse_call(path, data, passed_headers(path, environ))
         del data
         model = find_model(services, call.model).at(time.time())
         here.model = model.id
@@ -4424,13 +4609,9 @@ def add_routes(app: Flask, services: Services) -> None:
             raise LedgerUnavailable(services.ledger.trouble)
         return json_response({"status": "ok"})
 
-    @app.post("/v1/<path:path>")
+    @app.post("/v1/<relayed:path>", provide_automatic_options=False)
     def relay(path: str) -> Response:
         return start_relay(services, path)
-
-    @app.post("/v1/<any(account,accounts,models):base>/<path:path>")
-    def nothing(base: str, path: str) -> Response:
-        raise NotFound("There is no such path.")  # and not a relay's
 
     @app.get("/v1/models")
     def models() -> Response:
@@ -4944,6 +5125,7 @@ def build_app(config_file: ConfigFile, db: str, capacity: float = math.inf) -> F
     services = Services(config_file, db, capacity)
     app = Flask("proxy", static_folder=None)
     app.url_map.strict_slashes = app.url_map.merge_slashes = False
+    app.url_map.converters["relayed"] = RelayedPath
     # Known to the app already, Flask-Limiter adds none of its hooks. They would look
     # for the limits of each view, again for every request, at 15% of its CPU; the one
     # hook here knows them and asks Flask-Limiter's strategy and storage itself.
@@ -4951,6 +5133,13 @@ def build_app(config_file: ConfigFile, db: str, capacity: float = math.inf) -> F
     services.limiter.init_app(app)
     for add in PARTS:
         add(app, services)
+    serve = app.wsgi_app
+
+    def serve_folded(environ: dict[str, Any], start_response: Callable) -> Iterable:
+        environ["PATH_INFO"] = fold_path(environ["PATH_INFO"])
+        return serve(environ, start_response)
+
+    app.wsgi_app = serve_folded
     return app
 
 
@@ -5058,7 +5247,8 @@ class Worker(ThreadWorker):
         """gunicorn reads every transfer coding, and undoes only `chunked`."""
         codings = [text for name, text in req.headers if name == "TRANSFER-ENCODING"]
         if [coding.lower() for coding in codings] not in ([], ["chunked"]):
-            self.refuse(conn.sock, 415, "No transfer coding but 'chunked' is taken.")
+            message, path = "No transfer coding but 'chunked' is taken.", req.path
+            self.refuse(conn.sock, 415, message, fold_path(path))
             return False
         return super().handle_request(req, conn)
 
@@ -5083,8 +5273,10 @@ class Worker(ThreadWorker):
             self.refuse(client, status, "The request is malformed.")
 
     @staticmethod
-    def refuse(client: socket.socket, status: int, message: str) -> None:
-        body = from_status(status, message).envelope()
+    def refuse(
+        client: socket.socket, status: int, message: str, path: str = ""
+    ) -> None:
+        body = from_status(status, message).envelope(path)
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
             f"Connection: close\r\nContent-Type: application/json\r\n"
@@ -5556,7 +5748,8 @@ left cannot pay for so much, the answer is cut to what they can pay.</p>
 <p>A reasoning model puts its chain of thought into <code>reasoning_content</code>, beside
 <code>content</code>. Any other <code>POST /v1/…</code> of the OpenAI API whose JSON body names a
 <code>model</code> (completions, embeddings, responses) goes to the same path of that model's
-provider, if the provider has it.</p></section>
+provider, if the provider has it. Anthropic's SDKs and Claude Code use
+<code>{{ root_url }}</code> and <code>/v1/messages</code>, with models that speak it.</p></section>
 <section id="streaming" class="card"><h2>Streaming</h2>
 <p>With <code>"stream": true</code> the answer comes as server-sent events while it is being
 written: lines of <code>data: </code> with a <code>chat.completion.chunk</code> each, and

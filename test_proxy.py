@@ -817,6 +817,61 @@ class FakeImages(Upstream):
         image_answer(*map(image_url, range(body.get("n", 1))))(request)
 
 
+def message_events(text: str = "Hello", model: str = "claude-id") -> list[bytes]:
+    """Return the events of a stream of /v1/messages, as Anthropic writes them."""
+    usage = {"input_tokens": 50, "output_tokens": 1}
+    about = {"id": "msg_1", "type": "message", "role": "assistant", "model": model}
+    about |= {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+    block, delta = {"type": "text", "text": ""}, {"type": "text_delta", "text": text}
+    stop = {"stop_reason": "end_turn", "stop_sequence": None}
+    events = [
+        {"type": "message_start", "message": about},
+        {"type": "content_block_start", "index": 0, "content_block": block},
+        {"type": "ping"},
+        {"type": "content_block_delta", "index": 0, "delta": delta},
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": stop, "usage": {"output_tokens": 30}},
+        {"type": "message_stop"},
+    ]
+    named = [(one["type"].encode(), json.dumps(one).encode()) for one in events]
+    return [b"event: %s\ndata: %s\n\n" % pair for pair in named]
+
+
+def message_json(**more: Any) -> dict:
+    """Return a whole answer of /v1/messages."""
+    about = {"id": "msg_1", "type": "message", "role": "assistant"}
+    about |= {"model": "claude-id", "content": [{"type": "text", "text": "Hello"}]}
+    about |= {"stop_reason": "end_turn", "stop_sequence": None}
+    return {**about, "usage": {"input_tokens": 50, "output_tokens": 30}, **more}
+
+
+def anthropic_error(kind: str, status: int, message: str = "No") -> Answer:
+    """Answer an error as Anthropic does."""
+    error = {"type": kind, "message": message}
+    return json_answer({"type": "error", "error": error}, status)
+
+
+class FakeAnthropic(Upstream):
+    """Anthropic's API: it wants its own header for the key, and a version."""
+
+    scheme = "anthropic+"
+
+    def answer(self, request: Request) -> None:
+        """Answer one of its three calls."""
+        if request.header("x-api-key") != self.key or request.header("Authorization"):
+            return anthropic_error("authentication_error", 401)(request)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", request.header("anthropic-version"))
+        body = request.json or {}
+        answers = {
+            "/v1/models": json_answer({"data": [], "has_more": False}),
+            "/v1/messages/count_tokens": json_answer({"input_tokens": 2095}),
+            "/v1/messages": sse(message_events(), done=False)
+            if body.get("stream")
+            else json_answer(message_json()),
+        }
+        answers.get(request.path, anthropic_error("not_found_error", 404))(request)
+
+
 # -- Gateway -------------------------------------------------------------------------
 
 
@@ -1234,6 +1289,31 @@ def test_every_error_knows_its_envelope(
     assert (error.status, told["error"] | wanted) == (status, told["error"])
 
 
+@pytest.mark.parametrize("path", ["messages", "/v1/messages/count_tokens"])
+@pytest.mark.parametrize(
+    "error, type",
+    [
+        (proxy.BadRequest("m"), INVALID),
+        (proxy.Unauthorized(), "authentication_error"),
+        (proxy.InsufficientCredits("m"), "billing_error"),
+        (proxy.ModelNotFound("m"), "not_found_error"),
+        (proxy.MethodNotAllowed("m"), INVALID),
+        (proxy.TooLarge("m"), "request_too_large"),
+        (proxy.UnsupportedMediaType("m"), INVALID),
+        (proxy.RateLimited("m", 3), "rate_limit_error"),
+        (proxy.ProxyError("m"), "api_error"),
+        (proxy.LedgerUnavailable("m"), "api_error"),
+        (proxy.Refused(404, "m", None, None), "not_found_error"),
+        (proxy.Refused(422, "m", "c", "p"), INVALID),
+    ],
+)
+def test_an_error_about_messages_is_anthropics(
+    error: proxy.ProxyError, type: str, path: str
+) -> None:
+    wanted = {"type": "error", "error": {"type": type, "message": error.message}}
+    assert json.loads(error.envelope(path)) == wanted
+
+
 @pytest.mark.parametrize("text", ["half \ud83d a pair", "\udcff"])
 def test_an_envelope_is_utf8_whatever_its_texts(text: str) -> None:
     error = proxy.Refused(400, text, text, text)
@@ -1348,6 +1428,10 @@ NAN, INFINITY = float("nan"), float("inf")
 NO_AMOUNTS = [-1, -0.1, True, None, "5", [], {}, 1e-7, 10**10, NAN, INFINITY]
 NO_LISTS = {  # path: values that are refused there, under that path
     "colour": [1],
+    "cors": [
+        None, 5, {}, [5], [None], [""], ["https://a.example/"], ["https://a.example/x"],
+        ["a.example"], ["https://A.example"], ["https://*.example x"], [["*"]], ["**"],
+    ],
     "limits": [[], None, 5, "60/minute"],
     "limits.colour": [1],
     "limits.rate": [
@@ -2821,6 +2905,28 @@ def test_any_plain_path_is_relayed(path: str) -> None:
     assert proxy.parse_call(path, b'{"model": "chat"}').path == path
 
 
+@pytest.mark.parametrize(
+    "path, sent, passed",
+    [
+        ("messages", {"VERSION": "2024-01-01"}, {"anthropic-version": "2024-01-01"}),
+        ("messages/count_tokens", {"BETA": "a,b"}, {"anthropic-beta": "a,b"}),
+        ("messages", {"OTHER": "x"}, {}),
+        ("chat/completions", {"VERSION": "2024-01-01", "BETA": "a"}, {}),
+    ],
+)
+def test_only_what_anthropics_api_names_passes_of_a_clients_headers(
+    path: str, sent: dict, passed: dict
+) -> None:
+    environ = {f"HTTP_ANTHROPIC_{name}": value for name, value in sent.items()}
+    assert proxy.passed_headers(path, environ) == passed
+
+
+@pytest.mark.parametrize("value", ["a\r\nx: y", "ü", "x" * 1001, "\t"])
+def test_a_header_that_could_not_pass_is_a_bad_request(value: str) -> None:
+    with pytest.raises(proxy.BadRequest, match="anthropic-beta"):
+        proxy.passed_headers("messages", {"HTTP_ANTHROPIC_BETA": value})
+
+
 def read_body(data: bytes, length: Any = "", kind: str = "application/json") -> bytes:
     """Read a request's body, of which at most ten bytes are allowed."""
     about = {"CONTENT_TYPE": kind, "CONTENT_LENGTH": str(length)}
@@ -3068,6 +3174,7 @@ def make_model(price: dict, **more: Any) -> proxy.Model:
         ("chat/completions", {"max_tokens": 5, "max_completion_tokens": 7}, 7, 1),
         ("chat/completions", {"max_tokens": 5000}, 5000, 1),
         ("chat/completions", {"n": 3}, 1000, 3),
+        ("messages", {"max_tokens": 9}, 9, 1),
         ("completions", {"prompt": "a", "best_of": 4}, 1000, 4),
         ("completions", {"prompt": "a", "best_of": 4, "n": 2}, 1000, 4),
         ("completions", {"prompt": ["a", "b", "c"]}, 1000, 3),
@@ -3115,6 +3222,12 @@ def test_the_worst_case_has_every_image_and_the_request(
 ) -> None:
     call = make_call("images/generations", prompt="a", n=number)
     assert proxy.quote(call, make_model(price)).hold(0) == micro
+
+
+@pytest.mark.parametrize("path", ["messages/count_tokens", "responses/input_tokens"])
+def test_counting_holds_nothing(path: str) -> None:
+    model = make_model({"input": 1, "output": 2, "request": 1})
+    assert proxy.quote(make_call(path), model).hold(0) == 0
 
 
 @pytest.mark.parametrize("name", ["cached", "written"])
@@ -3628,7 +3741,9 @@ class Stage:
     def __init__(self, path: Path) -> None:
         self.main, self.spare = Upstream(), Upstream()
         self.deep, self.volc, self.ark = FakeDeepSeek(), FakeVolcengine(), FakeImages()
+        self.claude = FakeAnthropic()
         self.upstreams = [self.main, self.spare, self.deep, self.volc, self.ark]
+        self.upstreams.append(self.claude)
         self.no_tls, self.deaf = NoTls(), socket.socket()
         self.deaf.bind(("127.0.0.1", 0))  # it keeps its port, and never listens
         tls = self.no_tls.url.replace("http:", "https:")
@@ -3643,6 +3758,7 @@ class Stage:
                 "deep": {"url": self.deep.url, "key": self.deep.key},
                 "volc": {"url": self.volc.url, "key": self.volc.key},
                 "ark": {"url": self.ark.url, "key": self.ark.key},
+                "claude": {"url": self.claude.url, "key": self.claude.key},
                 "dead": {"url": f"http://127.0.0.1:{self.deaf.getsockname()[1]}/v1"},
                 "lost": {"url": "http://nowhere.invalid/v1"},
                 "tls": {"url": tls},
@@ -3659,6 +3775,7 @@ class Stage:
                 **{name: {"upstream": f"{name}/x", **TOKENS} for name in NOWHERE},
                 "peak": {"upstream": "main/p", "price": PEAK_PRICE},
                 "written": {"upstream": "main/w", "price": TOKENS["price"] | {"written": 2}},
+                "claude": {"upstream": "claude/claude-id", **TOKENS, "defaults": COOL},
                 "mild": {"upstream": "main/m", **TOKENS, "defaults": MILD},
                 "thinker": {"upstream": "main/o", **TOKENS, "defaults": THOUGHTFUL},
                 "unset-image": {"upstream": ["unset/x", "volc/x"], **IMAGE},
@@ -3717,6 +3834,7 @@ class Stage:
 
 
 NOWHERE = ("dead", "lost", "tls", "unset")
+COOL = {"temperature": 0.3}
 THOUGHTFUL = {"max_completion_tokens": 900}
 MILD = {"temperature": 0.2, "stop": ["a"], "thinking": {"type": "disabled", "x": 1}}
 
@@ -4157,6 +4275,129 @@ def test_fill_in_the_middle_is_asked_for_under_beta(stage):
 def test_json_schema_is_deepseeks_to_refuse(stage):
     response = stage.chat("deepseek-chat", response_format={"type": "json_schema"})
     assert response.status_code == 400 and "response_format" in response.text
+
+
+# -- Anthropic -----------------------------------------------------------------------
+
+MESSAGES = {"model": "claude", "messages": SAY_HELLO, "max_tokens": 99}
+VERSION = "2023-06-01"
+
+
+@pytest.mark.parametrize(
+    "sent, told",
+    [
+        ({}, (VERSION, "")),
+        ({"anthropic-version": "2024-10-22"}, ("2024-10-22", "")),
+        ({"anthropic-beta": "a-1,b-2"}, (VERSION, "a-1,b-2")),
+    ],
+)
+def test_anthropic_is_asked_in_its_own_way(stage, sent, told):
+    response = stage.post("messages?beta=true", MESSAGES, **sent)
+    assert response.json == message_json(model="claude")
+    (request,) = stage.claude.requests
+    assert (request.path, request.query) == ("/v1/messages", "")
+    assert request.json == {**MESSAGES, **COOL, "model": "claude-id"}
+    names = "anthropic-version", "anthropic-beta"
+    assert tuple(map(request.header, names)) == told
+    row = stage.row(response)
+    assert (row["input"], row["output"], row["cost"]) == (50, 30, 110)
+
+
+@pytest.mark.parametrize("base", ["", "/", "/v1", "/v1/", "/x/v1"])
+def test_anthropics_base_url_may_end_in_v1_or_not(base):
+    value = {"url": f"anthropic+https://a.example{base}", "key": SECRET}
+    dialect = proxy.Anthropic(proxy.parse_upstream("u", value, "upstreams.u"))
+    prefix = "/x" if base.startswith("/x") else ""
+    assert dialect.url_path("messages") == f"{prefix}/v1/messages"
+
+
+def test_deepseek_speaks_messages_below_its_own_path(stage):
+    stage.deep.script = [json_answer(message_json())]
+    response = stage.post("messages", {**MESSAGES, "model": "deepseek-chat"})
+    assert response.json["model"] == "deepseek-chat"
+    (request,) = stage.deep.requests
+    assert request.path == "/anthropic/v1/messages"
+    assert request.header("x-api-key") == SECRET
+    assert not request.header("Authorization")
+
+
+def test_a_plain_server_is_asked_for_messages_with_its_bearer(stage):
+    stage.main.script = [json_answer(message_json()), json_answer({}, 404)]
+    sent = {"anthropic-version": "2024-10-22", "anthropic-beta": "a-1"}
+    asked = {**MESSAGES, "model": "chat"}
+    assert stage.post("messages", asked, **sent).json == message_json(model="chat")
+    (request,) = stage.main.requests
+    assert request.path == "/v1/messages"
+    assert request.header("Authorization") == f"Bearer {SECRET}"
+    assert {name: request.header(name) for name in sent} == sent
+    response = stage.post("messages", asked)
+    assert (response.status_code, kind_of(response)) == (404, "not_found_error")
+
+
+@pytest.mark.parametrize("key", [TEAM_KEY, POOR_KEY])
+def test_counting_is_free_and_sent_without_defaults_or_a_cap(stage, key):
+    asked = {"model": "claude", "messages": SAY_HELLO, "system": "x"}
+    response = stage.post("messages/count_tokens", asked, key)
+    assert response.json == {"input_tokens": 2095}
+    (request,) = stage.claude.requests
+    assert request.json == {**asked, "model": "claude-id"}
+    row = stage.row(response)
+    assert (row["state"], row["status"], row["hold"]) == (proxy.RELEASED, 200, 0)
+    assert "x-ratelimit-remaining-requests" in response.headers
+
+
+@pytest.mark.parametrize(
+    "path, model, spoken",
+    [
+        ("chat/completions", "claude", "/v1/messages and /v1/messages/count_tokens"),
+        ("responses", "claude", "/v1/messages and /v1/messages/count_tokens"),
+        ("messages", "echo", "/v1/chat/completions"),
+        ("responses", "echo", "/v1/chat/completions"),
+        ("messages", "seedream", "/v1/chat/completions and /v1/images/generations"),
+    ],
+)
+def test_a_path_that_a_dialect_does_not_speak_is_a_404_that_says_which_it_does(
+    stage, path, model, spoken
+):
+    response = stage.post(path, {**MESSAGES, "model": model})
+    assert response.status_code == 404
+    assert f"through {spoken} only" in response.json["error"]["message"]
+    assert not [request for up in stage.upstreams for request in up.requests]
+
+
+def kind_of(response: Any) -> str:
+    """Return the type of an error in Anthropic's envelope."""
+    document = response.json
+    assert (list(document), document["type"]) == (["type", "error"], "error")
+    assert list(document["error"]) == ["type", "message"]
+    assert SECRET not in response.text
+    return document["error"]["type"]
+
+
+@pytest.mark.parametrize(
+    "more, key, answer, status, kind",
+    [
+        ({}, "sk-nobody", None, 401, "authentication_error"),
+        ({}, POOR_KEY, None, 402, "billing_error"),
+        ({"model": "nope"}, TEAM_KEY, None, 404, "not_found_error"),
+        ({"max_tokens": -1}, TEAM_KEY, None, 400, "invalid_request_error"),
+        ({}, TEAM_KEY, ("invalid_request_error", 400), 400, "invalid_request_error"),
+        ({}, TEAM_KEY, ("not_found_error", 404), 404, "not_found_error"),
+        ({}, TEAM_KEY, ("request_too_large", 413), 413, "request_too_large"),
+        ({}, TEAM_KEY, ("authentication_error", 401), 503, "api_error"),
+        ({}, TEAM_KEY, ("overloaded_error", 529), 503, "api_error"),
+        ({}, TEAM_KEY, ("api_error", 500), 503, "api_error"),
+    ],
+)
+@pytest.mark.parametrize("path", ["messages", "messages/count_tokens"])
+def test_what_is_refused_about_messages_is_told_in_anthropics_shape(
+    stage, path, more, key, answer, status, kind
+):
+    stage.claude.script = [anthropic_error(*answer)] if answer else []
+    free = path != "messages" and key == POOR_KEY
+    response = stage.post(path, MESSAGES | more, key)
+    told = (200, None) if free else (response.status_code, kind_of(response))
+    assert told == ((200, None) if free else (status, kind))
 
 
 # -- JiMeng --------------------------------------------------------------------------
@@ -4702,7 +4943,6 @@ BOTH_CAPS = {"max_completion_tokens": 7, "max_tokens": 7}
         ("chat/completions", {"n_predict": 7}, {"n_predict": 7, "max_tokens": 7}),
         ("responses", {"max_tokens": 9}, {"max_tokens": 9, "max_output_tokens": 9}),
         ("fim/completions", {}, {"max_tokens": 1000}),
-        ("v1/chat/completions", {}, {"max_tokens": 1000}),
         ("completions", {}, {"max_tokens": 1000}),
         ("responses", {}, {"max_output_tokens": 1000}),
         ("responses", {"max_output_tokens": 9}, {"max_output_tokens": 9}),
@@ -4740,13 +4980,13 @@ def test_openai_is_sent_one_cap_for_it_refuses_two(host, asked, name):
         ("chat/completions", {"modalities": ["text", "audio"]}),
         ("messages", {"speed": "fast"}),
         ("images/generations", {"stream": True}),
-        ("v1/images/generations", {"stream": True}),
     ],
 )
 def test_what_cannot_be_charged_rightly_is_refused(stage, path, body):
     ask = {"model": "chat", "messages": SAY_HELLO, "prompt": "x", **body}
     response = stage.post(path, ask)
-    assert response.status_code == 400 and error_of(response)["param"] == [*body][0]
+    told = response.json["error"]["message"]
+    assert response.status_code == 400 and ([*body][0] in told or "streamed" in told)
     assert not stage.main.requests
 
 
@@ -5607,6 +5847,31 @@ def ends_in_error(stage: Stage, response: Any) -> dict:
     return last["error"]
 
 
+def failed_response(stage: Stage, response: Any) -> tuple[list[dict], dict]:
+    """Return the events of /v1/responses before the two that end it, and the error."""
+    *events, first, last = documents(response.data)
+    numbers, error = [first["sequence_number"], last["sequence_number"]], first["error"]
+    assert (first["type"], last["type"]) == ("error", "response.failed")
+    assert numbers == [len(events), len(events) + 1]
+    assert first["message"] == error["message"] and first["code"] == error["code"]
+    assert last["response"]["status"] == "failed" and last["response"]["error"] == error
+    assert b"event: error\n" in response.data and b"[DONE]" not in response.data
+    assert SECRET not in response.text
+    return events, error
+
+
+def failed_message(response: Any) -> list[dict]:
+    """Return the events of /v1/messages before the error that ends it."""
+    *events, last = documents(response.data)
+    assert response.data.rpartition(b"\n\n")[0].rpartition(b"\n\n")[2].startswith(
+        b"event: error\ndata: "
+    )
+    told = {"type": "api_error", "message": last["error"]["message"]}
+    assert last == {"type": "error", "error": told}
+    assert b"[DONE]" not in response.data and SECRET not in response.text
+    return events
+
+
 HALF = chat_chunks("one two", finish=None, include_usage_chunk=False)
 BROKEN = {
     "without a finish": sse(HALF, done=False),
@@ -5765,18 +6030,82 @@ def test_a_failed_response_of_which_nothing_came_is_free(stage):
 def test_the_text_of_a_cut_response_counts_once(stage):
     stage.main.script = [sse(responses_events()[:3], done=False, chunked=False)]
     response = stage.post("responses", {"model": "chat", "input": "x", "stream": True})
-    assert ends_in_error(stage, response)
+    failed_response(stage, response)
     assert stage.row(response)["output"] == 2  # "Hello"
 
 
 def test_an_error_before_any_text_is_free_whatever_was_reported(stage):
-    told = {"message": {"model": "m", "usage": {"input_tokens": 900}}}
+    started = {"message": {"model": "chat", "usage": {"input_tokens": 900}}}
     failed = {"type": "error", "error": {"type": "overloaded_error", "message": "x"}}
-    stage.main.script = [sse([{"type": "message_start", **told}, failed], done=False)]
+    events = [{"type": "message_start", **started}, failed]
+    stage.main.script = [sse(events, done=False)]
     ask = {"model": "chat", "messages": SAY_HELLO, "max_tokens": 99, "stream": True}
     response = stage.post("messages", ask)
-    assert ends_in_error(stage, response)
+    assert failed_message(response) == [{"type": "message_start", **started}]
     assert stage.row(response)["state"] == proxy.RELEASED
+
+
+OVERLOADED = {"type": "error", "error": {"type": "overloaded_error", "message": SECRET}}
+NO_END = message_events()[:-2]
+BROKEN_MESSAGES = {
+    "an error": sse([*NO_END, OVERLOADED], done=False),
+    "an error after the finish": sse([*message_events()[:-1], OVERLOADED], done=False),
+    "cut": sse(NO_END, done=False, chunked=False),
+    "cut in an event": sse(NO_END, cut=len(b"".join(NO_END)) - 10),
+    "reset": raw(STREAM + sse_bytes(NO_END, done=False), reset=True),
+    "[DONE] alone": sse(NO_END),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_MESSAGES)
+def test_messages_that_break_end_in_anthropics_error_event(stage, name):
+    stage.claude.script = [BROKEN_MESSAGES[name]]
+    response = stage.post("messages", {**MESSAGES, "stream": True})
+    (started, *_) = failed_message(response)
+    assert started["message"]["model"] == "claude"
+    row = stage.row(response)
+    assert (row["status"], row["input"]) == (503, 50) and row["cost"] > 0
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        sse(message_events(), done=False),
+        sse(message_events()),
+        sse(message_events()[:-1]),
+        sse(message_events()[:-1], done=False),
+        sse(message_events()[:-1], done=False, chunked=False),
+    ],
+)
+def test_messages_end_with_their_own_last_event_and_never_with_done(stage, script):
+    stage.claude.script = [script]
+    response = stage.post("messages", {**MESSAGES, "stream": True})
+    sent = b"".join(message_events()).replace(b'"claude-id"', b'"claude"')
+    assert response.data == sent
+    row = stage.row(response)
+    assert (row["status"], row["estimated"], row["cost"]) == (200, 0, 110)
+
+
+def test_a_message_left_after_its_stop_reason_costs_what_was_reported(stage):
+    stop = threading.Event()
+    *events, last = message_events()
+
+    def script(request: Request) -> None:
+        request.send(STREAM + sse_bytes(events, done=False))
+        request.wait(stop)
+
+    stage.claude.script = [script]
+    body = {**MESSAGES, "stream": True}
+    asked = {"json": body, "headers": bearer(TEAM_KEY)}
+    response = stage.app.test_client().post("/v1/messages", **asked)
+    stream = iter(response.response)
+    seen = b""
+    while b"message_delta" not in seen:
+        seen += next(stream)
+    response.close()
+    stop.set()
+    row = stage.row(response)
+    assert (row["status"], row["estimated"], row["output"]) == (499, 0, 30)
 
 
 def test_a_stream_of_messages_is_whole_and_its_reports_add_up(stage):
@@ -5801,7 +6130,27 @@ def test_a_stream_of_messages_is_whole_and_its_reports_add_up(stage):
 def test_responses_without_their_last_event_end_in_an_error_event(stage, kept):
     stage.main.script = [sse(responses_events()[:kept], done=False, chunked=False)]
     response = stage.post("responses", {"model": "chat", "input": "x", "stream": True})
-    assert ends_in_error(stage, response)["code"] == "provider_unavailable"
+    events, error = failed_response(stage, response)
+    assert len(events) == kept and error["code"] == "provider_unavailable"
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "[DONE]",
+        {"type": "error", "code": "server_error", "message": SECRET, "param": None},
+        {"type": "error", "error": {"message": SECRET}},
+    ],
+)
+def test_responses_that_fail_end_in_openais_typed_events(stage, end):
+    stage.main.script = [sse([*responses_events()[:3], end], done=False)]
+    response = stage.post("responses", {"model": "chat", "input": "x", "stream": True})
+    *events, first, last = documents(response.data)
+    assert len(events) == 3 and (first["type"], last["type"]) == FAILED
+    assert b"[DONE]" not in response.data and SECRET not in response.text
+
+
+FAILED = ("error", "response.failed")
 
 
 # -- Time ----------------------------------------------------------------------------
@@ -6274,6 +6623,110 @@ def test_the_sdk_does_not_repeat_what_could_be_billed_twice(sdk, real):
     assert real.volc.submits == 1
 
 
+RESPONSE_ERROR = {"type": "error", "code": "x", "message": "y", "sequence_number": 3}
+BROKEN_RESPONSES = {
+    "a cut": sse(responses_events()[:2], done=False, chunked=False),
+    "an error": sse([*responses_events()[:2], RESPONSE_ERROR], done=False),
+    "[DONE] alone": sse(responses_events()[:2]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_RESPONSES)
+def test_the_sdk_raises_in_a_response_that_breaks(sdk, real, name):
+    openai = pytest.importorskip("openai")
+    real.main.script = [BROKEN_RESPONSES[name]]
+    events = sdk().responses.create(model="chat", input="x", stream=True)
+    with pytest.raises(openai.APIError, match="unavailable"):
+        list(events)
+
+
+def test_azures_client_gets_in_by_its_own_header(sdk, real):
+    openai = pytest.importorskip("openai")
+    real.main.script = [json_answer(chat_json("hi"))]
+    about = {"api_key": TEAM_KEY, "api_version": "2024-10-21", "max_retries": 0}
+    with openai.AzureOpenAI(base_url=f"{real.url}/v1/", **about) as azure:
+        answer = azure.chat.completions.create(model="chat", messages=SAY_HELLO)
+    assert answer.choices[0].message.content == "hi"
+
+
+# -- Anthropic's SDK -----------------------------------------------------------------
+
+
+@pytest.fixture
+def claude(real: Stage):
+    """claude(**how) -> Anthropic's own client of the gateway."""
+    anthropic = pytest.importorskip("anthropic")
+    made = []
+
+    def make(**how: str) -> Any:
+        how = how or {"api_key": TEAM_KEY}
+        how = {"base_url": real.url, "max_retries": 0, "timeout": 20, **how}
+        made.append(anthropic.Anthropic(**how))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("how", ["api_key", "auth_token"])
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
+def test_anthropics_sdk_gets_in_with_either_key_and_any_base_url(
+    claude, real, monkeypatch, how, suffix
+):
+    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
+    client = claude(**{how: TEAM_KEY, "base_url": real.url + suffix})
+    answer = client.messages.create(**MESSAGES)
+    assert (answer.content[0].text, answer.model) == ("Hello", "claude")
+    assert answer.usage.input_tokens == 50 and answer._request_id.startswith("req_")
+
+
+def test_anthropics_sdk_streams_counts_and_asks_for_betas(claude, real):
+    with claude().messages.stream(**MESSAGES) as stream:
+        assert "".join(stream.text_stream) == "Hello"
+        final = stream.get_final_message()
+    assert (final.model, final.stop_reason) == ("claude", "end_turn")
+    assert final.usage.output_tokens == 30
+    asked = {"model": "claude", "messages": SAY_HELLO}
+    assert claude().messages.count_tokens(**asked).input_tokens == 2095
+    beta = claude().beta.messages.create(**MESSAGES, betas=["a-1", "b-2"])
+    assert beta.content[0].text == "Hello"
+    assert real.claude.requests[-1].header("anthropic-beta") == "a-1,b-2"
+
+
+@pytest.mark.parametrize(
+    "key, model, answer, error, status, kind",
+    [
+        ("sk-nobody", "claude", None, "AuthenticationError", 401,
+         "authentication_error"),
+        (POOR_KEY, "claude", None, "APIStatusError", 402, "billing_error"),
+        (TEAM_KEY, "echo", None, "NotFoundError", 404, "not_found_error"),
+        (TEAM_KEY, "claude", ("invalid_request_error", 400), "BadRequestError", 400,
+         "invalid_request_error"),
+        (TEAM_KEY, "claude", ("overloaded_error", 529), "InternalServerError", 503,
+         "api_error"),
+    ],
+)  # fmt: skip
+def test_anthropics_sdk_raises_what_it_should(
+    claude, real, key, model, answer, error, status, kind
+):
+    anthropic = pytest.importorskip("anthropic")
+    real.claude.script = [anthropic_error(*answer)] if answer else []
+    with pytest.raises(anthropic.APIStatusError) as raised:
+        claude(api_key=key).messages.create(**{**MESSAGES, "model": model})
+    assert isinstance(raised.value, getattr(anthropic, error))
+    assert (raised.value.status_code, raised.value.type) == (status, kind)
+    assert raised.value.request_id.startswith("req_")
+
+
+@pytest.mark.parametrize("name", BROKEN_MESSAGES)
+def test_anthropics_sdk_raises_in_a_stream_that_breaks(claude, real, name):
+    anthropic = pytest.importorskip("anthropic")
+    real.claude.script = [BROKEN_MESSAGES[name]]
+    with pytest.raises(anthropic.APIStatusError, match="unavailable"):
+        list(claude().messages.create(**MESSAGES, stream=True))
+
+
 # Application -------------------------------------------------------------------------
 
 CHAT = "/v1/chat/completions"
@@ -6382,6 +6835,27 @@ def test_401_is_one_identical_answer(api):
     assert told.pop()[:2] == (401, "unauthorized")
 
 
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({"x-api-key": TEAM_KEY}, 200),
+        ({"api-key": TEAM_KEY}, 200),
+        ({"x-api-key": TEAM_KEY, "api-key": "sk-nobody"}, 200),
+        ({"Authorization": "Bearer sk-nobody", "x-api-key": TEAM_KEY}, 401),
+        ({"Authorization": f"Basic {TEAM_KEY}", "x-api-key": TEAM_KEY}, 401),
+        ({**bearer(TEAM_KEY), "x-api-key": "sk-nobody"}, 200),
+        ({"x-api-key": f"{TEAM_KEY},{TEAM_KEY}"}, 401),
+        ({"x-api-key": f"Bearer {TEAM_KEY}"}, 401),
+    ],
+)
+def test_a_key_comes_as_a_bearer_or_where_there_is_none_in_its_own_header(
+    api, headers, status
+):
+    for path in ("/v1/models", "/v1/account"):
+        assert api.client.get(path, headers=headers).status_code == status
+    assert api.client.post(CHAT, json=HELLO, headers=headers).status_code == status
+
+
 @pytest.mark.parametrize("form", ["Bearer %s", "bearer %s", "BEARER   %s "])
 def test_a_key_is_known_by_its_hash(app, form):
     digest = hashlib.sha256(b"sk-hashed-key").hexdigest()
@@ -6419,9 +6893,18 @@ ANSWERS = [  # method, path, status, code
     ("POST", "/v1/", 404, "not_found"),
     ("POST", "/v1/chat/../admin", 404, "not_found"),
     ("POST", "/v1/Chat/Completions", 404, "not_found"),
-    ("POST", "/v1//chat/completions", 404, "not_found"),
-    ("POST", "/v1/chat//completions", 404, "not_found"),
-    ("GET", "/v1//models", 404, "not_found"),
+    ("POST", "/nothing/chat/completions", 404, "not_found"),
+    ("POST", "/v1/v1/", 404, "not_found"),
+    ("GET", "/v1/nothing", 404, "not_found"),
+    ("OPTIONS", "/v1/nothing", 404, "not_found"),
+    ("DELETE", "/v1/chat", 404, "not_found"),
+    ("GET", "/v1/responses/resp_1", 404, "not_found"),
+    ("GET", "/v1/account/nothing", 404, "not_found"),
+    ("GET", "/v1/models/a//b", 404, "model_not_found"),
+    ("GET", "/v1/embeddings", 405, "method_not_allowed"),
+    ("GET", "/embeddings/", 405, "method_not_allowed"),
+    ("POST", "/v1/account", 405, "method_not_allowed"),
+    ("DELETE", "/v1/models/chat", 405, "method_not_allowed"),
     ("GET", CHAT, 405, "method_not_allowed"),
     ("DELETE", CHAT, 405, "method_not_allowed"),
     ("POST", "/healthz", 405, "method_not_allowed"),
@@ -6436,6 +6919,131 @@ def test_what_is_not_served_is_told_in_the_envelope(api, method, path, status, c
     assert code_of(answer) == (status, code)
     assert answer.headers["x-request-id"].startswith("req_")
     assert ("Allow" in answer.headers) == (status == 405)
+
+
+@pytest.mark.parametrize(
+    "method, path, status, kind",
+    [
+        ("GET", "/v1/messages", 405, "invalid_request_error"),
+        ("PUT", "/messages/count_tokens", 405, "invalid_request_error"),
+        ("GET", "/v1/messages/batches", 404, "not_found_error"),
+        ("POST", "/v1//messages/", 415, "invalid_request_error"),
+    ],
+)
+def test_what_is_not_served_of_messages_is_told_in_anthropics_shape(
+    api, method, path, status, kind
+):
+    answer = api.send(method, path)
+    assert (answer.status_code, kind_of(answer)) == (status, kind)
+
+
+FOLDED = {
+    "/v1/chat/completions": (
+        "//v1/chat/completions", "/v1//chat/completions", "/v1/chat//completions",
+        "/v1/chat/completions/", "/v1/chat/completions//", "/v1/v1/chat/completions",
+        "/v1//v1/v1/chat/completions", "/chat/completions", "//chat//completions/",
+    ),
+    "/v1/messages": ("/messages", "/v1/v1/messages", "/v1//messages"),
+    "/v1/responses/compact": ("/responses/compact", "/v1/responses/compact/"),
+    "/v1/models": ("/models", "/models/", "/v1/models/", "/v1/v1/models", "//models"),
+    "/v1/models/a/b": ("/models/a/b", "/v1/v1/models/a/b", "//v1//models/a/b"),
+    "/v1/models/a//b/": ("/models/a//b/", "/v1/models/a//b/"),
+    "/v1/models/v1/v1/x": ("/models/v1/v1/x", "/v1/v1/models/v1/v1/x"),
+    "/v1/account/keys": ("/v1//account/keys/", "/v1/v1/account/keys"),
+    "/v1/": ("/v1/", "/v1/v1/"),
+    "/account": ("/account", "/account/", "//account"),
+    "/v1x/chat": ("/v1x/chat",),
+    "/": ("/", "//", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "meant, path", [(meant, path) for meant, paths in FOLDED.items() for path in paths]
+)
+def test_a_base_url_is_folded_as_it_was_meant(meant, path):
+    assert proxy.fold_path(path) == proxy.fold_path(meant) == meant
+
+
+@pytest.mark.parametrize("path", [p for p in FOLDED[CHAT] if p[:2] != "//"])
+def test_every_spelling_of_a_base_url_is_served_and_checked_as_chat(api, path):
+    assert api("POST", path, **HELLO).status_code == 200
+    refused = api.refusal("POST", path, **{**HELLO, "messages": "x"})
+    assert refused == (400, "invalid_request")
+
+
+PAGE = "http://localhost:3000"
+PREFLIGHT = {
+    "Origin": PAGE,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+}
+CORS = "Access-Control-Allow-Origin"
+
+
+@pytest.mark.parametrize("origins", [[PAGE], ["*"], ["app://other", PAGE]])
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/models", "/v1/account/keys"])
+def test_a_preflight_of_an_allowed_origin_needs_no_key(app, origins, path):
+    answer = app(cors=origins).test_client().options(path, headers=PREFLIGHT)
+    assert (answer.status_code, answer.data) == (204, b"")
+    told = answer.headers
+    assert (told[CORS], told["Vary"]) == (PAGE, "Origin")
+    asked = PREFLIGHT["Access-Control-Request-Headers"]
+    assert told["Access-Control-Allow-Headers"] == asked
+    methods = told["Access-Control-Allow-Methods"].split(", ")
+    assert {*methods} >= {"GET", "POST", "PATCH", "DELETE"}
+
+
+@pytest.mark.parametrize(
+    "method, path, key, body, status",
+    [
+        ("POST", CHAT, TEAM_KEY, HELLO, 200),
+        ("POST", CHAT, TEAM_KEY, {**HELLO, "stream": True}, 200),
+        ("POST", CHAT, "sk-nobody", HELLO, 401),
+        ("POST", CHAT, POOR_KEY, HELLO, 402),
+        ("POST", CHAT, TEAM_KEY, {**HELLO, "model": "chat"}, 503),
+        ("GET", "/v1/models", TEAM_KEY, None, 200),
+        ("GET", CHAT, TEAM_KEY, None, 405),
+        ("GET", "/nothing", TEAM_KEY, None, 404),
+    ],
+)
+@pytest.mark.parametrize(
+    "cors, origin, allowed",
+    [
+        ([PAGE], PAGE, True),
+        (["*"], "null", True),
+        ([PAGE], "http://localhost:3001", False),
+        ([PAGE], None, False),
+        (None, PAGE, False),
+    ],
+)
+def test_an_allowed_origin_may_read_every_answer_and_no_other_one_any(
+    app, method, path, key, body, status, cors, origin, allowed
+):
+    headers = bearer(key) | ({"Origin": origin} if origin else {})
+    asked = {"method": method, "json": body, "headers": headers}
+    answer = app(cors=cors).test_client().open(path, **asked)
+    assert answer.status_code == status and answer.data
+    names = [name for name in answer.headers.keys() if name.startswith("Access-")]
+    assert bool(names) == allowed
+    assert answer.headers.get(CORS) == (origin if allowed else None)
+    exposed = answer.headers.get("Access-Control-Expose-Headers", "")
+    wanted = {"x-request-id", "retry-after", "x-ratelimit-remaining-requests"}
+    assert wanted <= {*exposed.split(", ")} or not allowed
+
+
+@pytest.mark.parametrize(
+    "cors, changed",
+    [
+        (None, {}),
+        ([PAGE], {"Origin": "http://localhost:3001"}),
+        ([PAGE], {"Origin": f"{PAGE}.evil.example"}),
+        ([PAGE], {"Access-Control-Request-Method": None}),
+    ],
+)
+def test_what_is_no_preflight_of_an_allowed_origin_needs_a_key(app, cors, changed):
+    headers = {k: v for k, v in {**PREFLIGHT, **changed}.items() if v}
+    answer = app(cors=cors).test_client().options("/v1/models", headers=headers)
+    assert code_of(answer) == (401, "unauthorized")
 
 
 HALF_PAIR = r'"messages": [{"role": "user", "content": "half \ud83d a pair"}]'
@@ -6622,11 +7230,15 @@ def test_an_answer_to_a_key_tells_its_limits_even_where_nothing_is(
 
 
 @pytest.mark.parametrize(
-    "path", ["accounts/alice", "accounts/alice/grant", "account/key", "models/chat"]
-)
-def test_a_mistyped_account_path_is_no_relay(api, path):
+    "path, status",
+    [
+        ("accounts/alice", 405), ("accounts/alice/grant", 404), ("account/key", 404),
+        ("account", 405), ("models/chat", 405), ("models", 405),
+    ],
+)  # fmt: skip
+def test_a_mistyped_account_path_is_no_relay(api, path, status):
     answer = api("POST", f"/v1/{path}", **HELLO)
-    assert (code_of(answer), rates(answer)[0]) == ((404, "not_found"), "300")
+    assert (code_of(answer)[0], rates(answer)[0]) == (status, "300")
 
 
 @pytest.mark.parametrize(
@@ -7724,6 +8336,8 @@ def online(run: Shell) -> tuple[int, str]:
         (FakeDeepSeek, "sk-wrong", "status 401"),
         (FakeVolcengine, FakeVolcengine.key, "accepted"),
         (FakeVolcengine, f"{ACCESS_KEY}:wrong", "status 401"),
+        (FakeAnthropic, SECRET, "accepted"),
+        (FakeAnthropic, "sk-wrong", "status 401"),
         (FakeImages, SECRET, "accepted"),
         (FakeImages, "sk-wrong", "status 401"),
     ],
@@ -9618,6 +10232,13 @@ def test_a_body_shorter_than_announced_is_400(sent, plain):
     assert answer.startswith(b"HTTP/1.1 400 ")
     body = json.loads(answer.partition(b"\r\n\r\n")[2])
     assert body["error"]["code"] == "invalid_request"
+
+
+def test_a_coding_refused_about_messages_is_told_in_anthropics_shape(plain):
+    head = POST.replace(b"/v1/chat/completions", b"//messages?beta=true")
+    answer = raw_http(plain.port, head + MALFORMED["TE gzip"][0][len(POST) :], 1)
+    assert answer.startswith(b"HTTP/1.1 415 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "error"
 
 
 UNREAD = {

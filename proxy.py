@@ -34,6 +34,7 @@ writes proxy.db. See README.md.
 from __future__ import annotations
 
 import atexit
+import base64
 import contextlib
 import errno
 import fcntl
@@ -75,7 +76,8 @@ from enum import Enum
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote as percent_encoded
+from urllib.parse import unquote, urlencode, urlsplit
 
 import certifi
 import click
@@ -379,6 +381,34 @@ MAX_TOKENS = 10**7  # no context window is larger: a report above it is not beli
 MAX_RATE = 10_000  # requests of one window: it is read and written whole
 BEARER = re.compile(r"[\x21-\x2b\x2d-\x7e]{4,200}")  # no comma: two headers are joined
 DIALECTS: dict[str, type] = {}  # scheme before the "+" -> class; each enters itself
+CAPS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
+CAPS |= {"n_predict", "num_predict", "max_new_tokens"}  # local servers' own names
+NEEDED_FIELDS = CAPS | {"model", "messages", "stream"}  # no upstream goes without them
+HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
+OWN_HEADERS = {"host", "connection", "content-length", "content-type", "expect"}
+OWN_HEADERS |= {"transfer-encoding", "accept-encoding", "upgrade"}
+AUTH = {  # how a key is sent
+    "bearer": ("Authorization", "Bearer "),
+    "x-api-key": ("x-api-key", ""),
+    "api-key": ("api-key", ""),
+}
+# What known providers differ in, by the end of their host; keys.json may say otherwise.
+AZURE = {"auth": "api-key", "cap": "max_completion_tokens"}
+AS_SYSTEM = {"developer": "system"}
+KNOWN = {
+    # Reasoning models refuse `max_tokens`, and OpenAI both names at once.
+    "openai.com": {"cap": "max_completion_tokens"},
+    # learn.microsoft.com/azure/ai-services/openai/reference
+    "openai.azure.com": AZURE,
+    "services.ai.azure.com": AZURE,
+    "cognitiveservices.azure.com": AZURE,
+    # num-scope/pix#34; max_completion_tokens is ignored in silence
+    "api.deepseek.com": AS_SYSTEM | {"cap": "max_tokens"},
+    # editor-code-assistant/eca#231: what it does not know is a 422
+    "api.mistral.ai": AS_SYSTEM | {"cap": "max_tokens"},
+    "aliyuncs.com": AS_SYSTEM,  # Qwen: haru/redmine_ai_helper#242
+    "volces.com": AS_SYSTEM,  # Volcengine Ark: agno-agi/agno#6697
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,7 +422,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Pico-credits per token of each class, per image and per request."""
+    """Pico-credits per token of each class, per image and per request; `reported`:
+    millionths of the cost that the provider itself reports; 0 if that is not read."""
 
     input: int = 0
     cached: int = 0
@@ -400,6 +431,7 @@ class Price:
     output: int = 0
     image: int = 0
     request: int = 0
+    reported: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,8 +477,29 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True)
+class HttpProxy:
+    """An HTTP proxy on the way to a provider; `login` is user:password, or empty."""
+
+    host: str
+    port: int
+    login: str = field(default="", repr=False)
+
+    @property
+    def url(self) -> str:
+        """As `requests` takes it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{percent_encoded(self.login, ':')}@{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
 class UpstreamConfig:
-    """Where a provider is reached; `missing` names its unset variables."""
+    """Where a provider is reached, and what it differs in.
+
+    `missing` names its unset variables; `secrets` are never told to a client.
+    `timeout`: seconds to an answer's head, between two events, or to a JSON answer's
+    end. `without`: fields that it refuses; `developer`: the role sent instead; `cap`:
+    the one name of the output cap of chat completions, empty if not known.
+    """
 
     name: str
     dialect: str
@@ -456,11 +509,24 @@ class UpstreamConfig:
     path: str
     key: str = field(default="", repr=False)
     missing: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+    auth: str = "bearer"
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    query: str = field(default="", repr=False)
+    proxy: HttpProxy | None = None
+    timeout: float | None = None
+    without: frozenset[str] = frozenset()
+    developer: str = ""
+    cap: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A name that clients ask for, and where it is answered, in order."""
+    """A name that clients ask for, and where it is answered, in order.
+
+    One that ends with "*" is asked for by every name that begins so; what stands there
+    for "*" stands for that of its upstreams' ids.
+    """
 
     id: str
     routes: tuple[tuple[UpstreamConfig, str], ...]
@@ -470,6 +536,18 @@ class Model:
     max_output: int = DEFAULT_MAX_OUTPUT
     hours: tuple[Hours, ...] = ()
     allow: frozenset[str] = frozenset()
+
+    @property
+    def wild(self) -> bool:
+        return self.id.endswith("*")
+
+    def called(self, name: str) -> Model | None:
+        """This wild model with the ids that a name asks for, if it begins so."""
+        start = self.id[:-1]
+        if not name.startswith(start) or name == start or name.endswith("*"):
+            return None
+        ids = [(each, id[:-1] + name[len(start) :]) for each, id in self.routes]
+        return replace(self, routes=tuple(ids))
 
     @property
     def missing(self) -> list[str]:
@@ -614,7 +692,7 @@ def parse_limits(value: Any, path: str, common: Limits | None = None) -> Limits:
     return Limits(rate, items, whole(concurrent, f"{path}.concurrent", 1, 100_000))
 
 
-PRICES = "input cached written output image request"
+PRICES = "input cached written output image request reported"
 DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
 HOURS = re.compile(
     "(?:(DAY)(?:-(DAY))? )?([0-9]{2}):([0-5][0-9])-([0-9]{2}):([0-5][0-9])".replace(
@@ -633,6 +711,8 @@ def parse_price(value: Any, path: str, other: dict[str, Any] | None = None) -> P
     for name, amount in ((other or {}) | value).items():
         micro = to_micro(amount, f"{path}.{name}")
         parts[name] = micro * (PICO if name in ("image", "request") else 1)
+    if parts.keys() == {"reported"}:
+        raise ConfigError(f"{path}.reported: needs other prices, which are held")
     for name in ("cached", "written"):
         parts.setdefault(name, parts.get("input", 0))
     return Price(**parts)
@@ -672,49 +752,134 @@ def parse_prices(value: Any, path: str) -> tuple[Price, tuple[Hours, ...]]:
     return price, tuple(parsed)
 
 
-def from_environment(text: str) -> tuple[str, tuple[str, ...]]:
-    """`text` with every $NAME replaced, and the names that are not set."""
-    missing = []
+def from_environment(value: Any, path: str, used: dict[str, str]) -> str:
+    """Printable ASCII with every $NAME replaced; `used` notes their values, empty for
+    those that are not set."""
 
-    def value(match: re.Match) -> str:
-        found = os.environ.get(match[1], "")
-        if not found:
-            missing.append(match[1])
-        return found
+    def found(match: re.Match) -> str:
+        return used.setdefault(match[1], os.environ.get(match[1], ""))
 
-    return re.sub(r"\$([A-Za-z_][A-Za-z0-9_]*)", value, text), tuple(missing)
+    text = re.sub(r"\$([A-Za-z_][A-Za-z0-9_]*)", found, text_of(value, path))
+    if not (text.isascii() and text.isprintable()):
+        raise ConfigError(f"{path}: must be printable ASCII")
+    return text
 
 
-def parse_upstream(name: str, value: Any, path: str) -> UpstreamConfig:
-    value = fields(value, path, "key", needed="url")
+def texts(value: Any, path: str, used: dict[str, str]) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: must be an object of texts")
+    return {name: from_environment(text, f"{path}.{name}", used)
+            for name, text in value.items()}  # fmt: skip
+
+
+def one_of(value: Any, path: str, known: Iterable[str]) -> str:
+    if value not in tuple(known):
+        raise ConfigError(f"{path}: must be one of {', '.join(sorted(known))}")
+    return value
+
+
+def parse_proxy(value: Any, path: str, used: dict[str, str]) -> HttpProxy | None:
+    """The proxy of http://user:password@host:port; None while a variable is unset.
+
+    The last "@" ends the login: whatever a password holds, only its "%" is written %25.
+    """
+    scheme, _, rest = from_environment(value, path, used).partition("://")
+    login, _, place = rest.removesuffix("/").rpartition("@")
+    if "" in used.values():
+        return None
+    with contextlib.suppress(ValueError):
+        url = urlsplit(f"//{place}")
+        if scheme == "http" and url.hostname and url.netloc == place:
+            return HttpProxy(url.hostname, url.port or 80, unquote(login))
+    raise ConfigError(f"{path}: must read like http://user:$PASSWORD@host:3128")
+
+
+def parse_timeout(value: Any, path: str) -> float:
+    number = isinstance(value, (int, float, Decimal)) and type(value) is not bool
+    if not number or not 0 < value <= 3600:
+        raise ConfigError(f"{path}: must be a number of seconds up to 3600")
+    return float(value)
+
+
+def parse_without(value: Any, path: str) -> frozenset[str]:
+    if not isinstance(value, list):
+        raise ConfigError(f"{path}: must be a list of fields")
+    for name in value:
+        if text_of(name, path) in NEEDED_FIELDS:
+            also = " ('cap' renames it)" if name in CAPS else ""
+            raise ConfigError(f"{path}: {name!r} cannot be left out{also}")
+    return frozenset(value)
+
+
+def parse_url(text: Any, path: str) -> tuple[str, bool, str, int, str, str]:
+    """(dialect, secure, host, port, path, query) of an upstream's URL.
+
+    What people copy with it is taken off: slashes too many, the path of a call.
+    """
     try:
-        url = urlsplit(value["url"])
+        url = urlsplit(text)
         host, port = url.hostname or "", url.port
     except (ValueError, TypeError, AttributeError):
-        raise ConfigError(f"{path}.url: must be a URL") from None
+        raise ConfigError(f"{path}: must be a URL") from None
     dialect, _, scheme = str(url.scheme).rpartition("+")
     if url.scheme == "echo":
         dialect, scheme = "echo", "http"
     if dialect not in DIALECTS or scheme not in ("http", "https"):
         raise ConfigError(
-            f"{path}.url: must begin with https:// or a dialect"
+            f"{path}: must begin with https:// or a dialect"
             f" ({', '.join(f'{name}+https://' for name in DIALECTS if name)})"
         )
     if dialect != "echo" and not host:
-        raise ConfigError(f"{path}.url: names no host")
+        raise ConfigError(f"{path}: names no host")
     if not re.fullmatch(r"[\w.:-]*", host, re.ASCII):
-        raise ConfigError(f"{path}.url: the host must be ASCII")
-    if not re.fullmatch(r"[!-~]*", url.path):
-        raise ConfigError(f"{path}.url: the path must be printable ASCII")
-    if url.username or url.query or url.fragment:
-        raise ConfigError(f"{path}.url: takes no user, query or fragment")
-    key, missing = from_environment(text_of(value.get("key", ""), f"{path}.key"))
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"{path}.key: must be printable ASCII")
+        raise ConfigError(f"{path}: the host must be ASCII")
+    if not re.fullmatch(r"[!-~]*", url.path + url.query):
+        raise ConfigError(f"{path}: the path must be printable ASCII")
+    if url.username or url.fragment:
+        raise ConfigError(f"{path}: takes no user or fragment")
+    base = re.sub("/+", "/", url.path).rstrip("/").removesuffix("/chat/completions")
     secure = scheme == "https"
-    port = port or (443 if secure else 80)
-    base = url.path.rstrip("/")
-    return UpstreamConfig(name, dialect, secure, host, port, base, key, missing)
+    return dialect, secure, host, port or (443 if secure else 80), base, url.query
+
+
+def parse_upstream(name: str, value: Any, path: str) -> UpstreamConfig:
+    fields(value, path, " ".join(value) if isinstance(value, dict) else "", "url")
+    dialect, secure, host, port, base, query = parse_url(value["url"], f"{path}.url")
+    kind, used = DIALECTS[dialect], {}
+    value = fields(value, path, f"key {kind.options}", needed="url")
+    if query and "query" not in kind.options:
+        raise ConfigError(f"{path}.url: takes no query")
+    known = [each for end, each in KNOWN.items() if f".{host}".endswith(f".{end}")]
+    for each in (*known, kind.known):
+        value = each | value
+    key = from_environment(value.get("key", ""), f"{path}.key", used)
+    headers = texts(value.get("headers", {}), f"{path}.headers", used)
+    for each in headers:
+        if not HEADER_NAME.fullmatch(each) or each.lower() in OWN_HEADERS:
+            raise ConfigError(f"{path}.headers.{each}: is no header that can be set")
+    more = urlencode(texts(value.get("query", {}), f"{path}.query", used))
+    proxy = timeout = None
+    if "proxy" in value:
+        proxy = parse_proxy(value["proxy"], f"{path}.proxy", used)
+    if "timeout" in value:
+        timeout = parse_timeout(value["timeout"], f"{path}.timeout")
+    secrets = [*key.split(":"), *used.values()]
+    secrets += [proxy.login.partition(":")[2]] if proxy else []
+    words = [word for text in headers.values() for word in text.split()]
+    secrets += [word for word in words if len(word) >= 16]
+    return UpstreamConfig(
+        name, dialect, secure, host, port, base, key,
+        missing=tuple([name for name, found in used.items() if not found]),
+        secrets=tuple(secrets),
+        auth=one_of(value.get("auth", "bearer"), f"{path}.auth", AUTH),
+        headers=tuple(headers.items()),
+        query="&".join(filter(None, (query, more))),
+        proxy=proxy,
+        timeout=timeout,
+        without=parse_without(value.get("without", []), f"{path}.without"),
+        developer=text_of(value.get("developer", ""), f"{path}.developer"),
+        cap=one_of(value["cap"], f"{path}.cap", CAPS) if "cap" in value else "",
+    )  # fmt: skip
 
 
 def plain(value: Any, path: str) -> Any:
@@ -774,6 +939,8 @@ def parse_model(
             raise ConfigError(f"{path}.upstream: must read like 'name/id'")
         if upstream not in upstreams:
             raise ConfigError(f"{path}.upstream: no upstream is named '{upstream}'")
+        if id.endswith("*") != upstream_id.endswith("*"):
+            raise ConfigError(f"{path}.upstream: both names end with '*', or none")
         routes.append((upstreams[upstream], upstream_id))
     defaults = value.get("defaults", {})
     if not isinstance(defaults, dict) or {"model", "n", "best_of"} & {*defaults}:
@@ -969,7 +1136,7 @@ CREATE TABLE requests(
     cached INTEGER NOT NULL DEFAULT 0, output INTEGER NOT NULL DEFAULT 0,
     images INTEGER NOT NULL DEFAULT 0, estimated INTEGER NOT NULL DEFAULT 0,
     status INTEGER NOT NULL DEFAULT 0, created INTEGER NOT NULL,
-    ttfb INTEGER, duration INTEGER, written INTEGER NOT NULL DEFAULT 0,
+    ttfb INTEGER, duration INTEGER, written INTEGER NOT NULL DEFAULT 0, asked TEXT,
     PRIMARY KEY (account, id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX requests_open ON requests(key) WHERE state = 0;
@@ -1040,6 +1207,7 @@ INSERT INTO meta VALUES ('id', '{id}');
 FROM_VERSION_1 = """
 DROP TRIGGER IF EXISTS opened; DROP TRIGGER IF EXISTS resolved;
 ALTER TABLE requests ADD COLUMN written INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE requests ADD COLUMN asked TEXT;
 ALTER TABLE usage ADD COLUMN written INTEGER NOT NULL DEFAULT 0;
 {opened}; {resolved};
 """
@@ -1477,7 +1645,7 @@ class Quote:
 @dataclass(frozen=True, slots=True)
 class Usage:
     """What an answer used: tokens by class, images. Of `input` parts were `cached`, or
-    `written` to a cache."""
+    `written` to a cache. `reported`: the provider's own cost, in pico-credits."""
 
     input: int = 0
     cached: int = 0
@@ -1485,6 +1653,7 @@ class Usage:
     images: int = 0
     estimated: bool = False
     written: int = 0
+    reported: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1591,8 +1760,9 @@ def new_request_id() -> str:
 
 
 HOLD = """
-INSERT INTO requests(account, id, key, model, path, stream, slot, state, created, hold)
-SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, 0, ?8, ?9 WHERE
+INSERT INTO requests(
+    account, id, key, model, path, stream, slot, state, created, hold, asked)
+SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, 0, ?8, ?9, ?12 WHERE
     (SELECT count(*) FROM requests WHERE key = ?3 AND state = 0) < ?10 AND
     coalesce((SELECT granted - spent - held FROM accounts WHERE id = ?1), 0) + ?11 >= ?9
 """
@@ -1708,13 +1878,13 @@ class Ledger:
     def admit(
         self, id: str, key: Key, account: Account, quote: Quote, model: str, path: str,
         stream: bool, count: Callable[[sqlite3.Connection], list[Window]] = lambda db: [],
-        known: bool = False,
+        known: bool = False, asked: str | None = None,
     ) -> Admission:  # fmt: skip
         """Commits a hold, or says why there is none: rate, requests at once, credits.
 
         `count` hits the key's windows, in the same transaction. An account that cannot
         pay for the whole output gets a hold for as many tokens as it can pay. `known`:
-        the key has a row.
+        the key has a row. `asked`: the name that was asked for, where the model's is "*".
         """
         if not self.slot:
             raise LedgerUnavailable(self.trouble or "no slot")
@@ -1734,7 +1904,7 @@ class Ledger:
                 )
             while True:
                 hold = min(quote.hold(tokens), MAX_HOLD)
-                if db.execute(HOLD, (*row, hold, most, account.credits)).rowcount:
+                if db.execute(HOLD, (*row, hold, most, account.credits, asked)).rowcount:
                     rest = (key.name, account.credits, hold, tokens)
                     return Admission(windows, Lease(id, account.id, *rest))
                 running, left = db.execute(ROOM, (key.id, account.id)).fetchone()
@@ -2293,8 +2463,6 @@ DIGIT = re.compile(r"[0-9]")  # to many tokenizers each is a token
 
 EXPONENT = re.compile(rb"\d[eE]")
 PATH = re.compile(r"[a-z0-9_]+(?:[-/][a-z0-9_]+)*")
-CAPS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
-CAPS |= {"n_predict", "num_predict", "max_new_tokens"}  # local servers' own names
 CAP_OF_PATH = {"responses": "max_output_tokens"}
 CAP_OF_PATH |= dict.fromkeys(("completions", "messages"), "max_tokens")
 FREE = {"messages/count_tokens", "responses/input_tokens"}  # they only count
@@ -2474,6 +2642,8 @@ def quote(call: Call, model: Model) -> Quote:
 
 def cost(usage: Usage, price: Price) -> int:
     """Micro-credits, rounded up once."""
+    if price.reported and usage.reported is not None and not usage.estimated:
+        return -(-usage.reported * price.reported // (PICO * MICRO))
     plain = usage.input - usage.cached - usage.written
     pico = plain * price.input + usage.cached * price.cached
     pico += usage.written * price.written + usage.output * price.output + usage.images * price.image
@@ -2607,15 +2777,23 @@ def read_usage(document: dict[str, Any], generates: bool = True) -> Usage | None
             input += cached + written
     if both and total is not None and input + output < total:
         output = total - input
-    cached = min(cached, input)
-    return Usage(input, cached, output, written=min(written, input - cached))
+    cached, spent = min(cached, input), report.get("cost")  # OpenRouter's, in dollars
+    counted = type(spent) in (int, float) and 0 <= spent <= MICRO  # NaN is not
+    return Usage(
+        input, cached, output, written=min(written, input - cached),
+        reported=math.ceil(spent * MICRO * PICO) if counted else None,
+    )  # fmt: skip
 
 
 def larger(one: Usage, other: Usage) -> Usage:
     """Of each count the larger: reports of a stream grow, or tell their parts."""
     input, output = max(one.input, other.input), max(one.output, other.output)
     cached, written = max(one.cached, other.cached), max(one.written, other.written)
-    return Usage(input, cached, output, written=min(written, input - cached))
+    spent = [each.reported for each in (one, other) if each.reported is not None]
+    return Usage(
+        input, cached, output, written=min(written, input - cached),
+        reported=max(spent, default=None),
+    )  # fmt: skip
 
 
 def count_images(document: dict[str, Any]) -> int:
@@ -2685,6 +2863,7 @@ STREAM_TIMEOUT = 1800.0  # seconds that a stream may live
 STALL_TIMEOUT = 120.0  # seconds of a stream without a byte: a comment is one, too
 UPSTREAM_IDLE = 4.0  # seconds; uvicorn closes idle connections after 5
 REPORT_PATIENCE = 2.0  # seconds for the report of an answer whose client has left
+REST = 5.0  # seconds in which an upstream that could not be reached is asked last
 LAST_READ = 0.02  # seconds for the end of a body whose last event was read
 WATCH_INTERVAL = 0.25  # seconds between two looks at the deadlines
 HANG_UP = 1.0  # seconds for a client to take the last event of what was ended
@@ -2703,6 +2882,7 @@ class Watch:
         now = time.monotonic()
         self.ended = math.inf  # when
         self.deadline, self.heard, self.stall = now + ANSWER_TIMEOUT, now, math.inf
+        self._patience: float | None = None  # seconds, of the upstream that is asked
         self.sent = False  # whether an upstream had the whole request
         self.finished = False  # whether all but the report of a stream was read
         self.left = math.inf  # when the client has
@@ -2727,10 +2907,15 @@ class Watch:
         finally:
             self.upstream, self.deadline = None, time.monotonic() + ANSWER_TIMEOUT
 
+    def asks(self, patience: float | None) -> None:
+        """An upstream is asked that may take so long, if it has a limit of its own."""
+        self._patience, self.sent = patience, False
+        self.deadline = time.monotonic() + (patience or ANSWER_TIMEOUT)
+
     def streams(self) -> None:
         """The answer is a stream: it may live longer, but must not fall silent."""
-        now = time.monotonic()
-        self.deadline, self.heard, self.stall = now + STREAM_TIMEOUT, now, STALL_TIMEOUT
+        self.heard, self.stall = time.monotonic(), self._patience or STALL_TIMEOUT
+        self.deadline = self.heard + STREAM_TIMEOUT
 
     def check(self) -> None:
         """Raises Ended once the relay was ended."""
@@ -3031,17 +3216,40 @@ class Pool:
         host = f"[{upstream.host}]" if ":" in upstream.host else upstream.host
         default = 443 if upstream.secure else 80
         self.host = host if upstream.port == default else f"{host}:{upstream.port}"
+        self._place = f"{host}:{upstream.port}"
+        self._failed = -math.inf  # when it could not be reached, or that was last tried
+        login = upstream.proxy.login if upstream.proxy else ""
+        coded = base64.b64encode(login.encode()).decode()
+        self._login = f"Proxy-Authorization: Basic {coded}\r\n" if login else ""
+        # A proxy is told the whole URL of what is not encrypted (RFC 9112 §3.2.2).
+        told = bool(upstream.proxy) and not upstream.secure
+        self.base = f"http://{self.host}" if told else ""
+        self.lines = f"Host: {self.host}\r\n{self._login if told else ''}"
 
-    def take(self) -> socket.socket:
-        """A connected socket; raises OSError."""
+    @property
+    def rests(self) -> bool:
+        """Whether it could not be reached just now: others are asked before it."""
+        return time.monotonic() < self._failed + REST
+
+    def take(self, watch: Watch) -> socket.socket:
+        """A connected socket; raises OSError or ValueError."""
         while True:
             try:
                 sock, since = self._idle.pop()
             except IndexError:
-                return self._connect()
+                break
             if time.monotonic() - since < UPSTREAM_IDLE and is_quiet(sock):
                 return sock
             sock.close()
+        if self._failed > 0:  # one request tries whether it is back, the others pass by
+            self._failed = time.monotonic()
+        try:
+            sock = self._connect(watch)
+        except (OSError, ValueError):
+            self._failed = time.monotonic()
+            raise
+        self._failed = -math.inf
+        return sock
 
     def give(self, sock: socket.socket) -> None:
         self._idle.append((sock, time.monotonic()))
@@ -3052,19 +3260,32 @@ class Pool:
             while closing or time.monotonic() - self._idle[0][1] > UPSTREAM_IDLE:
                 self._idle.popleft()[0].close()
 
-    def _connect(self) -> socket.socket:
-        place = self._upstream.host, self._upstream.port
-        sock = socket.create_connection(place, CONNECT_TIMEOUT)
+    def _connect(self, watch: Watch) -> socket.socket:
+        upstream = self._upstream
+        first = upstream.proxy or upstream
+        patience = min(CONNECT_TIMEOUT, upstream.timeout or CONNECT_TIMEOUT)
+        sock = socket.create_connection((first.host, first.port), patience)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._upstream.secure:
-                sock = tls_context().wrap_socket(sock, server_hostname=place[0])
+            if upstream.secure:
+                if upstream.proxy:
+                    watch.upstream = sock
+                    self._tunnel(sock)
+                sock = tls_context().wrap_socket(sock, server_hostname=upstream.host)
             # From here on the watch bounds every wait: it shuts the socket down.
             sock.settimeout(None)
         except BaseException:
             sock.close()
             raise
         return sock
+
+    def _tunnel(self, sock: socket.socket) -> None:
+        """Has the proxy connect to the upstream (RFC 9110 §9.3.6)."""
+        place = f"{self._place} HTTP/1.1\r\nHost: {self._place}"
+        sock.sendall(f"CONNECT {place}\r\n{self._login}\r\n".encode())
+        status = Reply(sock).status
+        if not 200 <= status < 300:
+            raise ValueError(f"the proxy answered {status}")
 
 
 @functools.cache
@@ -3124,10 +3345,10 @@ class Exchange:
 
     def send(self, path: str, body: bytes, headers: str) -> None:
         """Sends a POST; `headers` are whole lines."""
-        head = f"POST {path} HTTP/1.1\r\nHost: {self._pool.host}\r\n"
+        head = f"POST {self._pool.base}{path} HTTP/1.1\r\n{self._pool.lines}"
         head += f"Content-Length: {len(body)}\r\n{headers}\r\n"
         try:
-            self._sock = self._watch.upstream = self._pool.take()
+            self._sock = self._watch.upstream = self._pool.take(self._watch)
             self._watch.check()
             self._sock.sendall(head.encode("latin-1") + body)
             self._sent = self._watch.sent = True
@@ -3217,7 +3438,8 @@ class Exchange:
 # Dialects ----------------------------------------------------------------------------
 
 BUSY_STATUS = {429, 503, 529}  # an upstream that has generated nothing, and may later
-REFUSED_STATUS = {401, 402, 403}  # it refuses the operator, who alone can mend it
+# It, or the proxy before it, refuses the operator, who alone can mend it.
+REFUSED_STATUS = {401, 402, 403, 407}
 CLIENT_STATUS = {400, 404, 413, 422}  # the client's own mistakes: passed on
 DONE_PATHS = ("chat/completions", "completions")  # whose streams end in [DONE]
 FINISH_PATHS = (*DONE_PATHS, "messages", "responses")  # whose streams tell a finish
@@ -3227,11 +3449,15 @@ PROBE_TIMEOUT = 15.0  # seconds for a provider to say whether it knows the key
 class Dialect:
     """How one kind of upstream is asked. A subclass levels what differs.
 
-    `scheme` is what stands before the "+" of the upstream's URL; `paths` are those
-    that it speaks, where the upstream is not the one to say.
+    `scheme` is what stands before the "+" of the upstream's URL; `options` are the
+    members of keys.json that it heeds, `known` those that it sets by itself; `paths`
+    are those that it speaks, where the upstream is not the one to say.
     """
 
     scheme: str
+    options = "proxy timeout"
+    known: dict[str, Any] = {}
+    asks_usage = False  # whether the usage of a stream comes only if it is asked for
     flat: frozenset[str] = frozenset()  # fields that move the price elsewhere, but not here
     paths: tuple[str, ...] = ()
 
@@ -3241,6 +3467,8 @@ class Dialect:
 
     def __init__(self, upstream: UpstreamConfig):
         self.upstream, self.pool = upstream, Pool(upstream)
+        # By the upstream's id of a model: fields of ours that it has refused.
+        self.refused: dict[str, frozenset[str]] = {}
 
     def examine(self, call: Call) -> None:
         """Raises BadRequest or NotFound for what this dialect cannot do, and
@@ -3269,6 +3497,8 @@ class Dialect:
         scheme = "https" if self.upstream.secure else "http"
         with requests.Session() as session:
             session.trust_env = False  # ~/.netrc would overwrite the key
+            if proxy := self.upstream.proxy:
+                session.proxies = {scheme: proxy.url}
             trusted = ssl.get_default_verify_paths()  # SSL_CERT_FILE's, as a relay does
             session.verify = trusted.cafile or trusted.capath or certifi.where()
             return session.request(
@@ -3276,32 +3506,28 @@ class Dialect:
                 headers=headers, timeout=PROBE_TIMEOUT, allow_redirects=False,
             )  # fmt: skip
 
-    def cap_name(self, path: str, body: dict[str, Any]) -> str | None:
-        """The member that bounds the output here, whatever else `body` holds."""
-        return CAP_OF_PATH.get(path.rpartition("/")[2])
-
 
 def retry_seconds(text: str) -> int:
     """Whole seconds, 1 to 60, out of an upstream's Retry-After; 2 if it names none."""
     return max(1, min(60, int(text))) if text.isdecimal() and len(text) < 6 else 2
 
 
-def scrub(text: Any, key: str) -> str | None:
-    """A bounded text without the operator's key or its end; None if it is no text.
+def scrub(text: Any, secrets: tuple[str, ...]) -> str | None:
+    """A bounded text without the operator's keys or their ends; None if it is no text.
 
     The end of a short key ("ollama") may be a part of common words.
     """
     if not isinstance(text, str):
         return None
-    for secret in key.split(":"):
-        for part in (secret, secret[-4:] if len(secret) >= 16 else ""):
-            text = text.replace(part, "***") if len(part) >= 4 else text
+    ends = [secret[-4:] for secret in secrets if len(secret) >= 16]
+    for part in sorted([*secrets, *ends], key=len, reverse=True):
+        text = text.replace(part, "***") if len(part) >= 4 else text
     return text[:2000].encode("utf-8", "replace").decode()
 
 
-def refusal(status: int, data: bytes, key: str) -> Refused:
+def refusal(status: int, data: bytes, secrets: tuple[str, ...]) -> Refused:
     """The client's own mistake as the upstream tells it: OpenAI's form, an error
-    that is a text (vLLM), FastAPI's `detail`. The operator's key is cut out."""
+    that is a text (vLLM), FastAPI's `detail`. The operator's keys are cut out."""
     document = json_object(data)
     error = document.get("error") or document.get("detail") or document
     message = error.get("message") if isinstance(error, dict) else error
@@ -3309,47 +3535,134 @@ def refusal(status: int, data: bytes, key: str) -> Refused:
         message = to_json(message).decode() if message else "The provider refused this."
     told = error if isinstance(error, dict) else {}
     texts = (message, told.get("code"), told.get("param"))
-    return Refused(status, *(scrub(text, key) for text in texts))
+    return Refused(status, *(scrub(text, secrets) for text in texts))
 
 
 def header_lines(headers: dict[str, str]) -> str:
     return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
 
 
+MAX_REFUSED = 1000  # models of an upstream to remember: the ids of a "*" are clients'
+OTHER_CAP = {
+    "max_tokens": "max_completion_tokens",
+    "max_completion_tokens": "max_tokens",
+}
+# How servers say that they do not know a field, beside those that dislike its value.
+UNKNOWN_FIELD = re.compile(
+    "unsupported|unrecogni[sz]ed|unknown|unexpected|extra|additional|deprecated"
+    "|(not|n't|no longer) (\\w+ )?(support|permit|allow|accept|recogni)|instead", re.I
+)  # fmt: skip
+
+
+def compose(
+    call: Call, model: Model, dialect: Dialect, id: str, tokens: int,
+    refused: frozenset[str],
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """(body, ours): the body for one upstream, and what of it the gateway has added:
+    the ask for a stream's usage, and the cap of `tokens` that the hold rests on.
+
+    `refused`: additions that this upstream does without.
+    """
+    upstream, ours = dialect.upstream, {}
+    defaults = {} if call.path in FREE else model.defaults
+    body = {**defaults, **call.body, "model": id}
+    for name in upstream.without:
+        body.pop(name, None)
+    if upstream.developer and call.path == "chat/completions":
+        role = {"role": upstream.developer}
+        body["messages"] = [
+            each | role if each.get("role") == "developer" else each
+            for each in body["messages"]
+        ]
+    name = "stream_options"
+    asks = dialect.asks_usage and call.stream and call.path in DONE_PATHS
+    if asks and not call.wants_usage and name not in upstream.without | refused:
+        ours[name] = (body.get(name) or {}) | {"include_usage": True}
+    if model.price.output and call.path not in NO_OUTPUT:
+        ours |= cap_output(call, model, body, upstream.cap, tokens, refused)
+    return body | ours, ours
+
+
+def cap_output(
+    call: Call, model: Model, body: dict[str, Any], cap: str, tokens: int,
+    refused: frozenset[str],
+) -> dict[str, Any]:  # fmt: skip
+    """The member that bounds the output; `body` is bounded in place where others do.
+
+    Under the one name that is known: keys.json's, or the other one where the usual one
+    was refused. Else beside what the client named, for who does not know a name of
+    these ignores it.
+    """
+    chat = call.path.endswith("chat/completions")
+    usual = CAP_OF_PATH.get(call.path.rpartition("/")[2])
+    sole = min(CAPS & model.defaults.keys(), default=cap if chat else "")
+    if chat and (sole or usual) in refused:
+        sole = OTHER_CAP[sole or usual]
+    named = [name for name in CAPS & body.keys() if body[name] or sole]
+    for name in named:
+        body[name] = min(body[name] or tokens, tokens)
+    if not sole:
+        return {usual: min(body.get(usual) or tokens, tokens)} if usual else {}
+    return {sole: min([tokens, *(body.pop(name) for name in named)])}
+
+
+def refused_additions(
+    error: Refused, ours: dict[str, Any], refused: frozenset[str]
+) -> set[str]:
+    """Which of our additions a refusal is about and can be left out, or renamed.
+
+    One that names no field may be about `stream_options`. A cap is renamed where its
+    name is refused; where its value is, it might bound nothing under the other name.
+    """
+    if error.status not in (400, 422):
+        return set()
+    told = f"{error.param} {error.message}".replace("include_usage", "stream_options")
+    named = {name for name in ours if name in told}
+    if not named and not error.param:
+        named = {"stream_options"} & ours.keys()
+    for name in named & CAPS:
+        if OTHER_CAP.get(name) in {None} | refused or not UNKNOWN_FIELD.search(told):
+            named.remove(name)
+    return named - refused
+
+
+def explained(error: Refused, call: Call, ours: dict[str, Any]) -> Refused:
+    """A refusal that may be about a cap tells whose that is, if the client set none."""
+    about = re.search("token|context|length", f"{error.param} {error.message}", re.I)
+    for name in CAPS & ours.keys():
+        if about and not call.cap and error.status in (400, 422):
+            error.message += (
+                f" (This gateway set {name} to {ours[name]}, as the request set none:"
+                " set one, or have the operator change the model's max_output.)"
+            )
+    return error
+
+
 class OpenAI(Dialect):
     """`https://`: the OpenAI API as it is."""
 
     scheme = ""
+    options = "auth headers query proxy timeout without developer cap"
+    asks_usage = True
+    extra: dict[str, str] = {}  # headers
 
     def __init__(self, upstream: UpstreamConfig):
         super().__init__(upstream)
-        self._headers = {
+        name, before = AUTH[upstream.auth]
+        ours = {
             "Accept": "application/json, text/event-stream",
             "Content-Type": "application/json",
             "Accept-Encoding": "identity",
             "User-Agent": "proxy.py",
-        }
-        if upstream.key:
-            self._headers |= self.credentials(upstream.key)
+        } | self.extra | ({name: before + upstream.key} if upstream.key else {})
+        theirs = {name.lower() for name, _ in upstream.headers}
+        kept = {name: text for name, text in ours.items() if name.lower() not in theirs}
+        self._headers = kept | dict(upstream.headers)
         self._lines = header_lines(self._headers)
-
-    def credentials(self, key: str) -> dict[str, str]:
-        return {"Authorization": f"Bearer {key}"}
+        self._query = f"?{upstream.query}" if upstream.query else ""
 
     def send(self, call: Call, body: dict[str, Any], watch: Watch) -> Answer:
-        if call.stream and call.path in DONE_PATHS:
-            options = body.get("stream_options") or {}
-            body["stream_options"] = options | {"include_usage": True}
         return self.finish(self.start(call.path, body, watch, call.headers))
-
-    def cap_name(self, path: str, body: dict[str, Any]) -> str | None:
-        # OpenAI's reasoning models refuse `max_tokens`, and OpenAI both at once; most
-        # other servers know no other name.
-        theirs = self.upstream.host.endswith(("openai.com", ".azure.com"))
-        chat = path.endswith("chat/completions")
-        if theirs and chat and not body.get("max_tokens"):
-            return "max_completion_tokens"
-        return CAP_OF_PATH.get(path.rpartition("/")[2])
 
     def start(
         self, path: str, body: dict[str, Any], watch: Watch,
@@ -3357,7 +3670,7 @@ class OpenAI(Dialect):
     ) -> Exchange:  # fmt: skip
         exchange = Exchange(self.pool, watch)
         lines = header_lines(self._headers | more) if more else self._lines
-        exchange.send(self.url_path(path), to_json(body), lines)
+        exchange.send(self.url_path(path) + self._query, to_json(body), lines)
         return exchange
 
     def url_path(self, path: str) -> str:
@@ -3375,7 +3688,7 @@ class OpenAI(Dialect):
 
     def get(self, path: str) -> str:
         """Empty if a GET of `path` is answered with 200, else what came instead."""
-        status = self.ask("GET", path, b"", self._headers).status_code
+        status = self.ask("GET", path + self._query, b"", self._headers).status_code
         return "" if status == 200 else f"status {status}"
 
     def probe(self) -> str:
@@ -3386,7 +3699,7 @@ class OpenAI(Dialect):
         status = answer.status
         reason = f"status {status}"
         if status in CLIENT_STATUS:
-            return refusal(status, read_all(answer, 1 << 20), self.upstream.key)
+            return refusal(status, read_all(answer, 1 << 20), self.upstream.secrets)
         if status in BUSY_STATUS:
             wait = retry_seconds(answer.retry_after)
             return UpstreamFailed(reason, wait, Generated.NOTHING)
@@ -3401,42 +3714,29 @@ class Anthropic(OpenAI):
     """`anthropic+https://`: Anthropic's own API, of which nothing is translated."""
 
     scheme = "anthropic"
+    known = {"auth": "x-api-key"}
+    extra = {"anthropic-version": "2023-06-01"}  # that of a client that names none
     paths = ("messages", "messages/count_tokens")
-
-    def credentials(self, key: str) -> dict[str, str]:
-        """The version is that of a client that names none."""
-        return {"x-api-key": key, "anthropic-version": "2023-06-01"}
 
     def url_path(self, path: str) -> str:
         return f"{self.upstream.path.removesuffix('/v1')}/v1/{path}"
-
-
-def as_system(message: dict[str, Any]) -> dict[str, Any]:
-    """DeepSeek refuses the role `developer`."""
-    if message.get("role") == "developer":
-        return message | {"role": "system"}
-    return message
 
 
 class DeepSeek(OpenAI):
     """`deepseek+https://`: OpenAI's API with DeepSeek's differences levelled."""
 
     scheme = "deepseek"
+    known = KNOWN["api.deepseek.com"]
 
     def __init__(self, upstream: UpstreamConfig):
         super().__init__(upstream)
         path = upstream.path.removesuffix("/v1") + "/anthropic"
-        self._anthropic = Anthropic(replace(upstream, path=path))
+        self._anthropic = Anthropic(replace(upstream, path=path, auth="x-api-key"))
         self._anthropic.pool = self.pool
 
     def send(self, call: Call, body: dict[str, Any], watch: Watch) -> Answer:
         if call.path in Anthropic.paths:
             return self._anthropic.send(call, body, watch)
-        # max_completion_tokens is silently ignored there, and would bound nothing.
-        if longest := body.pop("max_completion_tokens", None):
-            body["max_tokens"] = min(longest, body.get("max_tokens") or longest)
-        if call.path == "chat/completions":
-            body["messages"] = [as_system(message) for message in body["messages"]]
         return super().send(call, body, watch)
 
     def url_path(self, path: str) -> str:
@@ -3565,6 +3865,7 @@ class Images(ImageDialect):
     """`images+https://`: any server with an OpenAI-style /images/generations."""
 
     scheme = "images"
+    options = "auth headers query proxy timeout without"
     members = (
         "n size seed watermark quality style background user"
         " guidance_scale image response_format output_format"
@@ -3791,6 +4092,7 @@ class Echo(Dialect):
     """`echo:`: answers with the last user message; words count as tokens."""
 
     scheme = "echo"
+    options = ""
     paths = ("chat/completions",)
 
     def examine(self, call: Call) -> None:
@@ -3922,7 +4224,7 @@ class Meter:
         self.last = b""
         self.report_due = False  # what follows at once is the report
         self._finishes: set[Any] = set()  # indices of choices that have their finish
-        self._rename = Renaming(model.id)
+        self._rename = Renaming(call.model)
 
     @property
     def finished(self) -> bool:
@@ -4062,7 +4364,7 @@ class Services:
     def __init__(self, config_file: ConfigFile, db: str, capacity: float):
         self.config_file, self.capacity = config_file, capacity
         self.room = Room(BODY_ROOM)
-        self.pid = os.getpid()
+        self.pid, self.config = os.getpid(), config_file.current
         self.ledger, self.log = Ledger(db, worker=True), RequestLog()
         if self.ledger.trouble:
             self.log.note("ledger", reason=self.ledger.trouble)
@@ -4084,7 +4386,10 @@ class Services:
 
     def reload(self) -> None:
         wrong = self.config_file.refresh()
-        self.config = self.config_file.current
+        if self.config is not self.config_file.current:
+            self.config = self.config_file.current
+            for dialect in list(self._dialects.values()):
+                dialect.refused.clear()  # the operator may have mended it
         if wrong and self.ledger.speaks():
             self.log.note("config", reason=f"{wrong}; the last good one is kept")
 
@@ -4140,7 +4445,7 @@ class Relay:
             self._hear()
             document, self._usage = read_whole(data, self.call, self.model.price, images)
             self._weight = written(document)
-            body = Renaming(self.model.id).apply(data, document)
+            body = Renaming(self.call.model).apply(data, document)
             self._settle(Ending.DONE)
         except Ended as ended:
             self._usage, self._weight = None, 0  # nothing of it was relayed
@@ -4155,24 +4460,23 @@ class Relay:
     def _send(self) -> Answer:
         """Asks the upstreams in turn while nothing can have been generated."""
         failed = refused = lacking = None  # what was asked tells more than what was not
-        for upstream, upstream_id in self.model.routes:
-            dialect = self._services.dialect(upstream)
+        find = self._services.dialect
+        routes = [(find(upstream), id) for upstream, id in self.model.routes]
+        for dialect, id in sorted(routes, key=lambda route: route[0].pool.rests):
             try:
                 dialect.examine(self.call)
             except UpstreamFailed as error:
                 lacking = lacking or error
-                self._note_failure(upstream, error)
+                self._note_failure(dialect.upstream, error)
                 continue
             except ProxyError as error:
                 refused = refused or error
                 continue
             try:
-                body = self._body(dialect, upstream_id)
-                self.watch.sent = False
-                return dialect.send(self.call, body, self.watch)
+                return self._ask(dialect, id)
             except UpstreamFailed as error:
                 failed = error
-                self._note_failure(upstream, error)
+                self._note_failure(dialect.upstream, error)
                 if error.generated is Generated.PERHAPS:
                     break
         raise failed or refused or lacking
@@ -4187,18 +4491,25 @@ class Relay:
         note = {"upstream": upstream.name, "reason": error.reason}
         self._services.log.note("upstream", **note)
 
-    def _body(self, dialect: Dialect, upstream_id: str) -> dict[str, Any]:
-        """The body for one upstream: its model id, the defaults, the cap."""
-        defaults = {} if self.call.path in FREE else self.model.defaults
-        body = {**defaults, **self.call.body, "model": upstream_id}
-        if not self.model.price.output or self.call.path in NO_OUTPUT:
-            return body
-        named = CAPS & self.model.defaults.keys()  # the operator knows better
-        own = min(named, default=None) or dialect.cap_name(self.call.path, body)
-        for name in CAPS:
-            if body.get(name) or name == own:
-                body[name] = min(body.get(name) or self.lease.tokens, self.lease.tokens)
-        return body
+    def _ask(self, dialect: Dialect, id: str) -> Answer:
+        """Asks one upstream; again without what it refuses of our own additions, which
+        is remembered once it helped. A refusal has generated nothing."""
+        known = refused = dialect.refused.get(id, frozenset())
+        while True:
+            tokens = self.lease.tokens
+            body, ours = compose(self.call, self.model, dialect, id, tokens, refused)
+            self.watch.asks(dialect.upstream.timeout)
+            try:
+                answer = dialect.send(self.call, body, self.watch)
+            except Refused as error:
+                more = refused_additions(error, ours, refused)
+                if not more:
+                    raise explained(error, self.call, ours) from None
+                refused |= more
+                continue
+            if refused is not known and len(dialect.refused) < MAX_REFUSED:
+                dialect.refused[id] = refused
+            return answer
 
     def __iter__(self) -> Iterator[bytes]:
         yield b""  # the headers leave before the first event
@@ -4312,7 +4623,7 @@ class Relay:
             self._answer.close()
         if self._charge is None:
             self._settle_anyhow(self._charged(Ending.LEFT))
-        self._services.log.request(self.lease, self.model.id, self._charge)
+        self._services.log.request(self.lease, self.call.model, self._charge)
 
     def _read_on(self) -> None:
         """The report of an answer that was finished when its client left; the watcher
@@ -4536,8 +4847,12 @@ def usable(config: Config, account: Account) -> list[Model]:
 
 
 def find_model(services: Services, id: str) -> Model:
-    model, allowed = services.config.models.get(id), g.account.models
-    if model is None or not (allowed is None or id in allowed):
+    models, allowed = services.config.models, g.account.models
+    model = models.get(id)
+    if model is None or model.wild:  # the longest that it begins with
+        wild = [each.called(id) for each in models.values() if each.wild]
+        model = max(filter(None, wild), key=lambda each: len(each.id), default=None)
+    if model is None or not (allowed is None or model.id in allowed):
         raise ModelNotFound(
             f"The model {id!r} does not exist, or this account may not use it.",
             param="model",
@@ -4592,6 +4907,7 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
     admission = services.ledger.admit(
         here.request_id, here.key, here.account, worst, model.id, path, call.stream,
         (lambda db: here.windows) if here.windows else hit, here.known,
+        call.model if model.wild else None,
     )  # fmt: skip
     here.windows = admission.windows
     if isinstance(admission.outcome, ProxyError):
@@ -4617,11 +4933,13 @@ def add_routes(app: Flask, services: Services) -> None:
     def models() -> Response:
         config = services.config
         allowed = usable(config, g.account)
-        return list_response([model_entry(config, model) for model in allowed])
+        listed = [model_entry(config, model) for model in allowed if not model.wild]
+        return list_response(listed)
 
     @app.get("/v1/models/<path:id>")
     def model(id: str) -> Response:
-        return json_response(model_entry(services.config, find_model(services, id)))
+        entry = model_entry(services.config, find_model(services, id))
+        return json_response(entry | {"id": id})
 
 
 def admin_only() -> None:
@@ -4800,8 +5118,8 @@ def receipts(
 ) -> list[dict[str, Any]]:
     """An account's requests with ids from `low` to below `high`, newest first."""
     rows = ledger.read(
-        "SELECT r.id, r.created, r.account, k.name, model, path, state, status, stream,"
-        " input, cached, written, output, images, estimated, cost, ttfb, duration"
+        "SELECT r.id, r.created, r.account, k.name, coalesce(asked, model), path, state,"
+        " status, stream, input, cached, written, output, images, estimated, cost, ttfb, duration"
         " FROM requests r LEFT JOIN keys k ON k.id = r.key WHERE r.account = ?"
         " AND r.id >= ? AND r.id < ? ORDER BY r.id DESC LIMIT ?",
         account, low, high, limit,
@@ -4982,6 +5300,14 @@ def metric_lines(services: Services) -> Iterator[str]:
             pairs = zip(labels.split(), values)
             shown = ",".join([f"{key}={label(str(text))}" for key, text in pairs])
             yield f"{name}{suffix}{{{shown}}} {value}\n" if shown else f"{name} {value}\n"
+    name = "proxy_upstream_resting"
+    yield f"# HELP {name} Could not be reached just now; of the answering worker alone.\n"
+    yield f"# TYPE {name} gauge\n"
+    routes = [model.routes for model in services.config.models.values()]
+    asked = {upstream.name: upstream for upstream, _ in itertools.chain(*routes)}
+    for id, upstream in sorted(asked.items()):
+        rests = services.dialect(upstream).pool.rests
+        yield f"{name}{{upstream={label(id)}}} {int(rests)}\n"
     name = "proxy_balance_credits"
     yield f"# HELP {name} Credits that are left.\n# TYPE {name} gauge\n"
     for id, micro in balances(services.config, services.ledger).items():
@@ -5045,6 +5371,7 @@ def picked(ids: list[str], best: str) -> str:
 
 UNITS = {"image": "an image", "request": "a request"}
 UNITS |= {"written": "per million input tokens written to the cache"}
+UNITS |= {"reported": "times what the provider itself reports"}
 
 
 def price_text(entry: dict[str, Any]) -> str:
@@ -5067,8 +5394,9 @@ def documentation_values(
 
     The examples name models that are here; the demo's where there is one.
     """
-    images = [id for id, model in config.models.items() if model.price.image]
-    texts = [id for id in config.models if id not in images]
+    images = [id for id, each in config.models.items() if each.price.image]
+    images = [id for id in images if not config.models[id].wild]
+    texts = [id for id, each in config.models.items() if not (each.wild or id in images)]
     picture, thinker = picked(images, "jimeng-image"), "deepseek-r1"
     key, model = demo or ("sk-your-api-key", picked(texts, "deepseek-chat"))
     rows = []

@@ -473,6 +473,7 @@ class Account:
     credits: int = 0
     models: frozenset[str] | None = None
     admin: bool = False
+    demo: bool = False  # its keys are public
     keys: tuple[Key, ...] = ()  # those of keys.json
 
 
@@ -566,7 +567,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """keys.json, checked. `demo` is the text of a key that reaches only `echo`."""
+    """keys.json, checked. `demo`: (key, model) of a public account, to be shown."""
 
     limits: Limits
     accounts: dict[str, Account]
@@ -579,10 +580,6 @@ class Config:
     def account(self, id: str) -> Account:
         """The declared account, or one made at run time with the common limits."""
         return self.accounts.get(id) or Account(id, self.limits)
-
-    def granted(self, id: str) -> int | None:
-        """Micro-credits that the file grants; None for accounts it does not know."""
-        return self.accounts[id].credits if id in self.accounts else None
 
     def missing(self) -> dict[str, list[str]]:
         """Unset environment variable -> the models that answer 503 without it."""
@@ -978,7 +975,7 @@ def parse_key(account: Account, name: str, value: Any, path: str) -> Key:
 def parse_account(
     id: str, value: Any, path: str, limits: Limits, models: dict[str, Model]
 ) -> Account:
-    value = fields(value, path, "credits keys models limits admin")
+    value = fields(value, path, "credits keys models limits admin demo")
     allowed = value.get("models")
     if allowed is not None:
         if not isinstance(allowed, list):
@@ -987,32 +984,26 @@ def parse_account(
             if not isinstance(name, str) or name not in models:
                 raise ConfigError(f"{path}.models: no model is named {name!r}")
         allowed = frozenset(allowed)
-    if type(value.get("admin", False)) is not bool:
-        raise ConfigError(f"{path}.admin: must be true or false")
+    admin, demo = value.get("admin", False), value.get("demo", False)
+    for name, flag in ("admin", admin), ("demo", demo):
+        if type(flag) is not bool:
+            raise ConfigError(f"{path}.{name}: must be true or false")
+    if demo:
+        routes = [route for name in allowed or () for route in models[name].routes]
+        if admin or not routes or any(route[0].dialect != "echo" for route in routes):
+            reason = "is for accounts that list echo models only, and are no admin's"
+            raise ConfigError(f"{path}.demo: {reason}")
     account = Account(
         account_name(id, path),
         parse_limits(value.get("limits", {}), f"{path}.limits", limits),
         to_micro(value.get("credits", 0), f"{path}.credits"),
-        allowed,
-        value.get("admin", False),
-    )
+        allowed, admin, demo,
+    )  # fmt: skip
     keys = value.get("keys", {})
     if not isinstance(keys, dict):
         raise ConfigError(f"{path}.keys: must be an object")
     parsed = [parse_key(account, *each, f"{path}.keys") for each in keys.items()]
     return replace(account, keys=tuple(parsed))
-
-
-def demo_key(
-    account: Account, text: str, models: dict[str, Model]
-) -> tuple[str, str] | None:
-    """(key, model) if this key is public by design: it reaches nothing but echo."""
-    if not account.models or account.admin or text.startswith("sha256:"):
-        return None
-    for name in account.models:
-        if any(upstream.dialect != "echo" for upstream, _ in models[name].routes):
-            return None
-    return text, sorted(account.models)[0]
 
 
 def parse_origins(value: Any, path: str) -> frozenset[str]:
@@ -1049,7 +1040,9 @@ def parse_config(document: Any) -> Config:
             if key.id in keys:
                 raise ConfigError(f"accounts.{id}.keys.{key.name}: is declared twice")
             keys[key.id] = key
-            demo = demo or demo_key(account, value["keys"][key.name], models)
+            text = value["keys"][key.name]
+            if account.demo and not (demo or text.startswith("sha256:")):
+                demo = text, min(account.models)
     cors = parse_origins(document.get("cors", []), "cors")
     return Config(limits, accounts, keys, models, int(time.time()), demo, cors)
 
@@ -1108,15 +1101,18 @@ class ConfigFile:
 
 # Ledger ------------------------------------------------------------------------------
 
-SCHEMA_VERSION = 2  # `PRAGMA user_version`; MIGRATIONS has the steps to it
+SCHEMA_VERSION = 3  # `PRAGMA user_version`; MIGRATIONS has the steps to it
 OPEN, SETTLED, RELEASED = 0, 1, 2  # a request's row: a hold resolves at most once
 
+# accounts.made: when it was made at run time, 0: it was not; accounts.declared: what
+# keys.json granted it at its last hold; keys.former: 1 for a former account's.
 SCHEMA = """
 CREATE TABLE meta(name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE accounts(
     id TEXT PRIMARY KEY, made INTEGER NOT NULL, created INTEGER NOT NULL,
     granted INTEGER NOT NULL DEFAULT 0, spent INTEGER NOT NULL DEFAULT 0,
     held INTEGER NOT NULL DEFAULT 0, lost INTEGER NOT NULL DEFAULT 0,
+    declared INTEGER NOT NULL DEFAULT 0,
     CHECK (granted >= 0 AND spent >= 0 AND held >= 0 AND lost >= 0)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE grants(
@@ -1125,9 +1121,10 @@ CREATE TABLE grants(
 ) STRICT;
 CREATE TABLE keys(
     id TEXT PRIMARY KEY, account TEXT NOT NULL, name TEXT NOT NULL, hint TEXT NOT NULL,
-    hash TEXT, admin INTEGER NOT NULL, created INTEGER, used INTEGER, revoked INTEGER
+    hash TEXT, admin INTEGER NOT NULL, created INTEGER, used INTEGER, revoked INTEGER,
+    former INTEGER NOT NULL DEFAULT 0
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX keys_account ON keys(account);
+CREATE INDEX keys_account ON keys(account, revoked IS NOT NULL, created);
 CREATE TABLE requests(
     account TEXT NOT NULL, id TEXT NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL,
     path TEXT NOT NULL, stream INTEGER NOT NULL, slot INTEGER NOT NULL,
@@ -1211,7 +1208,18 @@ ALTER TABLE requests ADD COLUMN asked TEXT;
 ALTER TABLE usage ADD COLUMN written INTEGER NOT NULL DEFAULT 0;
 {opened}; {resolved};
 """
-MIGRATIONS = FROM_VERSION_0, FROM_VERSION_1  # by the version that each begins with
+FROM_VERSION_2 = """
+ALTER TABLE accounts ADD COLUMN declared INTEGER NOT NULL DEFAULT 0;
+UPDATE accounts SET declared = max(0, spent + held - granted);
+ALTER TABLE keys ADD COLUMN former INTEGER NOT NULL DEFAULT 0;
+UPDATE keys SET former = 1
+    WHERE created < (SELECT made FROM accounts WHERE id = account);
+INSERT INTO accounts(id, made, created) SELECT account, 0, created FROM keys
+    WHERE created IS NOT NULL ON CONFLICT DO NOTHING;
+DROP INDEX keys_account; {keys_account};
+"""
+# By the version that each begins with.
+MIGRATIONS = FROM_VERSION_0, FROM_VERSION_1, FROM_VERSION_2
 
 MAX_WORKERS = 512  # worker slots: bytes 1 to 512 of the lock file
 WRITER, SPEAKER = 0, MAX_WORKERS + 1  # its other bytes
@@ -1242,7 +1250,8 @@ def schema_of(db: sqlite3.Connection) -> dict[str, str]:
     """Name -> SQL of everything in a database, in one line: an added column has none of
     its own."""
     rows = db.execute("SELECT name, sql FROM sqlite_schema WHERE sql > ''")
-    return {name: " ".join(sql.split()) for name, sql in rows}
+    parts = ((name, re.sub("([(),])", r" \1 ", sql)) for name, sql in rows)
+    return {name: " ".join(sql.split()) for name, sql in parts}
 
 
 @functools.cache
@@ -1663,7 +1672,6 @@ class Lease:
     id: str
     account: str
     key: str  # its name
-    declared: int  # micro-credits that keys.json grants the account
     hold: int
     tokens: int
 
@@ -1718,23 +1726,26 @@ class KeyRow(NamedTuple):
     created: int | None
     used: int | None
     revoked: int | None
+    former: int  # 1: it is of a former account of that name
     made: int | None  # when its account was made at run time; 0: it was not
 
     @property
     def lives(self) -> bool:
         """Whether it is of the account made at run time, not of a former one."""
-        return bool(self.made) and (self.created or 0) >= self.made
+        return bool(self.made) and not self.former
 
 
 KEY_ROWS = (
-    "SELECT k.id, account, name, hint, hash, admin, k.created, used, revoked, made"
-    " FROM keys k LEFT JOIN accounts a ON a.id = account"
+    "SELECT k.id, account, name, hint, hash, admin, k.created, used, revoked, former,"
+    " made FROM keys k LEFT JOIN accounts a ON a.id = account"
 )
+# What lists of keys go by: those that live first.
+KEY_ORDER = "revoked IS NOT NULL, k.created, k.id"
 
 
 # Of each account what is kept, and the same summed from its rows.
 PROOF = """
-SELECT a.id, made, granted, coalesce(g.amount, 0), spent, coalesce(r.cost, 0), held,
+SELECT a.id, declared, granted, coalesce(g.amount, 0), spent, coalesce(r.cost, 0), held,
     coalesce(r.hold, 0), a.lost, coalesce(r.lost, 0), coalesce(u.cost, 0) AS usage, spent,
     coalesce(u.settled, 0) AS requests, coalesce(r.settled, 0),
     coalesce(u.released, 0) AS released, coalesce(r.released, 0)
@@ -1766,6 +1777,7 @@ SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, 0, ?8, ?9, ?12 WHERE
     (SELECT count(*) FROM requests WHERE key = ?3 AND state = 0) < ?10 AND
     coalesce((SELECT granted - spent - held FROM accounts WHERE id = ?1), 0) + ?11 >= ?9
 """
+DECLARED = "UPDATE accounts SET declared = ?1 WHERE id = ?2 AND declared != ?1"
 ROOM = """
 SELECT (SELECT count(*) FROM requests WHERE key = ? AND state = 0),
     coalesce((SELECT granted - spent - held FROM accounts WHERE id = ?), 0)
@@ -1905,8 +1917,9 @@ class Ledger:
             while True:
                 hold = min(quote.hold(tokens), MAX_HOLD)
                 if db.execute(HOLD, (*row, hold, most, account.credits, asked)).rowcount:
-                    rest = (key.name, account.credits, hold, tokens)
-                    return Admission(windows, Lease(id, account.id, *rest))
+                    db.execute(DECLARED, (account.credits, account.id))
+                    lease = Lease(id, account.id, key.name, hold, tokens)
+                    return Admission(windows, lease)
                 running, left = db.execute(ROOM, (key.id, account.id)).fetchone()
                 if running >= most:
                     told = f"Too many requests at once: {most} per key."
@@ -1939,10 +1952,10 @@ class Ledger:
         usage, cost = charge.usage or Usage(), min(charge.cost, charge.most)
         if cost > lease.hold:
             (left,) = db.execute(
-                "SELECT granted - spent - held FROM accounts WHERE id = ?",
+                "SELECT granted + declared - spent - held FROM accounts WHERE id = ?",
                 (lease.account,),
             ).fetchone()
-            cost = min(cost, lease.hold + max(0, left + lease.declared))
+            cost = min(cost, lease.hold + max(0, left))
         db.execute(
             "UPDATE requests SET state = ?, cost = ?, lost = ?, input = ?, cached = ?,"
             " written = ?, output = ?, images = ?, estimated = ?, status = ?, ttfb = ?,"
@@ -1956,29 +1969,57 @@ class Ledger:
 
     # Accounts and keys
 
-    def find_key(self, hash: str) -> KeyRow | None:
-        """The row of the key with this hash; a key of keys.json may have none."""
-        for row in self.read(f"{KEY_ROWS} WHERE k.id = ?", key_id(hash)):
+    def find_key(self, id: str) -> KeyRow | None:
+        """The row of a key; one of keys.json may have none."""
+        for row in self.read(f"{KEY_ROWS} WHERE k.id = ?", id):
             return KeyRow._make(row)
         self._file.check_places()  # nobody is unknown because the file was replaced
         return None
 
-    def find_keys(self, account: str | None) -> list[KeyRow]:
-        """All keys that have a row, of one account or of all, in order of creation."""
-        which = "WHERE ?1 IS NULL OR account = ?1 ORDER BY k.created, k.id"
-        return [KeyRow._make(row) for row in self.read(f"{KEY_ROWS} {which}", account)]
+    def key_rows(self, ids: list[str]) -> dict[str, KeyRow]:
+        """The rows of those of these keys that have one."""
+        which = "WHERE k.id IN (SELECT value FROM json_each(?))"
+        rows = map(KeyRow._make, self.read(f"{KEY_ROWS} {which}", json.dumps(ids)))
+        return {row.id: row for row in rows}
 
-    def make_account(self, id: str) -> bool:
-        """Makes the account at run time; False if there is one already."""
+    def made_keys(
+        self, account: str, declared: list[str], after: str, limit: int
+    ) -> list[KeyRow]:
+        """An account's keys made at run time, without those `declared`, from behind the
+        one with the id `after` on: in order of creation, those that live first."""
+        values = account, json.dumps(declared), after, limit
+        place = f"SELECT {KEY_ORDER} FROM keys k WHERE k.id = ?3 AND account = ?1"
+        sql = (
+            f"{KEY_ROWS} WHERE account = ?1 AND hash IS NOT NULL"
+            " AND k.id NOT IN (SELECT value FROM json_each(?2))"
+            f" AND (?3 = '' OR ({KEY_ORDER}) > ({place})) ORDER BY {KEY_ORDER} LIMIT ?4"
+        )
+        return [KeyRow._make(row) for row in self.read(sql, *values)]
+
+    def make_account(self, id: str) -> int | None:
+        """Makes the account at run time; the micro-credits that its name has spent
+        already, or None if there is one. A former account's keys are not its own."""
         sql = (
             "INSERT INTO accounts(id, made, created) VALUES (?1, ?2, ?2)"
             " ON CONFLICT DO UPDATE SET made = excluded.made WHERE made = 0"
+            " RETURNING spent"
         )
         values = id, int(time.time())
-        return self.write(lambda db: db.execute(sql, values).rowcount > 0, durable=True)
 
-    def make_key(self, account: str, name: str, admin: bool = False) -> tuple[str, Key]:
-        """(the new key's text, the key); the text is kept nowhere."""
+        def operation(db: sqlite3.Connection) -> int | None:
+            made = db.execute(sql, values).fetchall()
+            if made:
+                db.execute("UPDATE keys SET former = 1 WHERE account = ?", (id,))
+            return made[0][0] if made else None
+
+        return self.write(operation, durable=True)
+
+    def make_key(
+        self, account: str, name: str, admin: bool = False,
+        room: Callable[[sqlite3.Connection], bool] = lambda db: True,
+    ) -> tuple[str, Key] | None:  # fmt: skip
+        """(the new key's text, the key), or None where there is no `room` for it, which
+        is asked in the same transaction; the text is kept nowhere."""
         text = "sk-" + secrets.token_urlsafe(32)
         hash, hint = sha256(text), key_hint(text)
         key = Key(key_id(hash), name, account, hash, hint, admin, "proxy.db")
@@ -1987,8 +2028,19 @@ class Ledger:
             "INSERT INTO keys(id, account, name, hint, hash, admin, created)"
             " VALUES (?, ?, ?, ?, ?, ?, ?)"
         )
-        self.write(lambda db: db.execute(sql, row), durable=True)
-        return text, key
+        known = (
+            "INSERT INTO accounts(id, made, created) VALUES (?, 0, ?)"
+            " ON CONFLICT DO NOTHING"
+        )
+
+        def operation(db: sqlite3.Connection) -> bool:
+            if not room(db):
+                return False
+            db.execute(known, (account, row[-1]))
+            db.execute(sql, row)
+            return True
+
+        return (text, key) if self.write(operation, durable=True) else None
 
     def revoke(self, key: Key) -> None:
         """Revokes a key of either file, for ever."""
@@ -2022,12 +2074,9 @@ class Ledger:
 
     # Proof
 
-    def check(self, declared: Callable[[str], int | None]) -> list[str]:
-        """Re-sums everything in one read transaction; what does not add up.
-
-        `declared`: the credits that keys.json grants an account; None for one that
-        it does not know (any more), whose grants are not known then.
-        """
+    def check(self) -> list[str]:
+        """Re-sums everything in one read transaction; what does not add up, or exceeds
+        what was granted when it was held."""
         with self.snapshot() as db:
             db.row_factory = sqlite3.Row
             pages = db.execute("PRAGMA quick_check").fetchall()
@@ -2036,14 +2085,11 @@ class Ledger:
         if orphans:
             wrong.append(f"{orphans} rows belong to no account")
         for row in rows:
-            id, made, *sums = row
+            id, declared, *sums = row
             for name, kept, total in zip(row.keys()[2::2], sums[::2], sums[1::2]):
                 if kept != total:
                     wrong.append(f"{id}: {name} is {kept}, its rows sum to {total}")
-            own = declared(id)
-            own = 0 if own is None and made else own
-            left = row["granted"] - row["spent"] - row["held"]
-            if own is not None and left + own < 0:
+            if row["spent"] + row["held"] > row["granted"] + declared:
                 wrong.append(f"{id}: spent and held exceed what was granted")
         return wrong
 
@@ -4640,7 +4686,7 @@ class Relay:
 
 PUBLIC = {"healthz", "documentation", "dashboard", "asset"}
 SMALL_BODY = 10_000  # bytes: reading them costs no more than refusing the request
-MAX_KEYS = 100  # of one account in a day: each new key has new limits
+MAX_KEYS = 100  # of one account
 ONE_ACCOUNT = "/v1/accounts/<account>"
 # The relayed paths that are listed: any other may be asked for as well, below /v1.
 ENDPOINTS = set(
@@ -4688,7 +4734,8 @@ def identify(services: Services, bearer: str) -> tuple[Key, Account, bool]:
     if not BEARER.fullmatch(bearer):
         raise Unauthorized
     hash, config = sha256(bearer), services.config
-    key, row = config.keys.get(key_id(hash)), services.ledger.find_key(hash)
+    id = key_id(hash)
+    key, row = config.keys.get(id), services.ledger.find_key(id)
     if row and row.revoked:
         raise Unauthorized
     if key is None and row and (row.lives or row.account in config.accounts):
@@ -4991,20 +5038,23 @@ def integer_argument(name: str, default: int, highest: int) -> int:
 
 
 def find_keys(
-    config: Config, ledger: Ledger, account: str | None = None
-) -> Iterator[tuple[Key, KeyRow | None]]:
-    """All keys of one account, or of all: declared, then made at run time; each with
-    its row, if it has one."""
-    rows = {row.id: row for row in ledger.find_keys(account)}
-    own = config.accounts.get(account)
-    for key in config.keys.values() if account is None else own.keys if own else ():
-        yield key, rows.pop(key.id, None)
-    for row in rows.values():
-        if row.hash:
-            if row.made and not row.lives and row.account not in config.accounts:
-                # Of a former account of that name.
-                row = row._replace(revoked=row.revoked or row.made)
-            yield made_key(config, row), row
+    config: Config, ledger: Ledger, account: str, after: str = "", limit: int = 2**31
+) -> list[tuple[Key, KeyRow | None]]:
+    """At most `limit` keys of an account, from behind the one with the id `after` on:
+    declared ones, then those made at run time; each with its row, if it has one."""
+    declared = config.accounts.get(account)
+    own = declared.keys if declared else ()
+    ids = [key.id for key in own]
+    first = ids.index(after) + 1 if after in ids else len(ids) if after else 0
+    shown = own[first : first + limit]
+    rows = ledger.key_rows([key.id for key in shown])
+    found = [(key, rows.get(key.id)) for key in shown]
+    after = "" if after in ids else after
+    for row in ledger.made_keys(account, ids, after, limit - len(found)):
+        if row.former and not declared:
+            row = row._replace(revoked=row.revoked or row.made)
+        found.append((made_key(config, row), row))
+    return found
 
 
 def key_entry(key: Key, row: KeyRow | None) -> dict[str, Any]:
@@ -5015,41 +5065,72 @@ def key_entry(key: Key, row: KeyRow | None) -> dict[str, Any]:
     return entry | {"revoked": row and row.revoked}
 
 
-def list_keys(
-    config: Config, ledger: Ledger, account: str | None = None
-) -> list[dict[str, Any]]:
-    return [key_entry(key, row) for key, row in find_keys(config, ledger, account)]
-
-
 def known_key(
     config: Config, ledger: Ledger, id: str, account: str | None = None
 ) -> Key:
     """The key with this id, of this account if one is named; or NotFound."""
-    for key, _ in find_keys(config, ledger, account):
-        if key.id == id:
-            return key
-    raise NotFound("There is no such key.")
+    key, row = config.keys.get(id), ledger.find_key(id) if id.isascii() else None
+    if key is None and row and row.hash:
+        key = made_key(config, row)
+    if key is None or account not in (None, key.account):
+        raise NotFound("There is no such key.")
+    return key
 
 
-def balance(config: Config, ledger: Ledger, account: str) -> dict[str, Any]:
-    """An account's credits: granted, spent, held, available."""
-    rows = ledger.read(
-        "SELECT granted, spent, held FROM accounts WHERE id = ?", account
-    )
-    granted, spent, held = rows[0] if rows else (0, 0, 0)
-    granted += config.account(account).credits
-    parts = {"granted": granted, "spent": spent, "held": held}
-    parts["available"] = max(0, granted - spent - held)
-    return {name: to_credits(micro) for name, micro in parts.items()}
+def account_names(
+    config: Config, ledger: Ledger, after: str = "", limit: int = 2**31
+) -> list[str]:
+    """The names of at most `limit` accounts of either file above `after`, in order."""
+    sql = "SELECT id FROM accounts WHERE id > ? ORDER BY id LIMIT ?"
+    names = {id for (id,) in ledger.read(sql, after, limit)}
+    names.update([id for id in config.accounts if id > after])
+    return sorted(names)[:limit]
 
 
-def account_entry(services: Services, id: str) -> dict[str, Any]:
-    """One line of the admin's list."""
-    config, ledger = services.config, services.ledger
-    keys = [key for key in list_keys(config, ledger, id) if not key["revoked"]]
-    credits = balance(config, ledger, id)
-    admin = config.account(id).admin
-    return {"id": id, "admin": admin, "credits": credits, "keys": len(keys)}
+BALANCES = """
+SELECT value, coalesce(granted, 0), coalesce(spent, 0), coalesce(held, 0)
+FROM json_each(?) AS named LEFT JOIN accounts a ON a.id = value ORDER BY named.key
+"""
+# Keys made at run time; a former account's live while keys.json declares its name.
+LIVE_KEYS = """
+SELECT account, count(*) FROM keys WHERE account IN (SELECT value FROM json_each(?1))
+    AND (revoked IS NOT NULL) = 0 AND hash IS NOT NULL
+    AND (NOT former OR account IN (SELECT value FROM json_each(?2))) GROUP BY account
+"""
+
+
+def balances(
+    config: Config, ledger: Ledger, ids: list[str]
+) -> dict[str, dict[str, Any]]:
+    """The credits of these accounts: granted, spent, held, available."""
+    out = {}
+    for id, granted, spent, held in ledger.read(BALANCES, json.dumps(ids)):
+        granted += config.account(id).credits
+        parts = {"granted": granted, "spent": spent, "held": held}
+        parts["available"] = max(0, granted - spent - held)
+        out[id] = {name: to_credits(micro) for name, micro in parts.items()}
+    return out
+
+
+def whose_keys(config: Config, ids: list[str]) -> tuple[str, str]:
+    """These accounts, and those of them that are declared, for LIVE_KEYS."""
+    return json.dumps(ids), json.dumps([id for id in ids if id in config.accounts])
+
+
+def account_entries(
+    config: Config, ledger: Ledger, ids: list[str]
+) -> list[dict[str, Any]]:
+    """These accounts as the admin's list shows them."""
+    made = dict(ledger.read(LIVE_KEYS, *whose_keys(config, ids)))
+    declared = [key.id for id in ids for key in config.account(id).keys]
+    revoked = {id for id, row in ledger.key_rows(declared).items() if row.revoked}
+    entries = []
+    for id, credits in balances(config, ledger, ids).items():
+        account = config.account(id)
+        own = [key for key in account.keys if key.id not in revoked]
+        entry = {"id": id, "admin": account.admin, "credits": credits}
+        entries.append(entry | {"keys": len(own) + made.get(id, 0)})
+    return entries
 
 
 def live_use(services: Services, account: Account) -> dict[str, int]:
@@ -5080,23 +5161,27 @@ def price_entry(model: Model) -> dict[str, Any]:
     return out | ({"hours": listed} if listed else {})
 
 
+PAGE = 100  # entries of a list, unless its reader says how many
+
+
 def describe_account(services: Services, id: str) -> dict[str, Any]:
     """Credits, limits and their live use, models and keys of one account."""
     config, ledger = services.config, services.ledger
     account = config.account(id)
     limits = account.limits
-    entry = {"object": "account"} | account_entry(services, id)
+    entry = {"object": "account"} | account_entries(config, ledger, [id])[0]
     entry["limits"] = {"rate": limits.rate, "concurrent": limits.concurrent}
     if id == g.key.account:
         entry["admin"] = g.key.admin
         entry["key"] = {"id": g.key.id, "name": g.key.name}
-        entry["live"] = live_use(services, account)
+        entry["live"], entry["demo"] = live_use(services, account), account.demo
     entry["models"] = [
         {"id": model.id, "about": model.about, "price": price_entry(model)}
         for model in usable(config, account)
     ]
-    entry["keys"] = list_keys(config, ledger, id)
-    return entry
+    keys = [] if g.account.demo else find_keys(config, ledger, id, limit=PAGE + 1)
+    entry["keys"] = [key_entry(*each) for each in keys[:PAGE]]
+    return entry | {"more_keys": len(keys) > PAGE}
 
 
 RECEIPT = (
@@ -5142,10 +5227,11 @@ USED = "requests input_tokens cached_tokens written_tokens output_tokens images"
 
 def usage_rows(ledger: Ledger, account: str | None, days: int) -> list[dict[str, Any]]:
     """Requests, tokens, images and credits by day and model, newest day first."""
+    which = "account = ?1" if account else "?1 IS NULL"  # an OR would use no index
     rows = ledger.read(
         "SELECT day, model, sum(requests), sum(input), sum(cached), sum(written),"
-        " sum(output), sum(images), sum(cost) FROM usage WHERE (?1 IS NULL OR account = ?1)"
-        " AND day > ?2 AND requests > 0 GROUP BY day, model ORDER BY day DESC, model",
+        f" sum(output), sum(images), sum(cost) FROM usage WHERE {which} AND day > ?2"
+        " AND requests > 0 GROUP BY day, model ORDER BY day DESC, model",
         account, int(time.time()) // DAY - days,
     )  # fmt: skip
     out = []
@@ -5212,44 +5298,57 @@ def named(parse: Callable[[Any, str], Any], value: Any, name: str) -> Any:
         raise BadRequest(f"{error}.", param=name) from None
 
 
+def room_for_a_key(config: Config, id: str, db: sqlite3.Connection) -> bool:
+    """Whether an account has fewer than MAX_KEYS keys that live, and has made fewer in
+    a day: each new key has new limits."""
+    counts = dict(db.execute(LIVE_KEYS, whose_keys(config, [id])).fetchall())
+    owned = len(config.account(id).keys) + counts.get(id, 0)
+    a_day = parse_many(f"{MAX_KEYS}/day")
+    return owned < MAX_KEYS and hit_windows(a_day, id, "keys", db)[-1].fits
+
+
 def add_key_routes(app: Flask, services: Services) -> None:
     """An account's keys: lists, makes and revokes them."""
     route, ledger = account_routes(app, services), services.ledger
 
+    def refuse_demo() -> None:
+        if g.account.demo:
+            raise NotFound("A demo key is public: it sees, makes and revokes no keys.")
+
     @route("/keys")
     def keys(id: str) -> Response:
-        return list_response(list_keys(services.config, ledger, id))
+        refuse_demo()
+        limit, after = integer_argument("limit", PAGE, 1000), request.args.get("after")
+        found = find_keys(services.config, ledger, id, after or "", limit + 1)
+        rows = [key_entry(*each) for each in found[:limit]]
+        return list_response(rows, has_more=len(found) > limit)
 
     @route("/keys", "POST")
     def make_key(id: str) -> Response:
+        refuse_demo()
         body = small_body(services, "name admin")
         name = named(printable_name, body.get("name", "key"), "name")
         admin = body.get("admin", False)
         if type(admin) is not bool or (admin and not g.key.admin):
             raise BadRequest("'admin' must be false.", param="admin")
-        since = int(time.time()) - DAY
-        owned = [each["revoked"] for each in list_keys(services.config, ledger, id)]
-        if len([end for end in owned if end is None or end > since]) >= MAX_KEYS:
-            raise BadRequest(
-                f"An account may have {MAX_KEYS} keys, with those revoked since a day."
-            )
-        text, key = ledger.make_key(id, name, admin)
-        row = ledger.find_key(key.hash)
+        room = functools.partial(room_for_a_key, services.config, id)
+        made = ledger.make_key(id, name, admin, room)
+        if made is None:
+            told = f"An account may have {MAX_KEYS} keys, and make as many in a day."
+            raise BadRequest(told)
+        text, key = made
+        row = ledger.find_key(key.id)
         entry = key_entry(made_key(services.config, row), row)
         return json_response(entry | {"key": text}, 201)
 
     @route("/keys/<key_id>", "DELETE")
     def revoke(id: str, key_id: str) -> Response:
-        ledger.revoke(known_key(services.config, ledger, key_id, id))
+        refuse_demo()
+        key = known_key(services.config, ledger, key_id, id)
+        if key.admin and not g.key.admin:
+            raise NotFound("There is no such key that this one may revoke.")
+        ledger.revoke(key)
         return json_response({"id": key_id, "revoked": True})
-
-
-def balances(config: Config, ledger: Ledger) -> dict[str, int]:
-    """Micro-credits that each account has left; the names in order."""
-    left = {id: account.credits for id, account in config.accounts.items()}
-    for id, own in ledger.read("SELECT id, granted - spent - held FROM accounts"):
-        left[id] = left.get(id, 0) + own
-    return dict(sorted(left.items()))
 
 
 def label(value: str) -> str:
@@ -5292,11 +5391,11 @@ METRICS = (
 )  # fmt: skip
 
 
-def metric_lines(services: Services) -> Iterator[str]:
+def metric_lines(services: Services, db: sqlite3.Connection) -> Iterator[str]:
     """Prometheus' text format, out of the ledger: the same whichever worker answers."""
     for name, kind, about, labels, sql in METRICS:
         yield f"# HELP {name} {about}\n# TYPE {name} {kind}\n"
-        for suffix, *values, value in services.ledger.read(sql):
+        for suffix, *values, value in db.execute(sql):
             pairs = zip(labels.split(), values)
             shown = ",".join([f"{key}={label(str(text))}" for key, text in pairs])
             yield f"{name}{suffix}{{{shown}}} {value}\n" if shown else f"{name} {value}\n"
@@ -5310,8 +5409,18 @@ def metric_lines(services: Services) -> Iterator[str]:
         yield f"{name}{{upstream={label(id)}}} {int(rests)}\n"
     name = "proxy_balance_credits"
     yield f"# HELP {name} Credits that are left.\n# TYPE {name} gauge\n"
-    for id, micro in balances(services.config, services.ledger).items():
+    accounts = services.config.accounts
+    left = {id: account.credits for id, account in accounts.items()}
+    for id, own in db.execute("SELECT id, granted - spent - held FROM accounts"):
+        left[id] = left.get(id, 0) + own
+    for id, micro in sorted(left.items()):
         yield f"{name}{{account={label(id)}}} {micro / MICRO:.6f}\n"
+
+
+def history(id: str, spent: int) -> str:
+    """What is to be said of a new account whose name has spent micro-credits before."""
+    amount = f"{spent / MICRO:.6f} credits"
+    return f"An account named {id} has spent {amount} before: they count."
 
 
 def add_admin_routes(app: Flask, services: Services) -> None:
@@ -5321,10 +5430,9 @@ def add_admin_routes(app: Flask, services: Services) -> None:
     @app.get("/v1/accounts")
     def accounts() -> Response:
         admin_only()
-        limit = integer_argument("limit", 100, 1000)
-        after = request.args.get("after", "")
-        ids = [id for id in balances(services.config, ledger) if id > after]
-        rows = [account_entry(services, id) for id in ids[:limit]]
+        limit, after = integer_argument("limit", PAGE, 1000), request.args.get("after")
+        ids = account_names(services.config, ledger, after or "", limit + 1)
+        rows = account_entries(services.config, ledger, ids[:limit])
         return list_response(rows, has_more=len(ids) > limit)
 
     @app.post("/v1/accounts")
@@ -5333,11 +5441,16 @@ def add_admin_routes(app: Flask, services: Services) -> None:
         body = small_body(services, "id credits")
         id = named(account_name, body.get("id"), "id")
         amount = named(to_micro, body.get("credits", 0), "credits")
-        if id in services.config.accounts or not ledger.make_account(id):
+        spent = None if id in services.config.accounts else ledger.make_account(id)
+        if spent is None:
             raise BadRequest("There is an account of this name already.", param="id")
         if amount:
             ledger.grant(id, amount, "at the start")
-        return json_response(account_entry(services, id), 201)
+        [entry] = account_entries(services.config, ledger, [id])
+        if spent:
+            entry["note"] = history(id, spent)
+            services.log.note("account", request=g.request_id, note=entry["note"])
+        return json_response(entry, 201)
 
     @app.post(f"{ONE_ACCOUNT}/grants")
     def grant(account: str) -> Response:
@@ -5346,12 +5459,13 @@ def add_admin_routes(app: Flask, services: Services) -> None:
         amount = named(to_micro, body.get("credits"), "credits")
         note = body.get("note") or "granted"
         ledger.grant(id, amount, named(printable_name, note, "note"))
-        return json_response(account_entry(services, id), 201)
+        return json_response(account_entries(services.config, ledger, [id])[0], 201)
 
     @app.get("/metrics")
     def metrics() -> Response:
         admin_only()
-        text = "".join(metric_lines(services))
+        with ledger.snapshot() as db:  # which sums the whole usage, and stops nobody
+            text = "".join(metric_lines(services, db))
         kind = "text/plain; version=0.0.4; charset=utf-8"
         return Response(text, content_type=kind)
 
@@ -5360,7 +5474,7 @@ def live_demo(config: Config, ledger: Ledger) -> tuple[str, str] | None:
     """(key, model) that anyone may try; None if there is none, or it was revoked."""
     row = None
     with contextlib.suppress(LedgerUnavailable):
-        row = ledger.find_key(sha256(config.demo[0])) if config.demo else None
+        row = ledger.find_key(key_id(sha256(config.demo[0]))) if config.demo else None
     return None if row and row.revoked else config.demo
 
 
@@ -5713,6 +5827,9 @@ def secure_standard_files() -> None:
             os.set_blocking(fd, False)
 
 
+LOOPBACK = re.compile(r"localhost|::1|127\.[0-9.]+")
+
+
 def greeting(config: Config, ledger: Ledger, url: str) -> str:
     """Where it listens, and a line that works as it stands."""
     lines = [f"Serving {url}/v1 (documentation {url}/, dashboard {url}/dashboard)"]
@@ -5725,6 +5842,9 @@ def greeting(config: Config, ledger: Ledger, url: str) -> str:
             f"\n  curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' \\\n"
             f"    -H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
         )
+        if not LOOPBACK.fullmatch(urlsplit(url).hostname or ""):
+            told = "anyone who can reach this server may use it"
+            lines.append(f"Warning: {key} is a public key: {told}.\n")
     return "\n".join(lines)
 
 
@@ -5774,7 +5894,7 @@ def opened(
 def existing(config: Config, ledger: Ledger, account: str) -> str:
     """The account's name, if there is one, or ConfigError."""
     account_name(account, "ACCOUNT")
-    if account not in balances(config, ledger):
+    if account not in config.accounts and ledger.made(account) is None:
         raise ConfigError(f"no account is named {account!r}")
     return account
 
@@ -5798,10 +5918,15 @@ def keys_add(
     printable_name(name, "--name")
     amount = typed_amount(credits, "--credits") if credits else 0
     with opened(keys, db, makes=True) as (config, ledger):
-        if account not in config.accounts:
-            ledger.make_account(account)
+        new = account not in config.accounts
+        spent = ledger.make_account(account) if new else None
         if amount:
             ledger.grant(account, amount, "keys add")
+        if spent is not None:
+            left = balances(config, ledger, [account])[account]["available"]
+            click.echo(f"{account} is new, with {cell(left)} credits.", err=True)
+        if spent:
+            click.echo(history(account, spent), err=True)
         click.echo(ledger.make_key(account, name, admin)[0])
 
 
@@ -5838,7 +5963,9 @@ def dated(row: dict[str, Any]) -> dict[str, str]:
 def keys_list(keys: str, db: str | None, as_json: bool) -> None:
     """Hints and ids of all keys, never the keys."""
     with opened(keys, db) as (config, ledger):
-        rows = list_keys(config, ledger)
+        names = account_names(config, ledger)
+        keys = [each for name in names for each in find_keys(config, ledger, name)]
+        rows = [key_entry(*each) for each in keys]
         show(rows if as_json else [row | dated(row) for row in rows], as_json)
 
 
@@ -5870,7 +5997,8 @@ def credits_add(
         printable_name(note or "granted", "--note")
         existing(config, ledger, account)
         ledger.grant(account, typed_amount(amount, "AMOUNT"), note)
-        show([{"account": account} | balance(config, ledger, account)], False)
+        left = balances(config, ledger, [account])[account]
+        show([{"account": account, **left}], False)
 
 
 @credits_group.command("show")
@@ -5880,10 +6008,10 @@ def credits_add(
 def credits_show(keys: str, db: str | None, account: str | None, as_json: bool) -> None:
     """Balances of one account, or of all."""
     with opened(keys, db) as (config, ledger):
-        every = list(balances(config, ledger))
+        every = [] if account else account_names(config, ledger)
         names = [existing(config, ledger, account)] if account else every
-        rows = [{"account": name} | balance(config, ledger, name) for name in names]
-        show(rows, as_json)
+        credits = balances(config, ledger, names)
+        show([{"account": name, **credits[name]} for name in names], as_json)
 
 
 @cli.command()
@@ -5924,12 +6052,17 @@ def provider_rows(config: Config, online: bool) -> Iterator[dict[str, Any]]:
 
 def warnings(config: Config, ledger: Ledger, keys: str) -> Iterator[str]:
     """What would fail, or is not as safe as it could be."""
-    if os.stat(keys).st_mode & 0o077 and len(config.keys) > bool(config.demo):
+    secret = [each for each in config.accounts.values() if each.keys and not each.demo]
+    if os.stat(keys).st_mode & 0o077 and secret:
         yield f"{keys} holds keys and can be read by others: chmod 600 {keys}"
     if sqlite3.sqlite_version_info < (3, 37):
         yield f"SQLite {sqlite3.sqlite_version} is too old: 3.37 is needed"
     if live_demo(config, ledger):
         yield "the demo key is public: remove it before others can reach this server"
+    sql = "SELECT id, granted, spent + held FROM accounts WHERE spent + held > granted"
+    for id, granted, used in ledger.read(sql):
+        if used > granted + config.account(id).credits:
+            yield f"{id} has spent more than keys.json and its grants give it now"
 
 
 @cli.command()
@@ -5941,7 +6074,7 @@ def check(keys: str, db: str | None, online: bool) -> None:
         show(list(provider_rows(config, online)), False)
         for line in warnings(config, ledger, keys):
             click.echo(f"warning: {line}")
-        wrong = ledger.check(config.granted)
+        wrong = ledger.check()
         for line in wrong:
             click.echo(f"wrong: {line}")
         click.echo(f"The ledger's schema is version {SCHEMA_VERSION}.")
@@ -6324,14 +6457,15 @@ viewBox="0 0 100 100" preserveAspectRatio="none"></svg><p class="ends soft" aria
 <details><summary>By day, as a table</summary><table id="day-table"><thead><tr><th>Day (UTC)</th>
 <th class="num">Requests</th><th class="num">Credits</th></tr></thead><tbody></tbody></table>
 </details></section>
-<section class="card wide"><h2>API keys</h2>
+<section class="card wide" id="own-keys"><h2>API keys</h2>
 <form id="key-form" class="row">
 <label>Name of the new key <input id="key-name" required maxlength="300" autocomplete="off"></label>
 <label class="tick" id="key-admin-label" hidden><input id="key-admin" type="checkbox"> admin</label>
 <button class="main">Make key</button><output></output></form>
 <table id="keys" class="stack" role="table"><caption>API keys</caption><thead><tr>
 <th>Name</th><th>Key</th><th>Created</th><th>Last used</th><th>Kept in</th><th>Revoke</th>
-</tr></thead><tbody></tbody></table></section>
+</tr></thead><tbody></tbody></table>
+<p class="actions"><button type="button" id="keys-more" hidden>More</button></p></section>
 <section class="card wide"><h2>Playground</h2>
 <p class="soft">Sends one message with the key you signed in with: it counts and costs like any
 other request.</p>
@@ -6677,6 +6811,7 @@ async function signIn(key) {
   show('sign-in', false);
   show('board', true);
   for (const id of ['admin', 'grant-form', 'key-admin-label']) show(id, admin);
+  show('own-keys', !session.me.demo);
   $('play-model').replaceChildren(...models.map(({ id }) => el('option', { value: id }, id)));
   await open('account', session.me);
 }
@@ -6728,7 +6863,9 @@ function showAccount(account) {
   // Not redrawn for a mere last_used while the focus is in it: polling takes no one's focus.
   const focused = $('keys').contains(document.activeElement);
   const seen = (key) => (focused ? [key.id, key.revoked] : key);
-  if (JSON.stringify(before?.keys.map(seen)) !== JSON.stringify(keys.map(seen))) showKeys(keys);
+  if (JSON.stringify(before?.keys.map(seen)) !== JSON.stringify(keys.map(seen))) {
+    showKeys(keys, account.more_keys);
+  }
 }
 
 function meter(id, value, max, limit, words) {
@@ -6883,18 +7020,32 @@ function showReceipt(request) {
 }
 
 // ---- Keys ------------------------------------------------------------------------------
-function showKeys(keys) {
-  fill('keys', keys.map((key) => {
-    const own = key.id === session.me.key?.id;
-    const label = el('span', {}, name(key.name));
-    if (own) label.append(' ', tag('good', 'signed in'));
-    if (key.admin) label.append(' ', tag('warn', 'admin'));
-    const revoke = button('danger', () => guard(revokeKey(key, own)), 'Revoke',
-      { 'aria-label': `Revoke ${key.name}` });
-    return row('keys', [label, el('code', {}, key.hint || '–'), moment(key.created, calendar),
-      moment(key.last_used, clock), key.source,
-      key.revoked ? el('span', { class: 'soft' }, 'revoked') : revoke]);
-  }), 'This account has no keys.');
+function showKeys(keys, more) {
+  fill('keys', keys.map(keyRow), 'This account has no keys.');
+  moreKeys(keys, more);
+}
+
+function moreKeys(keys, more) {
+  show('keys-more', more);
+  $('keys-more').onclick = () => guard(loadKeys(keys.at(-1).id));
+}
+
+async function loadKeys(after) {
+  const page = await ask(`/keys${query({ after })}`);
+  rowsOf('keys').append(...page.data.map(keyRow));
+  moreKeys(page.data, page.has_more);
+}
+
+function keyRow(key) {
+  const own = key.id === session.me.key?.id;
+  const label = el('span', {}, name(key.name));
+  if (own) label.append(' ', tag('good', 'signed in'));
+  if (key.admin) label.append(' ', tag('warn', 'admin'));
+  const revoke = key.admin && !session.me.admin ? '' : button('danger',
+    () => guard(revokeKey(key, own)), 'Revoke', { 'aria-label': `Revoke ${key.name}` });
+  return row('keys', [label, el('code', {}, key.hint || '–'), moment(key.created, calendar),
+    moment(key.last_used, clock), key.source,
+    key.revoked ? el('span', { class: 'soft' }, 'revoked') : revoke]);
 }
 
 async function revokeKey(key, own) {

@@ -72,6 +72,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
+from email.utils import parsedate_to_datetime
 from enum import Enum
 from http import HTTPStatus
 from pathlib import Path
@@ -287,7 +288,7 @@ class UpstreamFailed(Unavailable):
 
 
 class Refused(BadRequest):
-    """An upstream's 400, 404, 413 or 422: the client's own mistake, passed on."""
+    """An upstream's 400, 403 of the content, 404, 413, 422 or 424: the client's own mistake, passed on."""
 
     about = ""
 
@@ -3483,10 +3484,21 @@ class Exchange:
 
 # Dialects ----------------------------------------------------------------------------
 
-BUSY_STATUS = {429, 503, 529}  # an upstream that has generated nothing, and may later
+# An upstream that has generated nothing, and may later.
+BUSY_STATUS = {408, 429, 503, 529}
 # It, or the proxy before it, refuses the operator, who alone can mend it.
 REFUSED_STATUS = {401, 402, 403, 407}
-CLIENT_STATUS = {400, 404, 413, 422}  # the client's own mistakes: passed on
+CLIENT_STATUS = {400, 404, 413, 422, 424}  # the client's own mistakes: passed on
+FLAGGED = re.compile("flagged|moderat|safety|sensitive|(content|usage) polic", re.I)
+# What an error inside an answer means where its `code` is no number.
+STATUS_OF = {
+    "invalid_request_error": 400, "context_length_exceeded": 400, "INVALID_ARGUMENT": 400,
+    "content_filter": 400, "authentication_error": 401, "insufficient_quota": 402,
+    "billing_error": 402, "permission_error": 403, "not_found_error": 404,
+    "request_too_large": 413, "rate_limit_exceeded": 429, "rate_limit_error": 429,
+    "RESOURCE_EXHAUSTED": 429, "api_error": 500, "server_error": 500, "INTERNAL": 500,
+    "UNAVAILABLE": 503, "overloaded_error": 529,
+}  # fmt: skip
 DONE_PATHS = ("chat/completions", "completions")  # whose streams end in [DONE]
 FINISH_PATHS = (*DONE_PATHS, "messages", "responses")  # whose streams tell a finish
 PROBE_TIMEOUT = 15.0  # seconds for a provider to say whether it knows the key
@@ -3554,8 +3566,16 @@ class Dialect:
 
 
 def retry_seconds(text: str) -> int:
-    """Whole seconds, 1 to 60, out of an upstream's Retry-After; 2 if it names none."""
-    return max(1, min(60, int(text))) if text.isdecimal() and len(text) < 6 else 2
+    """Whole seconds, 1 to 60, out of an upstream's Retry-After (RFC 9110 §10.2.3, or
+    decimals); 2 if it names none."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(text).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 2
+    return math.ceil(max(1, min(60, seconds))) if math.isfinite(seconds) else 2
 
 
 def scrub(text: Any, secrets: tuple[str, ...]) -> str | None:
@@ -3571,17 +3591,60 @@ def scrub(text: Any, secrets: tuple[str, ...]) -> str | None:
     return text[:2000].encode("utf-8", "replace").decode()
 
 
-def refusal(status: int, data: bytes, secrets: tuple[str, ...]) -> Refused:
-    """The client's own mistake as the upstream tells it: OpenAI's form, an error
-    that is a text (vLLM), FastAPI's `detail`. The operator's keys are cut out."""
-    document = json_object(data)
-    error = document.get("error") or document.get("detail") or document
-    message = error.get("message") if isinstance(error, dict) else error
-    if not isinstance(message, str):
-        message = to_json(message).decode() if message else "The provider refused this."
-    told = error if isinstance(error, dict) else {}
-    texts = (message, told.get("code"), told.get("param"))
-    return Refused(status, *(scrub(text, secrets) for text in texts))
+def unwrapped(error: Any, depth: int = 5) -> dict[str, Any]:
+    """An upstream's error without what is around it; the innermost word counts.
+
+    A list (Google), a text (vLLM), `detail` and its list (FastAPI), `errors`, another
+    provider's error as text in `metadata.raw` (OpenRouter) or in `message`.
+    """
+    if type(error) is list:
+        error = error[0] if error else None
+    if type(error) is str:
+        error = json_object(error.encode("utf-8", "replace")) or {"message": error}
+    if type(error) is not dict or not depth:
+        return {}
+    metadata, message = error.get("metadata"), error.get("message") or error.get("msg")
+    inner = error.get("error") or error.get("detail") or error.get("errors")
+    if not inner and isinstance(metadata, dict):
+        inner = metadata.get("raw")
+    if not inner and isinstance(message, str) and message.startswith("{"):
+        inner = message
+    known = {"message": message, "param": error.get("param") or error.get("loc")}
+    known |= {name: error.get(name) for name in ("type", "code", "status")}
+    told = unwrapped(inner, depth - 1) if inner else {}
+    return known | {name: value for name, value in told.items() if value}
+
+
+def told_status(error: dict[str, Any]) -> int | None:
+    """The status that an unwrapped error inside an answer names."""
+    for value in (error.get("code"), error.get("status"), error.get("type")):
+        text = str(value)
+        if text in STATUS_OF or re.fullmatch("[45][0-9][0-9]", text):
+            return STATUS_OF.get(text) or int(text)
+    return None
+
+
+def failure_of(
+    status: int | None, error: dict[str, Any], secrets: tuple[str, ...], wait: str = ""
+) -> ProxyError:
+    """What an upstream's status and unwrapped error mean; `wait`: its Retry-After.
+
+    The client's own mistake passes in its words, without the operator's keys.
+    """
+    message, param = error.get("message"), error.get("param")
+    if isinstance(param, list):
+        param = ".".join(map(str, param))
+    if "insufficient_quota" in (error.get("code"), error.get("type")):
+        status = 402
+    reason = f"status {status}" if status else "an error without a status"
+    if status in CLIENT_STATUS or (status == 403 and FLAGGED.search(str(message))):
+        texts = (message or "The provider refused this.", error.get("code"), param)
+        return Refused(status, *(scrub(text, secrets) for text in texts))
+    if status in BUSY_STATUS:
+        return UpstreamFailed(reason, retry_seconds(wait), Generated.NOTHING)
+    if status in REFUSED_STATUS:
+        return UpstreamFailed(reason, None, Generated.NOTHING)
+    return UpstreamFailed(reason, 2 if status and status >= 500 else None)
 
 
 def header_lines(headers: dict[str, str]) -> str:
@@ -3742,18 +3805,13 @@ class OpenAI(Dialect):
 
     def failure(self, answer: Exchange) -> ProxyError:
         """What an answer that is no success means, by its status."""
-        status = answer.status
-        reason = f"status {status}"
-        if status in CLIENT_STATUS:
-            return refusal(status, read_all(answer, 1 << 20), self.upstream.secrets)
-        if status in BUSY_STATUS:
-            wait = retry_seconds(answer.retry_after)
-            return UpstreamFailed(reason, wait, Generated.NOTHING)
-        if status in REFUSED_STATUS:
-            return UpstreamFailed(reason, None, Generated.NOTHING)
-        if status >= 500:
-            return UpstreamFailed(reason, wait=2)
-        return UpstreamFailed(f"{reason}, {answer.kind or 'no content type'}")
+        if 200 <= answer.status < 400:
+            kind = answer.kind or "no content type"
+            return UpstreamFailed(f"status {answer.status}, {kind}")
+        error: dict[str, Any] = {}
+        with contextlib.suppress(UpstreamFailed, ValueError, RecursionError):
+            error = unwrapped(json.loads(read_all(answer, 1 << 20).decode()))
+        return failure_of(answer.status, error, self.upstream.secrets, answer.retry_after)
 
 
 class Anthropic(OpenAI):
@@ -4242,8 +4300,8 @@ def read_whole(
         document = json.loads(data.decode())
     except (ValueError, RecursionError):
         document = None
-    if not isinstance(document, dict) or document.get("error"):
-        raise UpstreamFailed("no JSON object, or an error inside a 200")
+    if not isinstance(document, dict):
+        raise UpstreamFailed("no JSON object")
     usage = read_usage(document, call.path not in NO_OUTPUT)
     if images is None and "data" in document:
         images = count_images(document)
@@ -4267,6 +4325,7 @@ class Meter:
         self.relayed = 0  # bytes of the text passed on
         self.events = 0  # with data
         self.ending: Ending | None = None
+        self.error: dict[str, Any] = {}  # the event that told of one
         self.last = b""
         self.report_due = False  # what follows at once is the report
         self._finishes: set[Any] = set()  # indices of choices that have their finish
@@ -4318,7 +4377,7 @@ class Meter:
             return event
         kind = document.get("type")
         if document.get("error") or kind == "error":
-            self.ending = Ending.CUT
+            self.ending, self.error = Ending.CUT, document
             return b""
         self.relayed += written(document)
         if usage := read_usage(document):
@@ -4472,26 +4531,21 @@ class Relay:
         self._usage: Usage | None = None  # as a JSON answer reported it
         self._weight = 0  # of its text
         self._answer: Answer | None = None
+        self._pieces: Iterator[bytes] = iter(())  # what of a stream is still to pass on
         self._started = time.monotonic()
         self._ttfb: int | None = None  # milliseconds
         self._charge: Charge | None = None  # how it ended, once the ledger was told
+        self._begin = b""  # of the answer
         self._closed = False
 
     def respond(self) -> Response:
         """The response; whatever fails before its first byte is raised, and free."""
         try:
-            self._answer = self._send()
+            self._begin = self._send()
             self._drop_body()
             if self._answer.stream:
-                self.watch.streams()
-                self._meter = Meter(self.call, self.model)
                 kind = f"{STREAM_TYPE}; charset=utf-8"
                 return Response(self, 200, STREAM_HEADERS, None, kind, True)
-            data, images = read_all(self._answer), self._answer.images
-            self._hear()
-            document, self._usage = read_whole(data, self.call, self.model.price, images)
-            self._weight = written(document)
-            body = Renaming(self.call.model).apply(data, document)
             self._settle(Ending.DONE)
         except Ended as ended:
             self._usage, self._weight = None, 0  # nothing of it was relayed
@@ -4501,10 +4555,11 @@ class Relay:
             self._give_up(Ending.REFUSED, getattr(error, "status", 500))
             raise
         self.close()
-        return Response(body, 200, None, None, "application/json")
+        return Response(self._begin, 200, None, None, "application/json")
 
-    def _send(self) -> Answer:
-        """Asks the upstreams in turn while nothing can have been generated."""
+    def _send(self) -> bytes:
+        """Asks the upstreams in turn while nothing can have been generated; what the
+        answer of one begins with."""
         failed = refused = lacking = None  # what was asked tells more than what was not
         find = self._services.dialect
         routes = [(find(upstream), id) for upstream, id in self.model.routes]
@@ -4519,13 +4574,35 @@ class Relay:
                 refused = refused or error
                 continue
             try:
-                return self._ask(dialect, id)
+                self._answer = self._ask(dialect, id)
+                return self._open(dialect.upstream.secrets)
             except UpstreamFailed as error:
                 failed = error
                 self._note_failure(dialect.upstream, error)
                 if error.generated is Generated.PERHAPS:
                     break
+                if self._answer is not None:
+                    self._answer.close()
+                    self._answer = self._meter = None
         raise failed or refused or lacking
+
+    def _open(self, secrets: tuple[str, ...]) -> bytes:
+        """A JSON answer, or the beginning of a stream; an error that an upstream tells
+        inside of a success is raised as if it were told by a status."""
+        answer, price = self._answer, self.model.price
+        if answer.stream:
+            self.watch.streams()
+            self._meter = Meter(self.call, self.model)
+            self._pieces = self._passed(secrets)
+            return b""  # the headers leave before the first event
+        data = read_all(answer)
+        document, usage = read_whole(data, self.call, price, answer.images)
+        if document.get("error"):
+            error = unwrapped(document)
+            raise failure_of(told_status(error), error, secrets)
+        self._hear()
+        self._usage, self._weight = usage, written(document)
+        return Renaming(self.call.model).apply(data, document)
 
     def _drop_body(self) -> None:
         """A stream may last for half an hour."""
@@ -4535,7 +4612,7 @@ class Relay:
 
     def _note_failure(self, upstream: UpstreamConfig, error: UpstreamFailed) -> None:
         note = {"upstream": upstream.name, "reason": error.reason}
-        self._services.log.note("upstream", **note)
+        self._services.log.note("upstream", request=self.lease.id, **note)
 
     def _ask(self, dialect: Dialect, id: str) -> Answer:
         """Asks one upstream; again without what it refuses of our own additions, which
@@ -4558,17 +4635,19 @@ class Relay:
             return answer
 
     def __iter__(self) -> Iterator[bytes]:
-        yield b""  # the headers leave before the first event
         try:
-            yield from self._stream()
+            yield self._begin
+            yield from self._pieces
+            self._settle(self._meter.ending)
+            yield self._meter.last
         except Ended as ended:
             if ended.ending is not Ending.LEFT:
                 yield self._break(ended.ending, ended.failure())
         except ProxyError as error:
             yield self._break(Ending.CUT, error)
 
-    def _stream(self) -> Iterator[bytes]:
-        """Events as they come; the charge is on disk before the last one leaves."""
+    def _passed(self, secrets: tuple[str, ...]) -> Iterator[bytes]:
+        """Events as they come, but for the last one; raises what cuts the stream."""
         meter = self._meter
         for data in self._answer:
             self.watch.heard = time.monotonic()
@@ -4586,9 +4665,8 @@ class Relay:
         if meter.ending is None:
             raise UpstreamFailed("the stream ended without a finish")
         if meter.ending is Ending.CUT:
-            raise UpstreamFailed("an error inside the stream")
-        self._settle(meter.ending)
-        yield meter.last
+            error = unwrapped(meter.error)
+            raise failure_of(told_status(error), error, secrets)
 
     def _hear(self) -> None:
         """The first byte that is no comment's."""

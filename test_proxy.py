@@ -5796,13 +5796,21 @@ GZIP, HTML = ("Content-Encoding", "gzip"), ("Content-Type", "text/html")
 ZIPPED = bytes.fromhex("1f8b0800000000000003abae0500")
 
 
+NO_QUOTA = {"error": {"type": "insufficient_quota", "message": "You are out of it"}}
 FAILURES = {
     "401": (deepseek_error(401, f"Bad key {SECRET}"), "no"),
     "402": (json_answer({}, 402), "no"),
     "403": (json_answer({}, 403), "no"),
     "429": (json_answer({}, 429), "2"),
     "429 with Retry-After": (json_answer({}, 429, [RETRY_7]), "7"),
-    "429 with a date": (json_answer({}, 429, [RETRY_DATE]), "2"),
+    "429 with a date": (json_answer({}, 429, [RETRY_DATE]), "60"),
+    "429 with decimals": (json_answer({}, 429, [("Retry-After", "3.2")]), "4"),
+    "429, nothing paid": (json_answer(NO_QUOTA, 429), "no"),
+    "408": (json_answer({}, 408), "2"),
+    "403": (json_answer({"error": {"message": "not for you"}}, 403), "no"),
+    "a 429 in a 200": (json_answer({"error": {"code": 429, "message": "x"}}), "2"),
+    "a 529 in a 200": (json_answer({"error": {"type": "overloaded_error"}}), "2"),
+    "a 401 in a 200": (json_answer({"error": {"code": "401"}}), "no"),
     "429 with an age": (json_answer({}, 429, [("Retry-After", "86400")]), "60"),
     "503": (json_answer({}, 503, [RETRY_7]), "7"),
     "529": (json_answer({}, 529), "2"),
@@ -5865,6 +5873,58 @@ def test_a_json_answer_cut_anywhere_is_a_503(stage, start):
     cuts = range(len(body))
     stage.main.script = [raw((start or sized) + body[:n]) for n in cuts]
     assert {stage.chat().status_code for _ in cuts} == {503}
+
+
+RAW = json.dumps({"error": {"message": "a bad picture", "param": "messages"}})
+TOO_LONG = {"message": "too long", "type": "invalid_request_error"}
+REASONS = {  # as an upstream tells it: status, body; the message and param that pass
+    "OpenAI": (400, {"error": TOO_LONG | {"param": "messages"}}, "too long", "messages"),
+    "a text": (404, {"error": "no such model"}, "no such model", None),
+    "vLLM": (400, {"object": "error", "message": "too long", "code": 400}, "too long", None),
+    "Google": (400, [{"error": {"code": 400, "message": "too long"}}], "too long", None),
+    "FastAPI": (
+        422, {"detail": [{"loc": ["body", "n"], "msg": "no number", "type": "x"}]},
+        "no number", "body.n",
+    ),
+    "OpenRouter": (
+        400,
+        {"error": {"message": "Provider returned error", "metadata": {"raw": RAW}}},
+        "a bad picture", "messages",
+    ),
+    "a text of JSON": (400, {"error": {"message": RAW}}, "a bad picture", "messages"),
+    "nested": (424, {"error": {"errors": [{"message": "a tool failed"}]}}, "a tool failed", None),
+    "flagged": (403, {"error": {"message": "Input was flagged"}}, "Input was flagged", None),
+    "in a 200": (200, {"choices": None, "error": {"code": 400, "message": "no"}}, "no", None),
+    "of a type": (200, {"type": "error", "error": TOO_LONG}, "too long", None),
+    "none": (400, {}, "The provider refused this.", None),
+    "no JSON": (400, "no object", "no object", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_the_providers_reason_reaches_the_client(stage, name):
+    status, body, message, param = REASONS[name]
+    stage.main.script = [json_answer(body, status)] * 2
+    response = stage.chat()
+    error = error_of(response)
+    assert response.status_code == {200: 400}.get(status, status)
+    assert (error["message"], error["param"]) == (message, param)
+    assert stage.row(response)["cost"] == 0
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_the_reason_of_a_cut_stream_reaches_the_client(stage, text):
+    told = {"error": {"code": 400, "message": f"bad {SECRET} image"}}
+    stage.main.script = [sse([*WORDS[: 2 * text], told])]
+    error = ends_in_error(stage, stage.chat(stream=True))
+    assert (error["message"], error["code"]) == ("bad *** image", "invalid_request")
+
+
+@pytest.mark.parametrize("code", [429, 503, "rate_limit_exceeded"])
+def test_an_upstream_that_is_busy_inside_a_200_is_left_for_the_next(stage, code):
+    stage.main.script = [json_answer({"error": {"code": code, "message": "busy"}})]
+    stage.spare.script = [json_answer(chat_json("hi"))]
+    assert said(stage.chat("two")) == "hi"
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ class UpstreamFailed(Unavailable):
 
 
 class Refused(BadRequest):
-    """An upstream's 400, 403 of the content, 404, 413, 422 or 424: the client's own mistake, passed on."""
+    """An upstream's refusal for which the client's own mistake is the cause."""
 
     about = ""
 

@@ -5807,7 +5807,7 @@ FAILURES = {
     "429 with decimals": (json_answer({}, 429, [("Retry-After", "3.2")]), "4"),
     "429, nothing paid": (json_answer(NO_QUOTA, 429), "no"),
     "408": (json_answer({}, 408), "2"),
-    "403": (json_answer({"error": {"message": "not for you"}}, 403), "no"),
+    "403 of the key": (json_answer({"error": {"message": "not for you"}}, 403), "no"),
     "a 429 in a 200": (json_answer({"error": {"code": 429, "message": "x"}}), "2"),
     "a 529 in a 200": (json_answer({"error": {"type": "overloaded_error"}}), "2"),
     "a 401 in a 200": (json_answer({"error": {"code": "401"}}), "no"),
@@ -12246,7 +12246,7 @@ def test_an_upstream_that_misbehaves_costs_what_is_stated_and_little_memory(name
         *map(str.lower, answer.headers)
     }
     assert server.workers() == [pid]
-    assert memory(pid, "VmHWM") - before < 28 << 20
+    assert memory(pid, "VmHWM") - before < 48 << 20
 
 
 def test_idle_connections_to_an_upstream_are_closed(gateway, gate):
@@ -12298,7 +12298,7 @@ def test_a_flood_of_events_passes_whole_and_delays_nobody(count, gateway, tmp_pa
         assert body.endswith(b"data: [DONE]\n\n") and body.count(b"more ") == count
         sql = "SELECT cost, estimated FROM requests WHERE id = ?"
         assert query(tmp_path, sql, stream.headers["x-request-id"]) == [(170, 0)]
-        assert max(waits) < 1 and memory(pid, "VmHWM") - before < 28 << 20
+        assert max(waits) < 1 and memory(pid, "VmHWM") - before < 48 << 20
 
 
 @dataclass

@@ -11675,7 +11675,7 @@ UPSTREAMS = {  # what comes, of a stream or not, how that ends, micro-credits
         repeated(STREAM, b": keep-alive\n\n" * 5000, 10**6), True, ENDED, NOTHING
     ),
     "endless blanks": (endless("blanks"), False, GAVE_UP, NOTHING),
-    "endless events": (endless("events"), True, ENDED, range(100, 3000)),
+    "endless events": (endless("events"), True, ENDED, range(20, 3000)),
     "endless fast events": (
         repeated(STREAM, FAST, 10**6), True, ENDED, range(1000, 3000)
     ),

@@ -6584,11 +6584,11 @@ def test_a_stream_that_goes_on_is_no_stall(stage, monkeypatch):
     assert stream_text(stage.chat(stream=True).data) == "a b c d e f g"
 
 
-TOO_LONG = [stall(), endless("blanks"), trickle(b"{}", 9), trickle(PLAIN, 0.05, b"")]
+STALLED = [stall(), endless("blanks"), trickle(b"{}", 9), trickle(PLAIN, 0.05, b"")]
 
 
 @pytest.mark.parametrize(
-    "answer, stream", [*((each, False) for each in TOO_LONG), (stall(), True)]
+    "answer, stream", [*((each, False) for each in STALLED), (stall(), True)]
 )
 def test_an_answer_that_takes_too_long_is_a_free_503(
     stage, monkeypatch, answer, stream

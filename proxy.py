@@ -379,37 +379,7 @@ DAY = 86400  # seconds
 WEEK = 7 * 1440  # minutes
 DEFAULT_MAX_OUTPUT = 4096  # tokens, for a priced model that names no `max_output`
 MAX_TOKENS = 10**7  # no context window is larger: a report above it is not believed
-MAX_RATE = 10_000  # requests of one window: it is read and written whole
-BEARER = re.compile(r"[\x21-\x2b\x2d-\x7e]{4,200}")  # no comma: two headers are joined
 DIALECTS: dict[str, type] = {}  # scheme before the "+" -> class; each enters itself
-CAPS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
-CAPS |= {"n_predict", "num_predict", "max_new_tokens"}  # local servers' own names
-NEEDED_FIELDS = CAPS | {"model", "messages", "stream"}  # no upstream goes without them
-HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
-OWN_HEADERS = {"host", "connection", "content-length", "content-type", "expect"}
-OWN_HEADERS |= {"transfer-encoding", "accept-encoding", "upgrade"}
-AUTH = {  # how a key is sent
-    "bearer": ("Authorization", "Bearer "),
-    "x-api-key": ("x-api-key", ""),
-    "api-key": ("api-key", ""),
-}
-# What known providers differ in, by the end of their host; keys.json may say otherwise.
-AZURE = {"auth": "api-key", "cap": "max_completion_tokens"}
-AS_SYSTEM = {"developer": "system"}
-KNOWN = {
-    # Reasoning models refuse `max_tokens`, and OpenAI both names at once.
-    "openai.com": {"cap": "max_completion_tokens"},
-    # learn.microsoft.com/azure/ai-services/openai/reference
-    "openai.azure.com": AZURE,
-    "services.ai.azure.com": AZURE,
-    "cognitiveservices.azure.com": AZURE,
-    # num-scope/pix#34; max_completion_tokens is ignored in silence
-    "api.deepseek.com": AS_SYSTEM | {"cap": "max_tokens"},
-    # editor-code-assistant/eca#231: what it does not know is a 422
-    "api.mistral.ai": AS_SYSTEM | {"cap": "max_tokens"},
-    "aliyuncs.com": AS_SYSTEM,  # Qwen: haru/redmine_ai_helper#242
-    "volces.com": AS_SYSTEM,  # Volcengine Ark: agno-agi/agno#6697
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -476,6 +446,9 @@ class Account:
     admin: bool = False
     demo: bool = False  # its keys are public
     keys: tuple[Key, ...] = ()  # those of keys.json
+
+    def may_use(self, model: Model) -> bool:
+        return self.models is None or model.id in self.models
 
 
 @dataclass(frozen=True, slots=True)
@@ -604,10 +577,15 @@ def key_hint(text: str) -> str:
     return f"{text[:4]}…{text[-4:]}" if len(text) >= 16 else f"{text[:3]}…"
 
 
-def text_of(value: Any, path: str) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(f"{path}: must be a text")
+def typed(value: Any, path: str, kind: type, name: str) -> Any:
+    """The value if it is of this kind, which people call `name`, or ConfigError."""
+    if not isinstance(value, kind):
+        raise ConfigError(f"{path}: must be {name}")
     return value
+
+
+def text_of(value: Any, path: str) -> str:
+    return typed(value, path, str, "a text")
 
 
 def printable_name(value: Any, path: str, longest: int = 100) -> str:
@@ -626,20 +604,15 @@ def account_name(value: Any, path: str) -> str:
     return value
 
 
-def join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
 def fields(value: Any, path: str, known: str, needed: str = "") -> dict[str, Any]:
     """An object whose members are all known and whose needed ones are there."""
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path or 'keys.json'}: must be an object")
-    for name in value:
+    before = f"{path}." if path else ""
+    for name in typed(value, path or "keys.json", dict, "an object"):
         if name not in known.split() + needed.split():
-            raise ConfigError(f"{join(path, name)}: unknown field")
+            raise ConfigError(f"{before}{name}: unknown field")
     for name in needed.split():
         if name not in value:
-            raise ConfigError(f"{join(path, name)}: is required")
+            raise ConfigError(f"{before}{name}: is required")
     return value
 
 
@@ -675,11 +648,16 @@ def to_credits(micro: int) -> int | float:
     return micro // MICRO if micro % MICRO == 0 else micro / MICRO
 
 
-def parse_limits(value: Any, path: str, common: Limits | None = None) -> Limits:
-    """Limits of this object; what it leaves out is `common` (60/minute, 10)."""
+MAX_RATE = 10_000  # requests of one window: it is read and written whole
+
+
+def parse_limits(
+    value: Any, path: str, common: Limits = Limits("60/minute", (), 10)
+) -> Limits:
+    """Limits of this object; what it leaves out is `common`."""
     value = fields(value, path, "rate concurrent")
-    rate = value.get("rate", common.rate if common else "60/minute")
-    concurrent = value.get("concurrent", common.concurrent if common else 10)
+    rate = value.get("rate", common.rate)
+    concurrent = value.get("concurrent", common.concurrent)
     try:
         items = tuple(dict.fromkeys(parse_many(rate)))
     except (ValueError, TypeError):
@@ -692,11 +670,8 @@ def parse_limits(value: Any, path: str, common: Limits | None = None) -> Limits:
 
 PRICES = "input cached written output image request reported"
 DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
-HOURS = re.compile(
-    "(?:(DAY)(?:-(DAY))? )?([0-9]{2}):([0-5][0-9])-([0-9]{2}):([0-5][0-9])".replace(
-        "DAY", "|".join(DAYS)
-    )
-)
+DAY_NAME, CLOCK = f"({'|'.join(DAYS)})", "([0-9]{2}):([0-5][0-9])"
+HOURS = re.compile(f"(?:{DAY_NAME}(?:-{DAY_NAME})? )?{CLOCK}-{CLOCK}")
 
 
 def parse_price(value: Any, path: str, other: dict[str, Any] | None = None) -> Price:
@@ -729,9 +704,8 @@ def parse_hours(value: Any, path: str, usual: dict[str, Any]) -> Hours:
     first = DAYS.index(match[1] or "Mon")
     last = DAYS.index(match[2] or match[1] or "Sun")
     days = range(first, first + (last - first) % 7 + 1)
-    starts = tuple([day * 1440 + start for day in days])
-    price = parse_price(value, path, usual)
-    return Hours(utc, starts, (end - start) % 1440 or 1440, price)
+    starts, length = tuple([day * 1440 + start for day in days]), (end - start) % 1440
+    return Hours(utc, starts, length or 1440, parse_price(value, path, usual))
 
 
 def parse_prices(value: Any, path: str) -> tuple[Price, tuple[Hours, ...]]:
@@ -739,9 +713,7 @@ def parse_prices(value: Any, path: str) -> tuple[Price, tuple[Hours, ...]]:
     usual = dict(fields(value, path, f"{PRICES} hours"))
     listed, parsed = usual.pop("hours", []), []
     price = parse_price(usual, path)
-    if not isinstance(listed, list):
-        raise ConfigError(f"{path}.hours: must be a list")
-    for number, each in enumerate(listed):
+    for number, each in enumerate(typed(listed, f"{path}.hours", list, "a list")):
         hours = parse_hours(each, f"{path}.hours.{number}", usual)
         for other in filter(hours.overlap, parsed):
             told = f"overlaps with '{other.utc}'"
@@ -764,10 +736,8 @@ def from_environment(value: Any, path: str, used: dict[str, str]) -> str:
 
 
 def texts(value: Any, path: str, used: dict[str, str]) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: must be an object of texts")
-    return {name: from_environment(text, f"{path}.{name}", used)
-            for name, text in value.items()}  # fmt: skip
+    given = typed(value, path, dict, "an object of texts").items()
+    return {name: from_environment(text, f"{path}.{name}", used) for name, text in given}
 
 
 def one_of(value: Any, path: str, known: Iterable[str]) -> str:
@@ -799,10 +769,13 @@ def parse_timeout(value: Any, path: str) -> float:
     return float(value)
 
 
+CAPS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
+CAPS |= {"n_predict", "num_predict", "max_new_tokens"}  # local servers' own names
+NEEDED_FIELDS = CAPS | {"model", "messages", "stream"}  # no upstream goes without them
+
+
 def parse_without(value: Any, path: str) -> frozenset[str]:
-    if not isinstance(value, list):
-        raise ConfigError(f"{path}: must be a list of fields")
-    for name in value:
+    for name in typed(value, path, list, "a list of fields"):
         if text_of(name, path) in NEEDED_FIELDS:
             also = " ('cap' renames it)" if name in CAPS else ""
             raise ConfigError(f"{path}: {name!r} cannot be left out{also}")
@@ -840,11 +813,39 @@ def parse_url(text: Any, path: str) -> tuple[str, bool, str, int, str, str]:
     return dialect, secure, host, port or (443 if secure else 80), base, url.query
 
 
+HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
+OWN_HEADERS = {"host", "connection", "content-length", "content-type", "expect"}
+OWN_HEADERS |= {"transfer-encoding", "accept-encoding", "upgrade"}
+AUTH = {  # how a key is sent
+    "bearer": ("Authorization", "Bearer "),
+    "x-api-key": ("x-api-key", ""),
+    "api-key": ("api-key", ""),
+}
+# What known providers differ in, by the end of their host; keys.json may say otherwise.
+AZURE = {"auth": "api-key", "cap": "max_completion_tokens"}
+AS_SYSTEM = {"developer": "system"}
+KNOWN = {
+    # Reasoning models refuse `max_tokens`, and OpenAI both names at once.
+    "openai.com": {"cap": "max_completion_tokens"},
+    # learn.microsoft.com/azure/ai-services/openai/reference
+    "openai.azure.com": AZURE,
+    "services.ai.azure.com": AZURE,
+    "cognitiveservices.azure.com": AZURE,
+    # num-scope/pix#34; max_completion_tokens is ignored in silence
+    "api.deepseek.com": AS_SYSTEM | {"cap": "max_tokens"},
+    # editor-code-assistant/eca#231: what it does not know is a 422
+    "api.mistral.ai": AS_SYSTEM | {"cap": "max_tokens"},
+    "aliyuncs.com": AS_SYSTEM,  # Qwen: haru/redmine_ai_helper#242
+    "volces.com": AS_SYSTEM,  # Volcengine Ark: agno-agi/agno#6697
+}
+
+
 def parse_upstream(name: str, value: Any, path: str) -> UpstreamConfig:
-    fields(value, path, " ".join(value) if isinstance(value, dict) else "", "url")
+    if "url" not in typed(value, path, dict, "an object"):
+        raise ConfigError(f"{path}.url: is required")
     dialect, secure, host, port, base, query = parse_url(value["url"], f"{path}.url")
     kind, used = DIALECTS[dialect], {}
-    value = fields(value, path, f"key {kind.options}", needed="url")
+    fields(value, path, f"url key {kind.options}")
     if query and "query" not in kind.options:
         raise ConfigError(f"{path}.url: takes no query")
     known = [each for end, each in KNOWN.items() if f".{host}".endswith(f".{end}")]
@@ -915,10 +916,8 @@ PRICED_IMAGES = {
 
 def parse_allow(value: Any, path: str) -> frozenset[str]:
     """"field:value", or "field" for all values, of fields that move the price."""
-    if not isinstance(value, list):
-        raise ConfigError(f"{path}: must be a list")
     known = PRICED | PRICED_IMAGES
-    for text in value:
+    for text in typed(value, path, list, "a list"):
         if text_of(text, path).partition(":")[0] not in known:
             raise ConfigError(f"{path}: takes {', '.join(known)}; not {text!r}")
     return frozenset(value)
@@ -958,6 +957,9 @@ def parse_model(
     )
 
 
+BEARER = re.compile(r"[\x21-\x2b\x2d-\x7e]{4,200}")  # no comma: two headers are joined
+
+
 def parse_key(account: Account, name: str, value: Any, path: str) -> Key:
     """A declared key, the text or sha256:<hex>; only its hash and a hint are kept."""
     path = f"{path}.{name}"
@@ -979,16 +981,14 @@ def parse_account(
     value = fields(value, path, "credits keys models limits admin demo")
     allowed = value.get("models")
     if allowed is not None:
-        if not isinstance(allowed, list):
-            raise ConfigError(f"{path}.models: must be a list")
-        for name in allowed:
+        for name in typed(allowed, f"{path}.models", list, "a list"):
             if not isinstance(name, str) or name not in models:
                 raise ConfigError(f"{path}.models: no model is named {name!r}")
         allowed = frozenset(allowed)
-    admin, demo = value.get("admin", False), value.get("demo", False)
-    for name, flag in ("admin", admin), ("demo", demo):
-        if type(flag) is not bool:
-            raise ConfigError(f"{path}.{name}: must be true or false")
+    admin, demo = (
+        typed(value.get(name, False), f"{path}.{name}", bool, "true or false")
+        for name in ("admin", "demo")
+    )
     if demo:
         routes = [route for name in allowed or () for route in models[name].routes]
         if admin or not routes or any(route[0].dialect != "echo" for route in routes):
@@ -1000,20 +1000,19 @@ def parse_account(
         to_micro(value.get("credits", 0), f"{path}.credits"),
         allowed, admin, demo,
     )  # fmt: skip
-    keys = value.get("keys", {})
-    if not isinstance(keys, dict):
-        raise ConfigError(f"{path}.keys: must be an object")
+    keys = typed(value.get("keys", {}), f"{path}.keys", dict, "an object")
     parsed = [parse_key(account, *each, f"{path}.keys") for each in keys.items()]
     return replace(account, keys=tuple(parsed))
 
 
 def parse_origins(value: Any, path: str) -> frozenset[str]:
     """Origins as browsers write them (RFC 6454 §6.2), or "*"."""
-    for origin in value if isinstance(value, list) else [value]:
-        text_of(origin, path)
-        if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\sA-Z]+", origin):
+    origins = value if isinstance(value, list) else [value]
+    for origin in origins:
+        form = r"\*|[a-z][a-z0-9+.-]*://[^/\sA-Z]+"
+        if not re.fullmatch(form, text_of(origin, path)):
             raise ConfigError(f"{path}: must list origins like 'https://example.com'")
-    return frozenset(value if isinstance(value, list) else [value])
+    return frozenset(origins)
 
 
 def parse_config(document: Any) -> Config:
@@ -1021,8 +1020,7 @@ def parse_config(document: Any) -> Config:
     known = "limits accounts upstreams models"
     document = fields(document, "", f"{known} cors")
     for section in known.split():
-        if not isinstance(document.get(section, {}), dict):
-            raise ConfigError(f"{section}: must be an object")
+        typed(document.get(section, {}), section, dict, "an object")
     limits = parse_limits(document.get("limits", {}), "limits")
     upstreams = {
         name: parse_upstream(name, value, f"upstreams.{name}")
@@ -1089,15 +1087,15 @@ class ConfigFile:
             document = json.loads(text, parse_float=Decimal, object_pairs_hook=unique)
         except OSError as error:
             reason = error.strerror or "cannot be read"
-            raise ConfigError(f"{self.path.name}: {reason}") from None
         except UnicodeDecodeError:
-            raise ConfigError(f"{self.path.name}: is not UTF-8") from None
+            reason = "is not UTF-8"
         except json.JSONDecodeError as error:
             reason = f"line {error.lineno}: {error.msg}"
-            raise ConfigError(f"{self.path.name}: {reason}") from None
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{self.path.name}: {error}") from None
-        return parse_config(document)
+            reason = str(error)
+        else:
+            return parse_config(document)
+        raise ConfigError(f"{self.path.name}: {reason}")
 
 
 # Ledger ------------------------------------------------------------------------------
@@ -4967,17 +4965,16 @@ def list_response(rows: list[dict[str, Any]], **more: Any) -> Response:
 
 def usable(config: Config, account: Account) -> list[Model]:
     """The models that an account may use."""
-    models = config.models.values()
-    return [each for each in models if account.models is None or each.id in account.models]
+    return list(filter(account.may_use, config.models.values()))
 
 
 def find_model(services: Services, id: str) -> Model:
-    models, allowed = services.config.models, g.account.models
+    models = services.config.models
     model = models.get(id)
     if model is None or model.wild:  # the longest that it begins with
         wild = [each.called(id) for each in models.values() if each.wild]
         model = max(filter(None, wild), key=lambda each: len(each.id), default=None)
-    if model is None or not (allowed is None or model.id in allowed):
+    if model is None or not g.account.may_use(model):
         raise ModelNotFound(
             f"The model {id!r} does not exist, or this account may not use it.",
             param="model",

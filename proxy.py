@@ -2414,12 +2414,16 @@ def passed_headers(path: str, environ: dict[str, Any]) -> dict[str, str]:
     return passed
 
 
+def objects(value: Any) -> list[dict[str, Any]]:
+    """The JSON objects of a list; none of anything else."""
+    return [each for each in value if type(each) is dict] if type(value) is list else []
+
+
 def message_text(message: dict[str, Any]) -> str:
     content = message.get("content")
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else []
-    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    texts = [part.get("text") for part in objects(content)]
     return "\n".join(text for text in texts if isinstance(text, str))
 
 
@@ -2502,20 +2506,8 @@ class EventReader:
 
 # Calls and prices --------------------------------------------------------------------
 
-MAX_CHOICES = 128  # OpenAI's own bound on `n`
-BYTES_PER_TOKEN = 4  # of an estimate: English needs 3-4 bytes, Chinese 4-5
-DIGIT = re.compile(r"[0-9]")  # to many tokenizers each is a token
-
-EXPONENT = re.compile(rb"\d[eE]")
-PATH = re.compile(r"[a-z0-9_]+(?:[-/][a-z0-9_]+)*")
-CAP_OF_PATH = {"responses": "max_output_tokens"}
-CAP_OF_PATH |= dict.fromkeys(("completions", "messages"), "max_tokens")
 FREE = {"messages/count_tokens", "responses/input_tokens"}  # they only count
 NO_OUTPUT = {"embeddings", "moderations", "rerank"} | FREE
-# Of a body, what the model reads: as text, and as JSON.
-PROMPT = "messages prompt input instructions system query documents".split()
-SCHEMAS = "tools functions response_format text".split()
-
 # Parts of a prompt that are no text: the tokens that one is estimated at, and the most
 # that it is held for (OpenAI's and Anthropic's pictures have at most 4,784 tokens, a
 # minute of audio 600 to 1,920, a page of a PDF 1,500 to 3,000).
@@ -2525,13 +2517,6 @@ MEDIA = {
     "input_audio": AUDIO, "audio_url": AUDIO, "video_url": FILE, "input_video": FILE,
     "file": FILE, "input_file": FILE, "document": FILE,
 }  # fmt: skip
-# What brings tokens into a prompt that the body does not show; tools that the provider
-# runs itself do so, too.
-UNSEEN = (
-    "previous_response_id conversation container web_search_options search_parameters"
-    " plugins mcp_servers"
-).split()
-OWN_TOOLS = (None, "function", "custom")  # that the client runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -2565,12 +2550,11 @@ def medium(part: dict[str, Any]) -> tuple[int, int] | None:
 
 def media_parts(prompt: Any) -> Iterator[dict[str, Any]]:
     """The parts that are no text, of messages and of what tools returned."""
-    for each in prompt if type(prompt) is list else ():
-        if type(each) is dict:
-            if medium(each):
-                yield each
-            else:
-                yield from media_parts(each.get("content") or each.get("output"))
+    for each in objects(prompt):
+        if medium(each):
+            yield each
+        else:
+            yield from media_parts(each.get("content") or each.get("output"))
 
 
 def inline_bytes(part: dict[str, Any]) -> int:
@@ -2584,14 +2568,21 @@ def inline_bytes(part: dict[str, Any]) -> int:
     return size
 
 
+# What brings tokens into a prompt that the body does not show; tools that the provider
+# runs itself do so, too.
+UNSEEN = (
+    "previous_response_id conversation container web_search_options search_parameters"
+    " plugins mcp_servers"
+).split()
+OWN_TOOLS = (None, "function", "custom")  # that the client runs
+
+
 def prompt_size(body: dict[str, Any], size: int) -> tuple[int, bool]:
     """(the most tokens of the prompt, whether the body shows all of it) of a body of
     `size` UTF-8 bytes: a token has at least one, but for media."""
-    bounded = not any([body.get(name) for name in UNSEEN])
-    tools = body.get("tools")
-    for tool in tools if isinstance(tools, list) else ():
-        if isinstance(tool, dict) and tool.get("type") not in OWN_TOOLS:
-            bounded = False
+    kinds = [tool.get("type") for tool in objects(body.get("tools"))]
+    theirs = [kind for kind in kinds if kind not in OWN_TOOLS]
+    bounded = not (theirs or any([body.get(name) for name in UNSEEN]))
     try:
         media = [*media_parts(body.get("messages")), *media_parts(body.get("input"))]
         for part in media:
@@ -2601,6 +2592,11 @@ def prompt_size(body: dict[str, Any], size: int) -> tuple[int, bool]:
     except RecursionError:
         raise BadRequest("The body is no valid JSON: nested too deeply.") from None
     return size, bounded and not isinstance(body.get("prompt"), dict)  # a stored one
+
+
+MAX_CHOICES = 128  # OpenAI's own bound on `n`
+PATH = re.compile(r"[a-z0-9_]+(?:[-/][a-z0-9_]+)*")
+EXPONENT = re.compile(rb"\d[eE]")
 
 
 def natural(body: dict[str, Any], name: str, highest: int) -> int | None:
@@ -2634,10 +2630,8 @@ def parse_call(path: str, data: bytes, headers: dict[str, str] | None = None) ->
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
             raise BadRequest("'messages' must be a list of messages.", param="messages")
-        for message in messages:
-            if not isinstance(message, dict):
-                told = "Each of 'messages' must be an object."
-                raise BadRequest(told, param="messages")
+        if objects(messages) != messages:
+            raise BadRequest("Each of 'messages' must be an object.", param="messages")
     options = body.get("stream_options")
     if options is not None and not isinstance(options, dict):
         raise BadRequest("'stream_options' must be an object.", param="stream_options")
@@ -2695,6 +2689,37 @@ def cost(usage: Usage, price: Price) -> int:
     return -(-(pico + price.request) // PICO)
 
 
+BYTES_PER_TOKEN = 4  # of an estimate: English needs 3-4 bytes, Chinese 4-5
+DIGIT = re.compile(r"[0-9]")  # to many tokenizers each is a token
+# Of an answer, what names, counts and ends it: no text of the model's.
+SILENT = {"role", "type", "id", "object", "index", "finish_reason", "stop_reason", "name"}
+SILENT |= {"model", "status", "logprobs", "signature", "call_id", "item_id", "annotations"}
+
+
+def weigh(part: Any) -> int:
+    """What a part of a prompt or an answer weighs in an estimate: BYTES_PER_TOKEN each
+    digit, number of a token and token of a medium; any other text its UTF-8 bytes."""
+    if type(part) is str:
+        size = len(part) if part.isascii() else len(part.encode("utf-8", "replace"))
+        return size + (BYTES_PER_TOKEN - 1) * len(DIGIT.findall(part))
+    size = 0
+    if type(part) is list:
+        for each in part:
+            size += BYTES_PER_TOKEN if type(each) is int else weigh(each)
+    elif type(part) is dict:
+        if kind := medium(part):
+            return BYTES_PER_TOKEN * kind[0]
+        for name, value in part.items():
+            if value and name not in SILENT:
+                size += weigh(value)
+    return size
+
+
+# Of a body, what the model reads: as text, and as JSON.
+PROMPT = "messages prompt input instructions system query documents".split()
+SCHEMAS = "tools functions response_format text".split()
+
+
 def prompt_weight(call: Call) -> int:
     """What the prompt weighs in an estimate."""
     if call.weight is not None:
@@ -2750,10 +2775,10 @@ def settled_usage(
     if reported and (whole or reported.images):
         return reported
     guess = estimate(call, relayed, price, call.choices if left else 0)
+    told = replace(reported or guess, images=guess.images)
     if reported and reported.output >= guess.output:
-        return replace(reported, images=guess.images)
-    output, images = guess.output, guess.images
-    return replace(reported or guess, output=output, images=images, estimated=True)
+        return told
+    return replace(told, output=guess.output, estimated=True)
 
 
 # What holds the report where it is not at the top: OpenAI's /responses, Anthropic's
@@ -2843,35 +2868,8 @@ def larger(one: Usage, other: Usage) -> Usage:
 
 def count_images(document: dict[str, Any]) -> int:
     """Images that an /images/generations answer delivers."""
-    count, data = 0, document.get("data")
-    for each in data if isinstance(data, list) else ():
-        if isinstance(each, dict) and (each.get("url") or each.get("b64_json")):
-            count += 1
-    return count
-
-
-# Of an answer, what names, counts and ends it: no text of the model's.
-SILENT = {"role", "type", "id", "object", "index", "finish_reason", "stop_reason", "name"}
-SILENT |= {"model", "status", "logprobs", "signature", "call_id", "item_id", "annotations"}
-
-
-def weigh(part: Any) -> int:
-    """What a part of a prompt or an answer weighs in an estimate: BYTES_PER_TOKEN each
-    digit, number of a token and token of a medium; any other text its UTF-8 bytes."""
-    if type(part) is str:
-        size = len(part) if part.isascii() else len(part.encode("utf-8", "replace"))
-        return size + (BYTES_PER_TOKEN - 1) * len(DIGIT.findall(part))
-    size = 0
-    if type(part) is list:
-        for each in part:
-            size += BYTES_PER_TOKEN if type(each) is int else weigh(each)
-    elif type(part) is dict:
-        if kind := medium(part):
-            return BYTES_PER_TOKEN * kind[0]
-        for name, value in part.items():
-            if value and name not in SILENT:
-                size += weigh(value)
-    return size
+    data = objects(document.get("data"))
+    return len([each for each in data if each.get("url") or each.get("b64_json")])
 
 
 def written(document: dict[str, Any]) -> int:
@@ -2880,12 +2878,11 @@ def written(document: dict[str, Any]) -> int:
     The deltas of OpenAI's and Anthropic's streams (the events of /v1/responses tell
     each text again when it is done); choices, `output` and `content` of whole answers.
     """
-    size, choices = 0, document.get("choices")
+    size = 0
     try:
-        for choice in choices if isinstance(choices, list) else ():
-            if isinstance(choice, dict):
-                size += weigh(choice.get("delta") or choice.get("message") or {})
-                size += weigh(choice.get("text"))
+        for choice in objects(document.get("choices")):
+            size += weigh(choice.get("delta") or choice.get("message") or {})
+            size += weigh(choice.get("text"))
         for name in ("delta", "output", "content", "content_block"):
             if name in document:
                 size += weigh(document[name])
@@ -3649,16 +3646,35 @@ def header_lines(headers: dict[str, str]) -> str:
     return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
 
 
-MAX_REFUSED = 1000  # models of an upstream to remember: the ids of a "*" are clients'
+CAP_OF_PATH = {"responses": "max_output_tokens"}
+CAP_OF_PATH |= dict.fromkeys(("completions", "messages"), "max_tokens")
 OTHER_CAP = {
     "max_tokens": "max_completion_tokens",
     "max_completion_tokens": "max_tokens",
 }
-# How servers say that they do not know a field, beside those that dislike its value.
-UNKNOWN_FIELD = re.compile(
-    "unsupported|unrecogni[sz]ed|unknown|unexpected|extra|additional|deprecated"
-    "|(not|n't|no longer) (\\w+ )?(support|permit|allow|accept|recogni)|instead", re.I
-)  # fmt: skip
+
+
+def cap_output(
+    call: Call, model: Model, body: dict[str, Any], cap: str, tokens: int,
+    refused: frozenset[str],
+) -> dict[str, Any]:  # fmt: skip
+    """The member that bounds the output; `body` is bounded in place where others do.
+
+    Under the one name that is known: keys.json's, or the other one where the usual one
+    was refused. Else beside what the client named, for who does not know a name of
+    these ignores it.
+    """
+    chat = call.path.endswith("chat/completions")
+    usual = CAP_OF_PATH.get(call.path.rpartition("/")[2])
+    sole = min(CAPS & model.defaults.keys(), default=cap if chat else "")
+    if chat and (sole or usual) in refused:
+        sole = OTHER_CAP[sole or usual]
+    named = [name for name in CAPS & body.keys() if body[name] or sole]
+    for name in named:
+        body[name] = min(body[name] or tokens, tokens)
+    if not sole:
+        return {usual: min(body.get(usual) or tokens, tokens)} if usual else {}
+    return {sole: min([tokens, *(body.pop(name) for name in named)])}
 
 
 def compose(
@@ -3690,27 +3706,12 @@ def compose(
     return body | ours, ours
 
 
-def cap_output(
-    call: Call, model: Model, body: dict[str, Any], cap: str, tokens: int,
-    refused: frozenset[str],
-) -> dict[str, Any]:  # fmt: skip
-    """The member that bounds the output; `body` is bounded in place where others do.
-
-    Under the one name that is known: keys.json's, or the other one where the usual one
-    was refused. Else beside what the client named, for who does not know a name of
-    these ignores it.
-    """
-    chat = call.path.endswith("chat/completions")
-    usual = CAP_OF_PATH.get(call.path.rpartition("/")[2])
-    sole = min(CAPS & model.defaults.keys(), default=cap if chat else "")
-    if chat and (sole or usual) in refused:
-        sole = OTHER_CAP[sole or usual]
-    named = [name for name in CAPS & body.keys() if body[name] or sole]
-    for name in named:
-        body[name] = min(body[name] or tokens, tokens)
-    if not sole:
-        return {usual: min(body.get(usual) or tokens, tokens)} if usual else {}
-    return {sole: min([tokens, *(body.pop(name) for name in named)])}
+MAX_REFUSED = 1000  # models of an upstream to remember: the ids of a "*" are clients'
+# How servers say that they do not know a field, beside those that dislike its value.
+UNKNOWN_FIELD = re.compile(
+    "unsupported|unrecogni[sz]ed|unknown|unexpected|extra|additional|deprecated"
+    "|(not|n't|no longer) (\\w+ )?(support|permit|allow|accept|recogni)|instead", re.I
+)  # fmt: skip
 
 
 def refused_additions(
@@ -3851,7 +3852,45 @@ class DeepSeek(OpenAI):
         return self.get(self.upstream.path.removesuffix("/v1") + "/user/balance")
 
 
+def chat_head(model: str, kind: str) -> dict[str, Any]:
+    id, now = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+    return {"id": id, "object": kind, "created": now, "model": model}
+
+
+def completion(
+    model: str, text: str, usage: dict[str, int], finish: str = "stop", choices: int = 1
+) -> dict[str, Any]:
+    """An answer of chat completions, with this text in each of its choices."""
+    message = {"role": "assistant", "content": text}
+    picks = [
+        {"index": index, "message": message, "finish_reason": finish}
+        for index in range(choices)
+    ]
+    return chat_head(model, "chat.completion") | {"choices": picks, "usage": usage}
+
+
+def completion_events(
+    model: str, first: str, words: list[str], usage: dict[str, int],
+    finish: str = "stop", choices: int = 1,
+) -> Iterator[bytes]:  # fmt: skip
+    """The same as a stream: a chunk for its first text, and for each of the words."""
+    head = chat_head(model, "chat.completion.chunk")
+
+    def chunk(index: int, delta: dict[str, str], end: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "finish_reason": end}
+        return sse(head | {"choices": [choice]})
+
+    for index in range(choices):
+        yield chunk(index, {"role": "assistant", "content": first})
+        for word in words:
+            yield chunk(index, {"content": word})
+        yield chunk(index, {}, finish)
+    yield sse(head | {"choices": [], "usage": usage})
+    yield DONE
+
+
 NO_TOKENS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+Steps = Iterator[list[dict[str, Any]] | None]  # None while there is to wait
 
 
 def image_url(entry: Any) -> str | None:
@@ -3888,10 +3927,8 @@ class ImageDialect(Dialect):
         prompt = call.body.get("prompt")
         return prompt if isinstance(prompt, str) else ""
 
-    def make(
-        self, call: Call, body: dict[str, Any], watch: Watch
-    ) -> Iterator[list[dict] | None]:
-        """Asks for images, once; None while there is to wait, then OpenAI's entries.
+    def make(self, call: Call, body: dict[str, Any], watch: Watch) -> Steps:
+        """Asks for images, once; its last step are OpenAI's entries.
 
         What fails before the first item can be told with a status.
         """
@@ -3909,27 +3946,13 @@ class ImageDialect(Dialect):
             images = next(steps)
         if call.path == "chat/completions":
             images = images[:1]  # one was asked for; some servers make four
-            document = self._completion(call.model, image_url(images[0]))
+            document = completion(call.model, image_url(images[0]), NO_TOKENS)
         else:
             document = {"created": int(time.time()), "data": images}
         return Answer([to_json(document)], False, images=len(images))
 
-    @staticmethod
-    def _head(model: str, kind: str) -> dict[str, Any]:
-        id, now = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
-        return {"id": id, "object": kind, "created": now, "model": model}
-
-    def _completion(self, model: str, url: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": url}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        head = self._head(model, "chat.completion")
-        return head | {"choices": [choice], "usage": NO_TOKENS}
-
-    def _events(
-        self, answer: Answer, model: str, steps: Iterator[list[dict] | None]
-    ) -> Iterator[bytes]:
+    def _events(self, answer: Answer, model: str, steps: Steps) -> Iterator[bytes]:
         """Comments while waiting, then the image's URL as one chunk."""
-        head = self._head(model, "chat.completion.chunk")
         spoken = time.monotonic()
         for images in steps:
             if images:
@@ -3938,12 +3961,7 @@ class ImageDialect(Dialect):
                 spoken = time.monotonic()
                 yield b": the image is being made\n"
         answer.images = 1
-        whole = {"role": "assistant", "content": image_url(images[0])}
-        for delta, finish in ((whole, None), ({}, "stop")):
-            choice = {"index": 0, "delta": delta, "finish_reason": finish}
-            yield sse(head | {"choices": [choice]})
-        yield sse(head | {"choices": [], "usage": NO_TOKENS})
-        yield DONE
+        yield from completion_events(model, image_url(images[0]), [], NO_TOKENS)
 
 
 def policy_refusal(code: Any) -> Refused | None:
@@ -3955,9 +3973,8 @@ def policy_refusal(code: Any) -> Refused | None:
 
 def image_failure(document: dict[str, Any]) -> ProxyError:
     """Why a 200 without an image has none: its own error, or its first entry's."""
-    data = document.get("data")
-    for holder in [document, *(data if isinstance(data, list) else [])]:
-        error = holder.get("error") if isinstance(holder, dict) else None
+    for holder in [document, *objects(document.get("data"))]:
+        error = holder.get("error")
         if isinstance(error, dict):
             return policy_refusal(error.get("code")) or UpstreamFailed("an image error")
     return UpstreamFailed("no image in the answer")
@@ -3978,9 +3995,7 @@ class Images(ImageDialect):
         self._api = OpenAI(upstream)
         self.pool = self._api.pool
 
-    def make(
-        self, call: Call, body: dict[str, Any], watch: Watch
-    ) -> Iterator[list[dict] | None]:
+    def make(self, call: Call, body: dict[str, Any], watch: Watch) -> Steps:
         asked = {
             name: body[name] for name in self.members if body.get(name) is not None
         }
@@ -4072,9 +4087,7 @@ class JiMeng(ImageDialect):
         if call.body.get("response_format") == "b64_json":
             raise BadRequest("Only URLs are answered.", param="response_format")
 
-    def make(
-        self, call: Call, body: dict[str, Any], watch: Watch
-    ) -> Iterator[list[dict] | None]:
+    def make(self, call: Call, body: dict[str, Any], watch: Watch) -> Steps:
         # Without force_single one call can make, and bill, fifteen images.
         task = {"req_key": body["model"], "prompt": self.prompt(call)}
         task |= {"force_single": True} | self._options(body)
@@ -4121,11 +4134,10 @@ class JiMeng(ImageDialect):
             if error.transient:
                 return None
             raise UpstreamFailed(f"task {id}: {error.reason}") from None
-        if data.get("status") in ("in_queue", "generating"):
+        if (status := data.get("status")) in ("in_queue", "generating"):
             return None
         urls = data.get("image_urls")
-        if data.get("status") != "done" or not isinstance(urls, list):
-            status = data.get("status")
+        if status != "done" or not isinstance(urls, list):
             known = status if status in ("not_found", "expired", "done") else "unknown"
             raise UpstreamFailed(f"task {id}: {known}")
         urls = [url for url in urls if isinstance(url, str) and url]
@@ -4211,36 +4223,10 @@ class Echo(Dialect):
         asked = sum(len(message_text(each).split()) for each in body["messages"])
         usage = {"prompt_tokens": asked, "completion_tokens": len(words) * choices}
         usage["total_tokens"] = sum(usage.values())
-        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time())}
-        head["model"] = body["model"]
+        told, model = (usage, finish, choices), body["model"]
         if call.stream:
-            return Answer(self._events(head, words, choices, finish, usage), True)
-        message = {"role": "assistant", "content": "".join(words)}
-        picks = [
-            {"index": index, "message": message, "finish_reason": finish}
-            for index in range(choices)
-        ]
-        head |= {"object": "chat.completion", "choices": picks, "usage": usage}
-        return Answer([to_json(head)], False)
-
-    @staticmethod
-    def _events(
-        head: dict[str, Any], words: list[str], choices: int, finish: str,
-        usage: dict[str, int],
-    ) -> Iterator[bytes]:  # fmt: skip
-        head = head | {"object": "chat.completion.chunk"}
-
-        def chunk(index: int, delta: dict[str, str], end: str | None) -> bytes:
-            choice = {"index": index, "delta": delta, "finish_reason": end}
-            return sse(head | {"choices": [choice]})
-
-        for index in range(choices):
-            yield chunk(index, {"role": "assistant", "content": ""}, None)
-            for word in words:
-                yield chunk(index, {"content": word}, None)
-            yield chunk(index, {}, finish)
-        yield sse(head | {"choices": [], "usage": usage})
-        yield DONE
+            return Answer(completion_events(model, "", words, *told), True)
+        return Answer([to_json(completion(model, "".join(words), *told))], False)
 
 
 # Meter -------------------------------------------------------------------------------

@@ -4747,9 +4747,6 @@ class Relay:
 # Application -------------------------------------------------------------------------
 
 PUBLIC = {"healthz", "documentation", "dashboard", "asset"}
-SMALL_BODY = 10_000  # bytes: reading them costs no more than refusing the request
-MAX_KEYS = 100  # of one account
-ONE_ACCOUNT = "/v1/accounts/<account>"
 # The relayed paths that are listed: any other may be asked for as well, below /v1.
 ENDPOINTS = set(
     "chat/completions completions embeddings responses messages messages/count_tokens"
@@ -4810,7 +4807,8 @@ def identify(services: Services, bearer: str) -> tuple[Key, Account, bool]:
 def windows_of(relayed: bool) -> Callable[[sqlite3.Connection], list[Window]]:
     """What counts this request in the windows of its key."""
     items = g.account.limits.items if relayed else ACCOUNT_ITEMS
-    return functools.partial(hit_windows, items, g.key.id, "relay" if relayed else "account")
+    scope = "relay" if relayed else "account"
+    return functools.partial(hit_windows, items, g.key.id, scope)
 
 
 def count_request(services: Services, hit: Callable) -> None:
@@ -4824,6 +4822,11 @@ EXPOSED = (
     "x-request-id, x-should-retry, retry-after, x-ratelimit-limit-requests,"
     " x-ratelimit-remaining-requests, x-ratelimit-reset-requests"
 )
+
+
+def is_preflight(environ: dict[str, Any]) -> bool:
+    asks = "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
+    return asks and environ["REQUEST_METHOD"] == "OPTIONS"
 
 
 def cors_headers(config: Config, environ: dict[str, Any]) -> dict[str, str]:
@@ -4842,9 +4845,13 @@ def cors_headers(config: Config, environ: dict[str, Any]) -> dict[str, str]:
     return told
 
 
-def is_preflight(environ: dict[str, Any]) -> bool:
-    asks = "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
-    return asks and environ["REQUEST_METHOD"] == "OPTIONS"
+def log_unrelayed(log: RequestLog, status: int) -> None:
+    """The line of a request that was not let in, or that relays nothing; its path may
+    hold anything, the rule does not."""
+    key, rule = g.get("key"), request.url_rule
+    account, name = (key.account, key.name) if key else (None, None)
+    note = {"account": account, "key": name, "route": rule, "status": status}
+    log.note("request", request=g.get("request_id"), **note)
 
 
 def add_hooks(app: Flask, services: Services) -> None:
@@ -4893,15 +4900,6 @@ def add_hooks(app: Flask, services: Services) -> None:
         if not here.get("admitted") and request.endpoint not in PUBLIC:
             log_unrelayed(services.log, response.status_code)
         return response
-
-
-def log_unrelayed(log: RequestLog, status: int) -> None:
-    """The line of a request that was not let in, or that relays nothing; its path may
-    hold anything, the rule does not."""
-    key, rule = g.get("key"), request.url_rule
-    account, name = (key.account, key.name) if key else (None, None)
-    note = {"account": account, "key": name, "route": rule, "status": status}
-    log.note("request", request=g.get("request_id"), **note)
 
 
 def tell(error: ProxyError) -> Response:
@@ -4969,23 +4967,11 @@ def find_model(services: Services, id: str) -> Model:
 
 
 def model_entry(config: Config, model: Model) -> dict[str, Any]:
-    owner = model.routes[0][0].name
-    about = {"object": "model", "created": config.loaded, "owned_by": owner}
-    return {"id": model.id} | about
+    about = {"id": model.id, "object": "model", "created": config.loaded}
+    return about | {"owned_by": model.routes[0][0].name}
 
 
-def start_relay(services: Services, path: str) -> Response:
-    """Everything between the key and the upstream's answer, on one of the places."""
-    watch, share = Watch(request.environ.get("gunicorn.socket")), Share(services.room)
-    if not services.watcher.add(watch, services.capacity):
-        count_request(services, windows_of(True))
-        raise Overloaded("The server has no room at the moment.", wait=1)
-    try:
-        return admit(services, path, watch, share).respond()
-    except BaseException:
-        services.watcher.remove(watch)
-        share.hold(0)
-        raise
+SMALL_BODY = 10_000  # bytes: reading them costs no more than refusing the request
 
 
 def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
@@ -5024,6 +5010,20 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
     return Relay(services, call, model, admission.outcome, watch, share)
 
 
+def start_relay(services: Services, path: str) -> Response:
+    """Everything between the key and the upstream's answer, on one of the places."""
+    watch, share = Watch(request.environ.get("gunicorn.socket")), Share(services.room)
+    if not services.watcher.add(watch, services.capacity):
+        count_request(services, windows_of(True))
+        raise Overloaded("The server has no room at the moment.", wait=1)
+    try:
+        return admit(services, path, watch, share).respond()
+    except BaseException:
+        services.watcher.remove(watch)
+        share.hold(0)
+        raise
+
+
 def add_routes(app: Flask, services: Services) -> None:
     """What clients of the OpenAI API ask for."""
 
@@ -5048,6 +5048,9 @@ def add_routes(app: Flask, services: Services) -> None:
     def model(id: str) -> Response:
         entry = model_entry(services.config, find_model(services, id))
         return json_response(entry | {"id": id})
+
+
+ONE_ACCOUNT = "/v1/accounts/<account>"
 
 
 def admin_only() -> None:
@@ -5098,24 +5101,7 @@ def integer_argument(name: str, default: int, highest: int) -> int:
     return int(text)
 
 
-def find_keys(
-    config: Config, ledger: Ledger, account: str, after: str = "", limit: int = 2**31
-) -> list[tuple[Key, KeyRow | None]]:
-    """At most `limit` keys of an account, from behind the one with the id `after` on:
-    declared ones, then those made at run time; each with its row, if it has one."""
-    declared = config.accounts.get(account)
-    own = declared.keys if declared else ()
-    ids = [key.id for key in own]
-    first = ids.index(after) + 1 if after in ids else len(ids) if after else 0
-    shown = own[first : first + limit]
-    rows = ledger.key_rows([key.id for key in shown])
-    found = [(key, rows.get(key.id)) for key in shown]
-    after = "" if after in ids else after
-    for row in ledger.made_keys(account, ids, after, limit - len(found)):
-        if row.former and not declared:
-            row = row._replace(revoked=row.revoked or row.made)
-        found.append((made_key(config, row), row))
-    return found
+PAGE = 100  # entries of a list, unless its reader says how many
 
 
 def key_entry(key: Key, row: KeyRow | None) -> dict[str, Any]:
@@ -5124,6 +5110,26 @@ def key_entry(key: Key, row: KeyRow | None) -> dict[str, Any]:
     entry |= {"source": key.source, "admin": key.admin}
     entry |= {"created": row and row.created, "last_used": row and row.used}
     return entry | {"revoked": row and row.revoked}
+
+
+def key_entries(
+    config: Config, ledger: Ledger, account: str, after: str = "", limit: int = 2**31
+) -> list[dict[str, Any]]:
+    """At most `limit` keys of an account, from behind the one with the id `after` on:
+    declared ones, then those made at run time."""
+    declared = config.accounts.get(account)
+    own = declared.keys if declared else ()
+    ids = [key.id for key in own]
+    first = ids.index(after) + 1 if after in ids else len(ids) if after else 0
+    shown = own[first : first + limit]
+    rows = ledger.key_rows([key.id for key in shown])
+    found = [key_entry(key, rows.get(key.id)) for key in shown]
+    after = "" if after in ids else after
+    for row in ledger.made_keys(account, ids, after, limit - len(found)):
+        if row.former and not declared:
+            row = row._replace(revoked=row.revoked or row.made)
+        found.append(key_entry(made_key(config, row), row))
+    return found
 
 
 def known_key(
@@ -5222,9 +5228,6 @@ def price_entry(model: Model) -> dict[str, Any]:
     return out | ({"hours": listed} if listed else {})
 
 
-PAGE = 100  # entries of a list, unless its reader says how many
-
-
 def describe_account(services: Services, id: str) -> dict[str, Any]:
     """Credits, limits and their live use, models and keys of one account."""
     config, ledger = services.config, services.ledger
@@ -5240,9 +5243,8 @@ def describe_account(services: Services, id: str) -> dict[str, Any]:
         {"id": model.id, "about": model.about, "price": price_entry(model)}
         for model in usable(config, account)
     ]
-    keys = [] if g.account.demo else find_keys(config, ledger, id, limit=PAGE + 1)
-    entry["keys"] = [key_entry(*each) for each in keys[:PAGE]]
-    return entry | {"more_keys": len(keys) > PAGE}
+    keys = [] if g.account.demo else key_entries(config, ledger, id, limit=PAGE + 1)
+    return entry | {"keys": keys[:PAGE], "more_keys": len(keys) > PAGE}
 
 
 RECEIPT = (
@@ -5265,8 +5267,8 @@ def receipts(
     """An account's requests with ids from `low` to below `high`, newest first."""
     rows = ledger.read(
         "SELECT r.id, r.created, r.account, k.name, coalesce(asked, model), path, state,"
-        " status, stream, input, cached, written, output, images, estimated, cost, ttfb, duration"
-        " FROM requests r LEFT JOIN keys k ON k.id = r.key WHERE r.account = ?"
+        " status, stream, input, cached, written, output, images, estimated, cost, ttfb,"
+        " duration FROM requests r LEFT JOIN keys k ON k.id = r.key WHERE r.account = ?"
         " AND r.id >= ? AND r.id < ? ORDER BY r.id DESC LIMIT ?",
         account, low, high, limit,
     )  # fmt: skip
@@ -5359,6 +5361,9 @@ def named(parse: Callable[[Any, str], Any], value: Any, name: str) -> Any:
         raise BadRequest(f"{error}.", param=name) from None
 
 
+MAX_KEYS = 100  # of one account
+
+
 def room_for_a_key(config: Config, id: str, db: sqlite3.Connection) -> bool:
     """Whether an account has fewer than MAX_KEYS keys that live, and has made fewer in
     a day: each new key has new limits."""
@@ -5380,9 +5385,8 @@ def add_key_routes(app: Flask, services: Services) -> None:
     def keys(id: str) -> Response:
         refuse_demo()
         limit, after = integer_argument("limit", PAGE, 1000), request.args.get("after")
-        found = find_keys(services.config, ledger, id, after or "", limit + 1)
-        rows = [key_entry(*each) for each in found[:limit]]
-        return list_response(rows, has_more=len(found) > limit)
+        rows = key_entries(services.config, ledger, id, after or "", limit + 1)
+        return list_response(rows[:limit], has_more=len(rows) > limit)
 
     @route("/keys", "POST")
     def make_key(id: str) -> Response:
@@ -5435,11 +5439,9 @@ METRICS = (
      " WHERE status AND requests + released GROUP BY model) ORDER BY model"),
     ("proxy_tokens_total", "counter", "Tokens charged; cached and written ones are input.",
      "model class",
-     "SELECT '', model, 'input', sum(input) FROM usage WHERE requests GROUP BY model"
-     " UNION ALL SELECT '', model, 'cached', sum(cached) FROM usage WHERE requests"
-     " GROUP BY model UNION ALL SELECT '', model, 'written', sum(written) FROM usage"
-     " WHERE requests GROUP BY model UNION ALL SELECT '', model, 'output', sum(output)"
-     " FROM usage WHERE requests GROUP BY model"),
+     " UNION ALL ".join([
+         f"SELECT '', model, '{each}', sum({each}) FROM usage WHERE requests GROUP BY model"
+         for each in ("input", "cached", "written", "output")])),
     ("proxy_images_total", "counter", "Images charged.", "model",
      "SELECT '', model, sum(images) FROM usage WHERE requests GROUP BY model"),
     ("proxy_credits_total", "counter", "Credits spent.", "model",
@@ -5544,9 +5546,11 @@ def picked(ids: list[str], best: str) -> str:
     return best if best in ids or not ids else ids[0]
 
 
-UNITS = {"image": "an image", "request": "a request"}
-UNITS |= {"written": "per million input tokens written to the cache"}
-UNITS |= {"reported": "times what the provider itself reports"}
+UNITS = {
+    "image": "an image", "request": "a request",
+    "written": "per million input tokens written to the cache",
+    "reported": "times what the provider itself reports",
+}  # fmt: skip
 
 
 def price_text(entry: dict[str, Any]) -> str:
@@ -5569,9 +5573,9 @@ def documentation_values(
 
     The examples name models that are here; the demo's where there is one.
     """
-    images = [id for id, each in config.models.items() if each.price.image]
-    images = [id for id in images if not config.models[id].wild]
-    texts = [id for id, each in config.models.items() if not (each.wild or id in images)]
+    named = [each for each in config.models.values() if not each.wild]
+    images = [each.id for each in named if each.price.image]
+    texts = [each.id for each in named if not each.price.image]
     picture, thinker = picked(images, "jimeng-image"), "deepseek-r1"
     key, model = demo or ("sk-your-api-key", picked(texts, "deepseek-chat"))
     rows = []
@@ -5965,6 +5969,14 @@ def keys_group() -> None:
     """Makes, lists and revokes API keys."""
 
 
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6f}"
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    return "" if value is None else str(value)
+
+
 @keys_group.command("add")
 @file_options
 @click.argument("account")
@@ -5989,14 +6001,6 @@ def keys_add(
         if spent:
             click.echo(history(account, spent), err=True)
         click.echo(ledger.make_key(account, name, admin)[0])
-
-
-def cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6f}"
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    return "" if value is None else str(value)
 
 
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:
@@ -6025,8 +6029,7 @@ def keys_list(keys: str, db: str | None, as_json: bool) -> None:
     """Hints and ids of all keys, never the keys."""
     with opened(keys, db) as (config, ledger):
         names = account_names(config, ledger)
-        keys = [each for name in names for each in find_keys(config, ledger, name)]
-        rows = [key_entry(*each) for each in keys]
+        rows = [each for name in names for each in key_entries(config, ledger, name)]
         show(rows if as_json else [row | dated(row) for row in rows], as_json)
 
 
@@ -6089,10 +6092,12 @@ def usage(
         show(usage_rows(ledger, account, days), as_json)
 
 
-def probe(upstream: UpstreamConfig) -> str:
+def key_state(upstream: UpstreamConfig, online: bool) -> str:
     """Whether the provider accepts the operator's key, in words."""
     if upstream.missing:
         return f"{', '.join(upstream.missing)} is not set"
+    if not online:
+        return "configured"
     try:
         return DIALECTS[upstream.dialect](upstream).probe() or "accepted"
     except OSError as error:  # all of `requests` are
@@ -6101,14 +6106,11 @@ def probe(upstream: UpstreamConfig) -> str:
 
 def provider_rows(config: Config, online: bool) -> Iterator[dict[str, Any]]:
     """Per model and upstream: whether it is configured, and its keys accepted."""
-    asked = functools.cache(probe)
+    asked = functools.cache(key_state)
     for model in config.models.values():
         for upstream, id in model.routes:
-            missing = ", ".join(upstream.missing)
-            state = f"{missing} is not set" if missing else "configured"
-            state = asked(upstream) if online else state
-            name = f"{upstream.name}/{id}"
-            yield {"model": model.id, "upstream": name, "state": state}
+            row = {"model": model.id, "upstream": f"{upstream.name}/{id}"}
+            yield row | {"state": asked(upstream, online)}
 
 
 def warnings(config: Config, ledger: Ledger, keys: str) -> Iterator[str]:

@@ -447,8 +447,8 @@ class Account:
     demo: bool = False  # its keys are public
     keys: tuple[Key, ...] = ()  # those of keys.json
 
-    def may_use(self, model: Model) -> bool:
-        return self.models is None or model.id in self.models
+    def may_use(self, id: str) -> bool:
+        return self.models is None or id in self.models
 
 
 @dataclass(frozen=True, slots=True)
@@ -2515,8 +2515,11 @@ PICTURE, AUDIO, FILE = (1_100, 5_000), (2_000, 60_000), (6_000, 300_000)
 MEDIA = {
     "image_url": PICTURE, "input_image": PICTURE, "image": PICTURE,
     "input_audio": AUDIO, "audio_url": AUDIO, "video_url": FILE, "input_video": FILE,
-    "file": FILE, "input_file": FILE, "document": FILE,
+    "file": FILE, "input_file": FILE, "document": FILE, "document_url": FILE,
+    "video": FILE,
 }  # fmt: skip
+# The members that hold a medium itself, or tell where it is.
+CARRIERS = "url image_url audio_url video_url document_url file_url data file_data".split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -2543,9 +2546,14 @@ class Call:
 
 
 def medium(part: dict[str, Any]) -> tuple[int, int] | None:
-    """Of a part that is no text: its row of MEDIA."""
-    kind = part.get("type")
-    return MEDIA.get(kind) if type(kind) is str else None
+    """Of a part that is no text: its row of MEDIA, by its type or, as vLLM has it, by
+    its member."""
+    kind, source = part.get("type"), part.get("source")
+    if isinstance(source, dict) and source.get("type") == "text":
+        return None  # Anthropic's documents may be
+    if kind is not None:
+        return MEDIA.get(kind) if type(kind) is str else None
+    return next((MEDIA[name] for name in part if name in MEDIA), None)
 
 
 def media_parts(prompt: Any) -> Iterator[dict[str, Any]]:
@@ -2563,7 +2571,9 @@ def inline_bytes(part: dict[str, Any]) -> int:
     for name, value in part.items():
         if type(value) is dict:
             size += inline_bytes(value)
-        elif type(value) is str and (name.endswith("data") or value[:5] == "data:"):
+        elif name in CARRIERS and type(value) is str:
+            if value[:4] == "http":
+                return 0
             size += len(value)
     return size
 
@@ -2582,19 +2592,23 @@ def prompt_size(body: dict[str, Any], size: int) -> tuple[int, bool]:
     `size` UTF-8 bytes: a token has at least one, but for media."""
     kinds = [tool.get("type") for tool in objects(body.get("tools"))]
     theirs = [kind for kind in kinds if kind not in OWN_TOOLS]
+    items = [item.get("type") for item in objects(body.get("input"))]
+    theirs += [kind for kind in items if kind == "item_reference"]
     bounded = not (theirs or any([body.get(name) for name in UNSEEN]))
     try:
         media = [*media_parts(body.get("messages")), *media_parts(body.get("input"))]
         for part in media:
-            inline, (_, most) = inline_bytes(part), medium(part)
-            size += min(inline, most) - inline if inline else most
-            bounded = bounded and (inline > 0 or medium(part) is PICTURE)
+            inline, kind = inline_bytes(part), medium(part)
+            size += min(inline, kind[1]) - inline if inline else kind[1]
+            # What a file unpacks to its bytes do not tell.
+            bounded = bounded and (kind is PICTURE or (kind is AUDIO and inline > 0))
     except RecursionError:
         raise BadRequest("The body is no valid JSON: nested too deeply.") from None
     return size, bounded and not isinstance(body.get("prompt"), dict)  # a stored one
 
 
 MAX_CHOICES = 128  # OpenAI's own bound on `n`
+MAX_PRICED = 20  # values of one field that moves the price
 PATH = re.compile(r"[a-z0-9_]+(?:[-/][a-z0-9_]+)*")
 EXPONENT = re.compile(rb"\d[eE]")
 
@@ -2609,11 +2623,31 @@ def natural(body: dict[str, Any], name: str, highest: int) -> int | None:
     return value
 
 
+# Paths whose answers cannot be metered, hand out the operator's credentials, or reach
+# what other accounts have stored at the provider; and those with nothing below them.
+UNMETERED = set(
+    "realtime client organization organizations projects files uploads batches batch"
+    " fine_tuning vector_stores assistants threads containers conversations evals skills"
+    " agents audio videos".split()
+)
+SOLE = {"responses", "messages"}
+GUARDED = CAPS | PRICED.keys() | PRICED_IMAGES.keys() | set(
+    "model messages prompt input n best_of stream stream_options tools".split()
+)  # fmt: skip
+
+
 def parse_call(path: str, data: bytes, headers: dict[str, str] | None = None) -> Call:
     """A request's body, checked as far as money and routing depend on it."""
-    if not PATH.fullmatch(path):
-        raise NotFound("There is no such path.")
+    first, *rest = path.split("/")
+    if not PATH.fullmatch(path) or first in UNMETERED or (rest and first in SOLE):
+        if path not in FREE:
+            raise NotFound("There is no such path.")
     body = parse_json(data)
+    for name in body:
+        if name not in GUARDED and name.casefold() in GUARDED:
+            # To some servers (Go's) names in another case are the same.
+            told = f"The field must be written '{name.casefold()}'."
+            raise BadRequest(told, param=name.casefold())
     model, stream = body.get("model"), body.get("stream")
     if not isinstance(model, str) or not 1 <= len(model) <= 200:
         raise BadRequest("'model' must be the name of a model.", param="model")
@@ -2635,7 +2669,9 @@ def parse_call(path: str, data: bytes, headers: dict[str, str] | None = None) ->
     options = body.get("stream_options")
     if options is not None and not isinstance(options, dict):
         raise BadRequest("'stream_options' must be an object.", param="stream_options")
-    wants_usage = bool((options or {}).get("include_usage"))
+    wants_usage = (options or {}).get("include_usage") or False
+    if type(wants_usage) is not bool:
+        raise BadRequest("'include_usage' must be true or false.", param="stream_options")
     if b"\\ud" in data or b"\\uD" in data:
         to_json(body)  # BadRequest for half of a surrogate pair
     # A float may be longer as we write it: 1e15 is 1000000000000000.0.
@@ -2661,6 +2697,8 @@ def refuse_unpriced(body: dict[str, Any], model: Model) -> None:
             continue
         plain = [model.defaults[name]] if name in model.defaults else [None, *values]
         value = body[name]
+        if isinstance(value, list) and len(value) > MAX_PRICED:
+            raise BadRequest(f"'{name}' has too many values.", param=name)
         for each in value if isinstance(value, list) and value not in plain else [value]:
             text = each if isinstance(each, str) else json.dumps(each)
             if each not in plain and f"{name}:{text}" not in model.allow:
@@ -2690,7 +2728,6 @@ def cost(usage: Usage, price: Price) -> int:
 
 
 BYTES_PER_TOKEN = 4  # of an estimate: English needs 3-4 bytes, Chinese 4-5
-DIGIT = re.compile(r"[0-9]")  # to many tokenizers each is a token
 # Of an answer, what names, counts and ends it: no text of the model's.
 SILENT = {"role", "type", "id", "object", "index", "finish_reason", "stop_reason", "name"}
 SILENT |= {"model", "status", "logprobs", "signature", "call_id", "item_id", "annotations"}
@@ -2701,7 +2738,7 @@ def weigh(part: Any) -> int:
     digit, number of a token and token of a medium; any other text its UTF-8 bytes."""
     if type(part) is str:
         size = len(part) if part.isascii() else len(part.encode("utf-8", "replace"))
-        return size + (BYTES_PER_TOKEN - 1) * len(DIGIT.findall(part))
+        return size + (BYTES_PER_TOKEN - 1) * sum(map(part.count, "0123456789"))
     size = 0
     if type(part) is list:
         for each in part:
@@ -2715,9 +2752,8 @@ def weigh(part: Any) -> int:
     return size
 
 
-# Of a body, what the model reads: as text, and as JSON.
-PROMPT = "messages prompt input instructions system query documents".split()
-SCHEMAS = "tools functions response_format text".split()
+# Of a body, what the model reads as JSON.
+SCHEMAS = set("tools functions response_format text".split())
 
 
 def prompt_weight(call: Call) -> int:
@@ -2725,7 +2761,8 @@ def prompt_weight(call: Call) -> int:
     if call.weight is not None:
         return call.weight
     try:
-        weight = sum([weigh(call.body.get(name)) for name in PROMPT])
+        texts = [call.body[name] for name in call.body.keys() - SCHEMAS - {"model"}]
+        weight = weigh([text for text in texts if type(text) is not int])
         schemas = [call.body[name] for name in SCHEMAS if call.body.get(name)]
         return weight + sum([len(to_json(schema)) for schema in schemas])
     except (RecursionError, BadRequest):  # nested too deeply
@@ -4202,6 +4239,9 @@ class JiMeng(ImageDialect):
         return ""
 
 
+MAX_ECHO = 1 << 20  # bytes of all choices: a public key may ask for them
+
+
 class Echo(Dialect):
     """`echo:`: answers with the last user message; words count as tokens."""
 
@@ -4211,7 +4251,7 @@ class Echo(Dialect):
 
     def examine(self, call: Call) -> None:
         super().examine(call)
-        if call.size * call.choices > MAX_ANSWER:
+        if call.size * call.choices > MAX_ECHO:
             raise BadRequest("The answers would be too long.", param="n")
 
     def send(self, call: Call, body: dict[str, Any], watch: Watch) -> Answer:
@@ -4602,6 +4642,7 @@ class Relay:
         """Asks one upstream; again without what it refuses of our own additions, which
         is remembered once it helped. A refusal has generated nothing."""
         known = refused = dialect.refused.get(id, frozenset())
+        certain = True  # what a client had quoted by the provider teaches nothing
         while True:
             tokens = self.lease.tokens
             body, ours = compose(self.call, self.model, dialect, id, tokens, refused)
@@ -4613,8 +4654,11 @@ class Relay:
                 if not more:
                     raise explained(error, self.call, ours) from None
                 refused |= more
+                text, param = to_json(self.call.body).decode(), str(error.param)
+                unquoted = [n for n in more if n in error.message and n not in text]
+                certain &= all(n in param or n in unquoted for n in more)
                 continue
-            if refused is not known and len(dialect.refused) < MAX_REFUSED:
+            if certain and refused is not known and len(dialect.refused) < MAX_REFUSED:
                 dialect.refused[id] = refused
             return answer
 
@@ -4949,7 +4993,7 @@ def list_response(rows: list[dict[str, Any]], **more: Any) -> Response:
 
 def usable(config: Config, account: Account) -> list[Model]:
     """The models that an account may use."""
-    return list(filter(account.may_use, config.models.values()))
+    return [each for each in config.models.values() if account.may_use(each.id)]
 
 
 def find_model(services: Services, id: str) -> Model:
@@ -4958,7 +5002,7 @@ def find_model(services: Services, id: str) -> Model:
     if model is None or model.wild:  # the longest that it begins with
         wild = [each.called(id) for each in models.values() if each.wild]
         model = max(filter(None, wild), key=lambda each: len(each.id), default=None)
-    if model is None or not g.account.may_use(model):
+    if model is None or not g.account.may_use(model.id):
         raise ModelNotFound(
             f"The model {id!r} does not exist, or this account may not use it.",
             param="model",

@@ -2924,7 +2924,30 @@ def test_a_strange_path_is_not_found(path: str) -> None:
         proxy.parse_call(path, json.dumps({"model": "chat"}).encode())
 
 
-@pytest.mark.parametrize("path", ["rerank", "audio/speech", "v2/chat-1/a_b", "a/b/c/d"])
+@pytest.mark.parametrize(
+    "path",
+    ["realtime/sessions", "files", "organization/api_keys", "responses/resp_1/cancel",
+     "messages/batches", "conversations", "audio/speech", "client/sessions"],
+)  # fmt: skip
+def test_what_cannot_be_metered_is_not_relayed(path):
+    with pytest.raises(proxy.NotFound):
+        proxy.parse_call(path, b'{"model": "chat"}')
+
+
+@pytest.mark.parametrize("name", ["MAX_TOKENS", "Model", "N", "Service_Tier", "\u017ftream"])
+def test_a_field_in_another_case_is_a_bad_request(name):
+    with pytest.raises(proxy.BadRequest) as error:
+        make_call(**{name: 1})
+    assert error.value.param == name.casefold()
+
+
+@pytest.mark.parametrize("value", ["yes", [0], 1])
+def test_whether_usage_is_wanted_is_true_or_false(value):
+    with pytest.raises(proxy.BadRequest):
+        make_call(stream_options={"include_usage": value})
+
+
+@pytest.mark.parametrize("path", ["rerank", "fim/completions", "v2/chat-1/a_b", "a/b/c/d"])
 def test_any_plain_path_is_relayed(path: str) -> None:
     assert proxy.parse_call(path, b'{"model": "chat"}').path == path
 
@@ -3529,7 +3552,14 @@ PARTS = [  # in a message: bytes of a medium, tokens it is held and estimated fo
     ({"type": "input_image", "image_url": DATA[:26]}, 26, 26, MANY, True),
     ({"type": "input_audio", "input_audio": {"data": DATA * 4}}, 4 * len(DATA), 60_000,
      2_000, True),
-    ({"type": "file", "file": {"file_data": DATA}}, 0, 0, 6_000, True),
+    ({"type": "file", "file": {"file_data": DATA}}, 0, 0, 6_000, False),
+    ({"type": "input_file", "file_url": "https://f", "filename": "data:x"}, 0, 300_000,
+     6_000, False),
+    ({"type": "document", "title": "data:x", "source": {"url": "https://d"}}, 0, 300_000,
+     6_000, False),
+    ({"type": "document_url", "document_url": "https://d"}, 0, 300_000, 6_000, False),
+    ({"type": "video", "video": ["https://v"]}, 0, 300_000, 6_000, False),
+    ({"video_url": {"url": "https://v"}}, 0, 300_000, 6_000, False),
     ({"type": "file", "file": {"file_id": "f1"}}, 0, 300_000, 6_000, False),
     ({"type": "document", "source": {"url": "https://d"}}, 0, 300_000, 6_000, False),
     ({"type": ["image"], "image": DATA}, 0, 0, len(DATA) / 4 + 1.5, True),
@@ -3556,6 +3586,7 @@ def test_a_medium_in_a_prompt_is_a_bounded_number_of_tokens(
         ({"tools": [{"type": "function"}, {"type": "web_search"}]}, False),
         ({"tools": [{"type": ["function"]}, 5]}, False),
         ({"previous_response_id": "resp_1"}, False),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, False),
         ({"previous_response_id": None, "conversation": ""}, True),
         ({"prompt": {"id": "pmpt_1"}}, False),
         ({"web_search_options": {"search_context_size": "low"}}, False),
@@ -3579,6 +3610,11 @@ def test_what_a_body_does_not_show_is_known(more, bounded):
         ("chat/completions", {"messages": [{}], "tools": [{"a": "b"}]}, 3),
         ("rerank", {"query": "ab", "documents": ["ab", "cd"]}, 2),
         ("what/ever", {"messages": ["text", 5, None]}, 2),
+        ("completions", {"prompt": "", "suffix": "abcdefgh"}, 2),
+        ("embeddings", {"texts": ["abcd", "efgh"]}, 2),
+        ("messages", {"messages": [{"content": [
+            {"type": "document", "source": {"type": "text", "data": "x" * 40_000}}]}]},
+         10_000),
         ("what/ever", {}, 0),
     ],
 )
@@ -5487,7 +5523,6 @@ def refusing(names: Iterable[str], told: str, status: int = 400) -> Answer:
         # Mistral's words, OpenAI's, and a server that says nothing.
         ("stream_options", '[{{"loc":["body","{}"],"msg":"Extra inputs are not permitted"}}]',
          True, {"max_tokens"}),
-        ("stream_options", "Bad request.", True, {"max_tokens"}),
         ("max_tokens", "Unsupported parameter: '{}' is not supported with this model. Use"
          " 'max_completion_tokens' instead.", False, {"max_completion_tokens"}),
         ("max_tokens", "Unsupported parameter: '{}'", True, {"max_completion_tokens"}),
@@ -5509,6 +5544,22 @@ def test_what_only_we_have_added_is_left_out_or_renamed_and_that_is_remembered(
     it.services.reload()
     del it.up.requests[:]
     assert it.chat(stream=stream).status_code == 200 and len(it.up.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "told, url",
+    [
+        ("Error while downloading.", "https://evil/a.png"),
+        ("Not supported: https://evil/stream_options", "https://evil/stream_options"),
+    ],
+)
+def test_what_a_client_made_the_provider_say_is_not_remembered(described, told, url):
+    it = described(refusing(["stream_options"], told))
+    picture = {"type": "image_url", "image_url": {"url": url}}
+    for _ in range(2):
+        del it.up.requests[:]
+        it.chat(stream=True, messages=[{"role": "user", "content": [picture]}])
+        assert len(it.up.requests) == 2
 
 
 def test_several_additions_may_be_refused_one_after_the_other(described):

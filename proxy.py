@@ -22,8 +22,9 @@ One request:
 A relay runs in the thread of its request, from the first byte to the last. Two more
 threads a worker: the `writer` commits for all that wait, sweeps after dead workers and
 retries; the `watcher` ends relays whose client left or whose time is up, and looks at
-keys.json, idle connections and the log. What waits, waits for one of five locks: the
-one between processes, a job's own, the reader's, the watcher's list, gunicorn's pool.
+keys.json, idle connections and the log. What waits, waits for one of six locks: the
+one between processes, a job's own, the reader's, the watcher's list, the room of bodies,
+gunicorn's pool.
 
 Sections, each needing only what stands above it (but for the templates at the end):
 Errors, Configuration, Ledger, Limits, Wire, Calls and prices, HTTP, Dialects, Meter,
@@ -2905,8 +2906,9 @@ def larger(one: Usage, other: Usage) -> Usage:
 
 def count_images(document: dict[str, Any]) -> int:
     """Images that an /images/generations answer delivers."""
-    data = objects(document.get("data"))
-    return len([each for each in data if each.get("url") or each.get("b64_json")])
+    links = [each.get("url") or each.get("b64_json")
+             for each in objects(document.get("data"))]  # fmt: skip
+    return len([link for link in links if link and isinstance(link, str)])
 
 
 def written(document: dict[str, Any]) -> int:

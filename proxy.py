@@ -913,14 +913,14 @@ PRICED_IMAGES = {
     "input_fidelity": ("low",),
     "sequential_image_generation": ("disabled",),  # Seedream: up to 15 images
 }
+ALL_PRICED = PRICED | PRICED_IMAGES
 
 
 def parse_allow(value: Any, path: str) -> frozenset[str]:
     """"field:value", or "field" for all values, of fields that move the price."""
-    known = PRICED | PRICED_IMAGES
     for text in typed(value, path, list, "a list"):
-        if text_of(text, path).partition(":")[0] not in known:
-            raise ConfigError(f"{path}: takes {', '.join(known)}; not {text!r}")
+        if text_of(text, path).partition(":")[0] not in ALL_PRICED:
+            raise ConfigError(f"{path}: takes {', '.join(ALL_PRICED)}; not {text!r}")
     return frozenset(value)
 
 
@@ -1778,7 +1778,7 @@ SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, 0, ?8, ?9, ?12 WHERE
     coalesce((SELECT granted - spent - held FROM accounts WHERE id = ?1), 0) + ?11 >= ?9
 """
 DECLARED = "UPDATE accounts SET declared = ?1 WHERE id = ?2 AND declared != ?1"
-ROOM = """
+RUNNING_AND_LEFT = """
 SELECT (SELECT count(*) FROM requests WHERE key = ? AND state = 0),
     coalesce((SELECT granted - spent - held FROM accounts WHERE id = ?), 0)
 """
@@ -1920,7 +1920,8 @@ class Ledger:
                     db.execute(DECLARED, (account.credits, account.id))
                     lease = Lease(id, account.id, key.name, hold, tokens)
                     return Admission(windows, lease)
-                running, left = db.execute(ROOM, (key.id, account.id)).fetchone()
+                asked_of = (key.id, account.id)
+                running, left = db.execute(RUNNING_AND_LEFT, asked_of).fetchone()
                 if running >= most:
                     told = f"Too many requests at once: {most} per key."
                     return Admission(windows, RateLimited(told, 1))
@@ -2632,7 +2633,7 @@ UNMETERED = set(
     " agents audio videos".split()
 )
 SOLE = {"responses", "messages"}
-GUARDED = CAPS | PRICED.keys() | PRICED_IMAGES.keys() | set(
+GUARDED = CAPS | ALL_PRICED.keys() | set(
     "model messages prompt input n best_of stream stream_options tools".split()
 )  # fmt: skip
 
@@ -2693,7 +2694,7 @@ def refuse_unpriced(body: dict[str, Any], model: Model) -> None:
 
     A default of the model's is what its price is for: nothing else is plain then.
     """
-    for name, values in (PRICED | PRICED_IMAGES if model.price.image else PRICED).items():
+    for name, values in (ALL_PRICED if model.price.image else PRICED).items():
         if name not in body or name in model.allow:
             continue
         plain = [model.defaults[name]] if name in model.defaults else [None, *values]
@@ -2724,7 +2725,8 @@ def cost(usage: Usage, price: Price) -> int:
         return -(-usage.reported * price.reported // (PICO * MICRO))
     plain = usage.input - usage.cached - usage.written
     pico = plain * price.input + usage.cached * price.cached
-    pico += usage.written * price.written + usage.output * price.output + usage.images * price.image
+    pico += usage.written * price.written + usage.output * price.output
+    pico += usage.images * price.image
     return -(-(pico + price.request) // PICO)
 
 
@@ -2967,15 +2969,15 @@ class Watch:
         self.sent = False  # whether an upstream had the whole request
         self.finished = False  # whether all but the report of a stream was read
         self.left = math.inf  # when the client has
-        self.upstream: socket.socket | None = None  # what the relay waits for, or the
-        # client whose body it reads: it is shut down when the relay is ended
+        self.awaited: socket.socket | None = None  # the upstream's, or the client's while
+        # its body is read: it is shut down when the relay is ended
         self._sleeper: threading.Event | None = None
 
     @contextlib.contextmanager
     def receiving(self) -> Iterator[None]:
         """While a body is read from the client. What ended that is raised: the client
         may still be told."""
-        self.upstream, self.deadline = self.client, time.monotonic() + BODY_TIMEOUT
+        self.awaited, self.deadline = self.client, time.monotonic() + BODY_TIMEOUT
         try:
             yield
         except BadRequest:
@@ -2986,7 +2988,7 @@ class Watch:
                 raise Ended(self.ending).failure() from None
             raise
         finally:
-            self.upstream, self.deadline = None, time.monotonic() + ANSWER_TIMEOUT
+            self.awaited, self.deadline = None, time.monotonic() + ANSWER_TIMEOUT
 
     def asks(self, patience: float | None) -> None:
         """An upstream is asked that may take so long, if it has a limit of its own."""
@@ -3028,11 +3030,11 @@ class Watch:
         self.ending, self.ended = ending, time.monotonic()
         if (sleeper := self._sleeper) is not None:
             sleeper.set()
-        if (upstream := self.upstream) is not None:
+        if (awaited := self.awaited) is not None:
             # Not SSLSocket's own: it would drop the TLS state under the reader.
-            how = socket.SHUT_RD if upstream is self.client else socket.SHUT_RDWR
+            how = socket.SHUT_RD if awaited is self.client else socket.SHUT_RDWR
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(upstream, how)
+                socket.socket.shutdown(awaited, how)
 
     def hang_up(self) -> None:
         """Ends the write to a client that does not read."""
@@ -3350,7 +3352,7 @@ class Pool:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if upstream.secure:
                 if upstream.proxy:
-                    watch.upstream = sock
+                    watch.awaited = sock
                     self._tunnel(sock)
                 sock = tls_context().wrap_socket(sock, server_hostname=upstream.host)
             # From here on the watch bounds every wait: it shuts the socket down.
@@ -3429,7 +3431,7 @@ class Exchange:
         head = f"POST {self._pool.base}{path} HTTP/1.1\r\n{self._pool.lines}"
         head += f"Content-Length: {len(body)}\r\n{headers}\r\n"
         try:
-            self._sock = self._watch.upstream = self._pool.take(self._watch)
+            self._sock = self._watch.awaited = self._pool.take(self._watch)
             self._watch.check()
             self._sock.sendall(head.encode("latin-1") + body)
             self._sent = self._watch.sent = True
@@ -3492,7 +3494,7 @@ class Exchange:
                 sock.settimeout(LAST_READ)
                 reply.read()
                 sock.settimeout(None)
-        self._watch.upstream = None
+        self._watch.awaited = None
         if reply and reply.reusable and not self._watch.ending:
             self._pool.give(sock)
         else:
@@ -3771,6 +3773,15 @@ def refused_additions(
         if OTHER_CAP.get(name) in {None} | refused or not UNKNOWN_FIELD.search(told):
             named.remove(name)
     return named - refused
+
+
+def names_by_itself(error: Refused, names: Iterable[str], call: Call) -> bool:
+    """Whether a refusal names these fields itself: what a client had the provider quote
+    teaches nothing."""
+    text, param = to_json(call.body).decode(), str(error.param)
+    return all(
+        name in param or (name in error.message and name not in text) for name in names
+    )
 
 
 def explained(error: Refused, call: Call, ours: dict[str, Any]) -> Refused:
@@ -4344,11 +4355,11 @@ class Meter:
     upstream told an error instead.
     """
 
-    def __init__(self, call: Call, model: Model):
+    def __init__(self, call: Call):
         self._call = call
         self._reader = EventReader()
         self.usage: Usage | None = None  # as the upstream reported it
-        self.relayed = 0  # bytes of the text passed on
+        self.relayed = 0  # what the text passed on weighs
         self.events = 0  # with data
         self.ending: Ending | None = None
         self.error: dict[str, Any] = {}  # the event that told of one
@@ -4618,7 +4629,7 @@ class Relay:
         answer, price = self._answer, self.model.price
         if answer.stream:
             self.watch.streams()
-            self._meter = Meter(self.call, self.model)
+            self._meter = Meter(self.call)
             self._pieces = self._passed(secrets)
             return b""  # the headers leave before the first event
         data = read_all(answer)
@@ -4644,7 +4655,7 @@ class Relay:
         """Asks one upstream; again without what it refuses of our own additions, which
         is remembered once it helped. A refusal has generated nothing."""
         known = refused = dialect.refused.get(id, frozenset())
-        certain = True  # what a client had quoted by the provider teaches nothing
+        certain = True
         while True:
             tokens = self.lease.tokens
             body, ours = compose(self.call, self.model, dialect, id, tokens, refused)
@@ -4656,9 +4667,7 @@ class Relay:
                 if not more:
                     raise explained(error, self.call, ours) from None
                 refused |= more
-                text, param = to_json(self.call.body).decode(), str(error.param)
-                unquoted = [n for n in more if n in error.message and n not in text]
-                certain &= all(n in param or n in unquoted for n in more)
+                certain &= names_by_itself(error, more, self.call)
                 continue
             if certain and refused is not known and len(dialect.refused) < MAX_REFUSED:
                 dialect.refused[id] = refused
@@ -4793,7 +4802,7 @@ class Relay:
 # Application -------------------------------------------------------------------------
 
 PUBLIC = {"healthz", "documentation", "dashboard", "asset"}
-# The relayed paths that are listed: any other may be asked for as well, below /v1.
+# The relayed paths that are listed; others below /v1 may be relayed as well.
 ENDPOINTS = set(
     "chat/completions completions embeddings responses messages messages/count_tokens"
     " images/generations images/edits audio/speech audio/transcriptions"
@@ -5863,7 +5872,7 @@ def after_fork(arbiter: Any, worker: Any) -> None:
 
 def raised_descriptors() -> int:
     """How many this process may have: as many as the system lets it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -6318,7 +6327,7 @@ left cannot pay for so much, the answer is cut to what they can pay.</p>
 <p>A reasoning model puts its chain of thought into <code>reasoning_content</code>, beside
 <code>content</code>. Any other <code>POST /v1/…</code> of the OpenAI API whose JSON body names a
 <code>model</code> (completions, embeddings, responses) goes to the same path of that model's
-provider, if the provider has it. Anthropic's SDKs and Claude Code use
+provider, if the provider has it; audio, files and batches are not relayed. Anthropic's SDKs and Claude Code use
 <code>{{ root_url }}</code> and <code>/v1/messages</code>, with models that speak it.</p></section>
 <section id="streaming" class="card"><h2>Streaming</h2>
 <p>With <code>"stream": true</code> the answer comes as server-sent events while it is being

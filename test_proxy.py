@@ -4207,7 +4207,7 @@ def test_a_late_look_at_a_client_leaves_the_next_one_on_its_descriptor(watcher):
 def test_a_drain_wakes_what_waits_and_a_second_one_does_not_put_it_off(watcher):
     ours, theirs = socket.socketpair()
     reads, sleeps = proxy.Watch(), proxy.Watch()
-    reads.upstream = ours
+    reads.awaited = ours
     assert watcher.add(reads) and watcher.add(sleeps)
     with ours, theirs, ThreadPoolExecutor(2) as pool:
         read, slept = pool.submit(ours.recv, 1), pool.submit(sleeps.sleep, 60)

@@ -37,12 +37,14 @@ from __future__ import annotations
 import atexit
 import base64
 import contextlib
+import csv
 import errno
 import fcntl
 import functools
 import gc
 import hashlib
 import hmac
+import io
 import itertools
 import json
 import math
@@ -4532,8 +4534,11 @@ class Services:
             self.config = self.config_file.current
             for dialect in list(self._dialects.values()):
                 dialect.refused.clear()  # the operator may have mended it
+            wrong = "read again, and good"
+        elif wrong:
+            wrong += "; the last good one is kept"
         if wrong and self.ledger.speaks():
-            self.log.note("config", reason=f"{wrong}; the last good one is kept")
+            self.log.note("config", reason=wrong)
 
     def upkeep(self) -> None:
         """What no request should wait for; in the watcher's thread."""
@@ -4906,6 +4911,9 @@ def log_unrelayed(log: RequestLog, status: int) -> None:
     key, rule = g.get("key"), request.url_rule
     account, name = (key.account, key.name) if key else (None, None)
     note = {"account": account, "key": name, "route": rule, "status": status}
+    if code := g.get("code"):  # of a refusal
+        asked = g.get("asked") or None
+        note |= {"code": code, "model": asked, "client": request.remote_addr}
     log.note("request", request=g.get("request_id"), **note)
 
 
@@ -4936,6 +4944,8 @@ def add_hooks(app: Flask, services: Services) -> None:
             raise
         if endpoint != "relay":
             count_request(services, windows_of(False))
+        if asked.path.startswith(("/v1/account", "/v1/usage")):
+            check_query()
         return None
 
     @app.after_request
@@ -4959,7 +4969,7 @@ def add_hooks(app: Flask, services: Services) -> None:
 
 def tell(error: ProxyError) -> Response:
     """The one place where an error becomes a response."""
-    body = error.envelope(request.path)
+    g.code, body = error.code, error.envelope(request.path)
     return Response(body, error.status, error.headers, None, "application/json")
 
 
@@ -5000,6 +5010,36 @@ def json_response(document: Any, status: int = 200) -> Response:
 def list_response(rows: list[dict[str, Any]], **more: Any) -> Response:
     """A list as OpenAI has it; `more` are members beside it."""
     return json_response({"object": "list", "data": rows} | more)
+
+
+def cell(value: Any) -> str:
+    """A value of a table that people read."""
+    if isinstance(value, float):
+        return f"{value:.6f}"
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    return "" if value is None else str(value)
+
+
+def csv_text(rows: list[dict[str, Any]]) -> str:
+    """Rows as CSV (RFC 4180). No text is a formula to a spreadsheet."""
+    out = io.StringIO()
+    lines = csv.writer(out)
+    lines.writerows([list(rows[0])] if rows else [])
+    for row in rows:
+        cells = map(cell, row.values())
+        lines.writerow([f"'{text}" if text[:1] in {*"=+-@"} else text for text in cells])
+    return out.getvalue()
+
+
+def listed(rows: list[dict[str, Any]], **more: Any) -> Response:
+    """A list in the format that the query string asks for."""
+    format = request.args.get("format", "json")
+    if format not in ("json", "csv"):
+        raise BadRequest("'format' must be json or csv.", param="format")
+    if format == "json":
+        return list_response(rows, **more)
+    return Response(csv_text(rows), content_type="text/csv; charset=utf-8")
 
 
 def usable(config: Config, account: Account) -> list[Model]:
@@ -5045,6 +5085,7 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
             data = read_body(environ, MAX_BODY, share)
         call = parse_call(path, data, passed_headers(path, environ))
         del data
+        here.asked = call.model
         model = find_model(services, call.model).at(time.time())
         here.model = model.id
         refuse_unpriced(call.body, model)
@@ -5146,6 +5187,20 @@ def account_routes(app: Flask, services: Services) -> Callable:
         return add
 
     return route
+
+
+# What query strings may hold, by the end of the route; elsewhere they are ignored.
+QUERIES = {
+    "accounts": "limit after", "keys": "limit after", "usage": "days by format",
+    "requests": "limit after since until model key status failed format",
+}  # fmt: skip
+
+
+def check_query() -> None:
+    """Raises BadRequest for what the account, usage and admin routes do not know."""
+    for name in request.args:
+        if name not in QUERIES.get(request.path.rpartition("/")[2], "").split():
+            raise BadRequest(f"The parameter {name!r} is not known here.", param=name)
 
 
 def integer_argument(name: str, default: int, highest: int) -> int:
@@ -5308,6 +5363,12 @@ RECEIPT = (
 ).split()
 
 
+FILTERS = {
+    "model": "coalesce(asked, model) = ?", "key": "? IN (r.key, k.name)",
+    "status": "status = ?", "failed": "(status >= 400) = ?",
+}  # fmt: skip
+
+
 def receipt_entry(row: dict[str, Any]) -> dict[str, Any]:
     row["created"] /= 1000
     row["state"] = ("open", "settled", "released")[row["state"]]
@@ -5317,16 +5378,23 @@ def receipt_entry(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def receipts(
-    ledger: Ledger, account: str, low: str, high: str, limit: int
-) -> list[dict[str, Any]]:
-    """An account's requests with ids from `low` to below `high`, newest first."""
-    rows = ledger.read(
+    ledger: Ledger, account: str, low: str, high: str, limit: int,
+    wanted: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """An account's requests with ids from `low` to below `high`, newest first; those
+    of the `wanted` model, key (its id or name), status, or `failed` or not."""
+    where, values = "", []
+    for name, value in (wanted or {}).items():
+        where += f" AND {FILTERS[name]}"
+        values += [value] * FILTERS[name].count("?")
+    sql = (
         "SELECT r.id, r.created, r.account, k.name, coalesce(asked, model), path, state,"
         " status, stream, input, cached, written, output, images, estimated, cost, ttfb,"
         " duration FROM requests r LEFT JOIN keys k ON k.id = r.key WHERE r.account = ?"
-        " AND r.id >= ? AND r.id < ? ORDER BY r.id DESC LIMIT ?",
-        account, low, high, limit,
-    )  # fmt: skip
+        f" AND r.id >= ? AND r.id < ?{where} ORDER BY r.id DESC LIMIT ?"
+    )
+    with ledger.snapshot() as db:  # a rare one is looked for in the whole history
+        rows = db.execute(sql, (account, low, high, *values, limit)).fetchall()
     return [receipt_entry(dict(zip(RECEIPT, row))) for row in rows]
 
 
@@ -5340,24 +5408,62 @@ def moment_id(name: str) -> str | None:
     return f"req_{int(float(text) * 1000):011x}"
 
 
-USED = "requests input_tokens cached_tokens written_tokens output_tokens images".split()
+def wanted_receipts() -> dict[str, Any]:
+    """What the query string says of the receipts that are asked for."""
+    wanted = {name: text for name, text in request.args.items() if name in FILTERS}
+    if "status" in wanted:
+        wanted["status"] = integer_argument("status", 0, 599)
+    if failed := wanted.get("failed"):
+        if failed not in ("true", "false"):
+            raise BadRequest("'failed' must be true or false.", param="failed")
+        wanted["failed"] = failed == "true"
+    return wanted
 
 
-def usage_rows(ledger: Ledger, account: str | None, days: int) -> list[dict[str, Any]]:
-    """Requests, tokens, images and credits by day and model, newest day first."""
+# The columns of `usage` under the names that people read.
+SUMS = {
+    "requests": "requests", "failed": "released", "refused": "refused",
+    "input_tokens": "input", "cached_tokens": "cached", "written_tokens": "written",
+    "output_tokens": "output", "images": "images", "credits": "cost",
+}  # fmt: skip
+GROUPS = {
+    "day": "day", "account": "account", "model": "model",
+    "key": "(SELECT name FROM keys WHERE id = key), key",
+}  # fmt: skip
+
+
+def usage_rows(
+    ledger: Ledger, account: str | None, days: int, by: Iterable[str] = ("day", "model")
+) -> list[dict[str, Any]]:
+    """Requests that were charged, `failed` ones, which are free, those `refused` before
+    they had a row, tokens, images and credits, by these GROUPS; newest day first."""
+    groups = ", ".join([GROUPS[name] for name in by])
+    order = groups.replace("day", "day DESC")
+    sums = ", ".join([f"sum({column})" for column in SUMS.values()])
     which = "account = ?1" if account else "?1 IS NULL"  # an OR would use no index
     rows = ledger.read(
-        "SELECT day, model, sum(requests), sum(input), sum(cached), sum(written),"
-        f" sum(output), sum(images), sum(cost) FROM usage WHERE {which} AND day > ?2"
-        " AND requests > 0 GROUP BY day, model ORDER BY day DESC, model",
-        account, int(time.time()) // DAY - days,
+        f"SELECT {groups}, {sums} FROM usage WHERE {which} AND day > ?2"
+        f" GROUP BY {groups} ORDER BY {order}", account, int(time.time()) // DAY - days,
     )  # fmt: skip
+    names = [each for name in by for each in (name, "key_id")[: 1 + (name == "key")]]
     out = []
-    for day, model, *counts, cost in rows:
-        name = time.strftime("%Y-%m-%d", time.gmtime(day * DAY))
-        row = {"day": name, "model": model, **dict(zip(USED, counts))}
-        out.append(row | {"credits": to_credits(cost)})
+    for values in rows:
+        row = dict(zip([*names, *SUMS], values))
+        if "day" in row:
+            row["day"] = time.strftime("%Y-%m-%d", time.gmtime(row["day"] * DAY))
+        out.append(row | {"credits": to_credits(row["credits"])})
     return out
+
+
+def asked_usage(ledger: Ledger, account: str | None) -> Response:
+    """The usage that the query string asks for."""
+    days, by = integer_argument("days", 30, 366), request.args.get("by", "day,model")
+    groups = list(dict.fromkeys(by.split(",")))
+    for name in groups:
+        if name not in GROUPS or (name == "account" and account):
+            known = ", ".join(GROUPS.keys() - ({"account"} if account else set()))
+            raise BadRequest(f"'by' takes some of {known}.", param="by")
+    return listed(usage_rows(ledger, account, days, groups), days=days)
 
 
 def add_account_routes(app: Flask, services: Services) -> None:
@@ -5370,8 +5476,7 @@ def add_account_routes(app: Flask, services: Services) -> None:
 
     @route("/usage")
     def usage(id: str) -> Response:
-        days = integer_argument("days", 30, 366)
-        return list_response(usage_rows(ledger, id, days), days=days)
+        return asked_usage(ledger, id)
 
     @route("/requests")
     def requests(id: str) -> Response:
@@ -5379,8 +5484,8 @@ def add_account_routes(app: Flask, services: Services) -> None:
         low = moment_id("since") or ""
         high = moment_id("until") or "s"  # above all ids
         high = min(high, request.args.get("after") or high)
-        rows = receipts(ledger, id, low, high, limit + 1)
-        return list_response(rows[:limit], has_more=len(rows) > limit)
+        rows = receipts(ledger, id, low, high, limit + 1, wanted_receipts())
+        return listed(rows[:limit], has_more=len(rows) > limit)
 
     @route("/requests/<request_id>")
     def receipt(id: str, request_id: str) -> Response:
@@ -5578,6 +5683,11 @@ def add_admin_routes(app: Flask, services: Services) -> None:
         note = body.get("note") or "granted"
         ledger.grant(id, amount, named(printable_name, note, "note"))
         return json_response(account_entries(services.config, ledger, [id])[0], 201)
+
+    @app.get("/v1/usage")
+    def usage() -> Response:
+        admin_only()
+        return asked_usage(ledger, None)
 
     @app.get("/metrics")
     def metrics() -> Response:
@@ -6024,14 +6134,6 @@ def keys_group() -> None:
     """Makes, lists and revokes API keys."""
 
 
-def cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6f}"
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    return "" if value is None else str(value)
-
-
 @keys_group.command("add")
 @file_options
 @click.argument("account")
@@ -6137,14 +6239,40 @@ def credits_show(keys: str, db: str | None, account: str | None, as_json: bool) 
 @file_options
 @click.argument("account", required=False)
 @click.option("--days", type=click.IntRange(1, 366), default=30, show_default=True)
+@click.option("--by", type=click.Choice(list(GROUPS)), multiple=True)
+@click.option("--csv", "as_csv", is_flag=True, help="For spreadsheets.")
 @json_option
 def usage(
-    keys: str, db: str | None, account: str | None, days: int, as_json: bool
-) -> None:
-    """Requests, tokens and credits by day and model."""
+    keys: str, db: str | None, account: str | None, days: int, by: tuple[str, ...],
+    as_csv: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Requests, tokens and credits: by day and model, or by what --by names."""
     with opened(keys, db) as (config, ledger):
         account = account and existing(config, ledger, account)
-        show(usage_rows(ledger, account, days), as_json)
+        rows = usage_rows(ledger, account, days, by or ("day", "model"))
+        if as_csv:
+            return click.echo(csv_text(rows), nl=False)
+        show(rows, as_json)
+
+
+@cli.command("requests")
+@file_options
+@click.argument("account", required=False)
+@click.option("--failed", is_flag=True, help="Those that did not end well.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
+@json_option
+def requests_command(
+    keys: str, db: str | None, account: str | None, failed: bool, limit: int,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """The last receipts, newest first."""
+    with opened(keys, db) as (config, ledger):
+        every = [] if account else account_names(config, ledger)
+        names = [existing(config, ledger, account)] if account else every
+        wanted = {"failed": True} if failed else None
+        asked = [receipts(ledger, name, "", "s", limit, wanted) for name in names]
+        rows = sorted(itertools.chain(*asked), key=lambda row: row["id"], reverse=True)
+        show([row | {"created": stamp(row["created"])} for row in rows[:limit]], as_json)
 
 
 def key_state(upstream: UpstreamConfig, online: bool) -> str:

@@ -7582,22 +7582,24 @@ def test_a_mistyped_account_path_is_no_relay(api, path, status):
 
 
 @pytest.mark.parametrize(
-    "path, key, body, status, who",
+    "path, key, body, told, who",
     [
-        (CHAT, None, HELLO, 401, '"" key=""'),
-        (CHAT, TEAM_KEY, {}, 400, "team key=main"),
-        (CHAT, TEAM_KEY, HELLO | {"model": "x"}, 404, "team key=main"),
-        (CHAT, POOR_KEY, HELLO, 402, "poor key=main"),
-        ("/v2/secret-path", TEAM_KEY, {}, 404, "team key=main"),
+        (CHAT, None, HELLO, '401 code=unauthorized model=""', '"" key=""'),
+        (CHAT, TEAM_KEY, {}, '400 code=invalid_request model=""', "team key=main"),
+        (CHAT, TEAM_KEY, HELLO | {"model": "x y"}, '404 code=model_not_found model="x y"',
+         "team key=main"),
+        (CHAT, POOR_KEY, HELLO, "402 code=insufficient_credits model=echo",
+         "poor key=main"),
+        ("/v2/secret-path", TEAM_KEY, {}, '404 code=not_found model=""', "team key=main"),
     ],
-)
+)  # fmt: skip
 def test_a_refused_request_is_one_line_of_the_log(
-    api, capfd, path, key, body, status, who
+    api, capfd, path, key, body, told, who
 ):
     id = api.send("POST", path, key, json=body).headers["x-request-id"]
     (line,) = api.log(capfd)
     assert f"event=request request={id} account={who} " in line
-    assert line.endswith(f" status={status}") and "secret" not in line
+    assert line.endswith(f" status={told} client=127.0.0.1") and "secret" not in line
 
 
 def test_a_request_is_one_line_of_the_log(api, capfd):
@@ -7870,7 +7872,10 @@ BAD_FILTERS = [
     "requests?limit=0", "requests?limit=201", "requests?limit=x", "requests?limit=1.5",
     "requests?limit=-1", "requests?since=yesterday", "requests?until=-1",
     "requests?since=1e9", "requests?since=", "usage?days=0", "usage?days=367",
-    "usage?days=%D9%A3", "usage?days=",
+    "usage?days=%D9%A3", "usage?days=", "requests?status=x", "requests?failed=yes",
+    "usage?by=day,hour", "usage?by=account", "usage?by=", "usage?format=xml",
+    "requests?format=", "requests?days=3", "usage?model=echo", "keys?account=other",
+    "requests/req_0?limit=1", "?x=1", "keys/key_0?id=other",
 ]  # fmt: skip
 
 
@@ -7902,6 +7907,7 @@ def test_usage_is_summed_by_day_and_model(api, monkeypatch):
     api.say("three")
     names = [time.strftime("%Y-%m-%d", time.gmtime(d * 86400)) for d in (day, day - 2)]
     counts = {"model": "echo", "cached_tokens": 0, "written_tokens": 0, "images": 0}
+    counts |= {"failed": 0, "refused": 0}
     three = {"requests": 2, "input_tokens": 3, "output_tokens": 3, "credits": 0.000006}
     two = {"requests": 1, "input_tokens": 2, "output_tokens": 2, "credits": 0.000004}
     expected = [{"day": names[0]} | counts | three, {"day": names[1]} | counts | two]
@@ -7909,6 +7915,49 @@ def test_usage_is_summed_by_day_and_model(api, monkeypatch):
     assert api.get("/v1/account/usage?days=2")["data"] == expected[:1]
     assert api.get("/v1/account/usage?days=3")["data"] == expected
     assert len(api.get("/v1/account/usage?days=90")["data"]) == 3
+
+
+def test_usage_tells_who_spent_it_and_what_failed_or_was_refused(api):
+    laptop = api.post("/v1/account/keys", name="laptop")
+    api.say("one two", laptop["key"]), api.say("three", OTHER_KEY)
+    api.refusal("POST", CHAT, laptop["key"], model="gone", messages=[{}])
+    sums = lambda row: (row["requests"], row["refused"], row["credits"])
+
+    def by(names: str, path: str = "account/", key: str = TEAM_KEY) -> dict[tuple, tuple]:
+        rows = api.get(f"/v1/{path}usage?by={names}", key)["data"]
+        return {tuple(row[each] for each in names.split(",")): sums(row) for row in rows}
+
+    wait_for(lambda: by("key") == {("laptop",): (1, 1, 0.000004)}, what="the refusal")
+    assert by("model") == {("echo",): (1, 0, 0.000004), ("",): (0, 1, 0)}
+    assert by("account,key", "", ADMIN_KEY) == {
+        ("team", "laptop"): (1, 1, 0.000004), ("other", "main"): (1, 0, 0.000002),
+    }  # fmt: skip
+    text = api("GET", "/v1/account/usage?by=key&format=csv").text
+    assert text.splitlines()[:2] == [
+        "key,key_id,requests,failed,refused,input_tokens,cached_tokens,written_tokens,"
+        "output_tokens,images,credits",
+        f"laptop,{laptop['id']},1,0,1,2,0,0,2,0,0.000004",
+    ]
+
+
+def test_receipts_are_filtered(api):
+    laptop = api.post("/v1/account/keys", name="laptop")
+    own, other = api.say("a"), api.say("b", laptop["key"])
+    answer = api("POST", CHAT, model="chat", messages=[{"role": "user", "content": "x"}])
+    failed = answer.headers["x-request-id"]
+    assert answer.status_code == 503
+    for query, ids in {
+        "key=laptop": [other], f"key={laptop['id']}": [other], "model=echo": [other, own],
+        "status=503": [failed], "failed=true": [failed], "failed=false": [other, own],
+        "failed=false&key=main": [own], "model=none": [],
+    }.items():  # fmt: skip
+        assert api.ids(f"?{query}") == ids, query
+
+
+def test_no_text_of_a_csv_is_a_formula():
+    rows = [{"key": "=1+1", "n": -1}, {"key": "@x", "n": None}, {"key": 'a,"b"', "n": 2}]
+    told = proxy.csv_text(rows).splitlines()
+    assert told == ["key,n", "'=1+1,'-1", "'@x,", '"a,""b""",2']
 
 
 def test_a_made_key_is_shown_once_and_works(api):
@@ -8255,12 +8304,11 @@ def test_another_accounts_receipt_is_not_found(api):
 
 @pytest.mark.parametrize(
     "query",
-    ["", "?account=other", "?id=other", "?after=s", "?limit=200&since=0", "?key=main"],
+    ["", "?after=s", "?limit=200&since=0", "?key=main", "?failed=false&format=csv"],
 )
 def test_a_list_has_nothing_of_another_account(query, api):
     own, foreign = api.say("mine"), api.say("secret", OTHER_KEY)
-    kinds = ("requests", "usage", "keys")
-    text = "".join(api("GET", f"/v1/account/{kind}{query}").text for kind in kinds)
+    text = api("GET", f"/v1/account/requests{query}").text
     assert own in text and foreign not in text and "other" not in text
 
 

@@ -899,8 +899,12 @@ PRICED = {
     "service_tier": ("auto", "default", "standard", "standard_only", "on_demand"),
     "speed": ("standard",),  # Anthropic
     "inference_geo": ("global",),  # Anthropic
+    "anthropic-beta": (),  # of the header: DEAR_BETAS
     "modalities": ("text",),
     "background": (False,),  # answered when nobody listens
+    "deferred": (False,),  # xAI, the same
+    "n_cmpl": (1,),  # llama.cpp's `n`
+    "extra_body": (),  # other fields, to some servers
     "web_search_options": (),
     "search_parameters": (),  # xAI
     "enable_search": (False,),  # Qwen
@@ -956,7 +960,7 @@ def parse_model(
         whole(longest, f"{path}.max_output", 1, MAX_TOKENS),
         hours,
         parse_allow(value.get("allow", []), f"{path}.allow")
-        | frozenset.intersection(*[DIALECTS[each.dialect].flat for each, _ in routes]),
+        | frozenset.intersection(*[DIALECTS[up.dialect].flat(id) for up, id in routes]),
     )
 
 
@@ -1656,7 +1660,8 @@ class Quote:
 @dataclass(frozen=True, slots=True)
 class Usage:
     """What an answer used: tokens by class, images. Of `input` parts were `cached`, or
-    `written` to a cache. `reported`: the provider's own cost, in pico-credits."""
+    `written` to a cache, some of it for an `hour`. `reported`: the provider's own
+    cost, in pico-credits."""
 
     input: int = 0
     cached: int = 0
@@ -1664,6 +1669,7 @@ class Usage:
     images: int = 0
     estimated: bool = False
     written: int = 0
+    hour: int = 0
     reported: int | None = None
 
 
@@ -2691,6 +2697,16 @@ def parse_call(path: str, data: bytes, headers: dict[str, str] | None = None) ->
     )  # fmt: skip
 
 
+DEAR_BETAS = ("context-1m",)  # what a prompt has above 200,000 tokens costs twice
+
+
+def dear_betas(headers: dict[str, str]) -> dict[str, list[str]]:
+    """Those of the client's Anthropic betas that move the price, as a field."""
+    betas = [beta.strip() for beta in headers.get("anthropic-beta", "").split(",")]
+    dear = [beta for beta in betas if beta.startswith(DEAR_BETAS)]
+    return {"anthropic-beta": dear} if dear else {}
+
+
 def refuse_unpriced(body: dict[str, Any], model: Model) -> None:
     """Raises BadRequest for what would move the price unless its operator allows it.
 
@@ -2729,13 +2745,18 @@ def cost(usage: Usage, price: Price) -> int:
     pico = plain * price.input + usage.cached * price.cached
     pico += usage.written * price.written + usage.output * price.output
     pico += usage.images * price.image
+    # Anthropic: what is kept for an hour costs 2, for five minutes 1.25 times the input.
+    pico += usage.hour * price.written * 3 // 5
     return -(-(pico + price.request) // PICO)
 
 
 BYTES_PER_TOKEN = 4  # of an estimate: English needs 3-4 bytes, Chinese 4-5
 # Of an answer, what names, counts and ends it: no text of the model's.
-SILENT = {"role", "type", "id", "object", "index", "finish_reason", "stop_reason", "name"}
+SILENT = {"role", "type", "id", "object", "index", "finish_reason", "stop_reason"}
 SILENT |= {"model", "status", "logprobs", "signature", "call_id", "item_id", "annotations"}
+
+
+DIGIT = re.compile("[0-9]")
 
 
 def weigh(part: Any) -> int:
@@ -2743,7 +2764,9 @@ def weigh(part: Any) -> int:
     digit, number of a token and token of a medium; any other text its UTF-8 bytes."""
     if type(part) is str:
         size = len(part) if part.isascii() else len(part.encode("utf-8", "replace"))
-        return size + (BYTES_PER_TOKEN - 1) * sum(map(part.count, "0123456789"))
+        # Counting finds nothing in most deltas, at 0.7 µs each.
+        digits = DIGIT.search(part) and sum(map(part.count, "0123456789"))
+        return size + (BYTES_PER_TOKEN - 1) * (digits or 0)
     size = 0
     if type(part) is list:
         for each in part:
@@ -2838,6 +2861,7 @@ WRITTEN = (
     BESIDE[1], "prompt_tokens_details.cache_write_tokens",
     "input_tokens_details.cache_write_tokens",
 )  # fmt: skip
+HOUR = ("cache_creation.ephemeral_1h_input_tokens",)
 
 
 def count_of(report: dict[str, Any], names: Iterable[str]) -> int | None:
@@ -2872,6 +2896,7 @@ def read_usage(document: dict[str, Any], generates: bool = True) -> Usage | None
     try:
         input, output = count_of(report, INPUT), count_of(report, OUTPUT)
         cached, written = count_of(report, CACHED), count_of(report, WRITTEN)
+        hour = count_of(report, HOUR) or 0
     except ValueError:
         return None
     total = report.get("total_tokens")
@@ -2891,8 +2916,9 @@ def read_usage(document: dict[str, Any], generates: bool = True) -> Usage | None
         output = total - input
     cached, spent = min(cached, input), report.get("cost")  # OpenRouter's, in dollars
     counted = type(spent) in (int, float) and 0 <= spent <= MICRO  # NaN is not
+    written = min(written, input - cached)
     return Usage(
-        input, cached, output, written=min(written, input - cached),
+        input, cached, output, written=written, hour=min(hour, written),
         reported=math.ceil(spent * MICRO * PICO) if counted else None,
     )  # fmt: skip
 
@@ -2901,9 +2927,11 @@ def larger(one: Usage, other: Usage) -> Usage:
     """Of each count the larger: reports of a stream grow, or tell their parts."""
     input, output = max(one.input, other.input), max(one.output, other.output)
     cached, written = max(one.cached, other.cached), max(one.written, other.written)
+    written = min(written, input - cached)
     spent = [each.reported for each in (one, other) if each.reported is not None]
     return Usage(
-        input, cached, output, written=min(written, input - cached),
+        input, cached, output, written=written,
+        hour=min(written, max(one.hour, other.hour)),
         reported=max(spent, default=None),
     )  # fmt: skip
 
@@ -3554,7 +3582,6 @@ class Dialect:
     options = "proxy timeout"
     known: dict[str, Any] = {}
     asks_usage = False  # whether the usage of a stream comes only if it is asked for
-    flat: frozenset[str] = frozenset()  # fields that move the price elsewhere, but not here
     paths: tuple[str, ...] = ()
 
     def __init_subclass__(cls) -> None:
@@ -3565,6 +3592,11 @@ class Dialect:
         self.upstream, self.pool = upstream, Pool(upstream)
         # By the upstream's id of a model: fields of ours that it has refused.
         self.refused: dict[str, frozenset[str]] = {}
+
+    @classmethod
+    def flat(cls, id: str) -> frozenset[str]:
+        """Fields that move the price elsewhere, but not of this model."""
+        return frozenset()
 
     def examine(self, call: Call) -> None:
         """Raises BadRequest or NotFound for what this dialect cannot do, and
@@ -3961,7 +3993,6 @@ COMMENT_INTERVAL = 10.0  # seconds between the comments of a stream that waits
 class ImageDialect(Dialect):
     """Image models, asked through chat completions or /images/generations."""
 
-    flat = frozenset({"size"})
     paths = ("chat/completions", "images/generations")
 
     def examine(self, call: Call) -> None:
@@ -4041,6 +4072,10 @@ class Images(ImageDialect):
         "n size seed watermark quality style background user"
         " guidance_scale image response_format output_format"
     ).split()
+
+    @classmethod
+    def flat(cls, id: str) -> frozenset[str]:
+        return frozenset({"size"} if "seedream" in id else ())
 
     def __init__(self, upstream: UpstreamConfig):
         super().__init__(upstream)
@@ -4129,6 +4164,10 @@ class JiMeng(ImageDialect):
     scheme = "jimeng"
     moderation = (50411, 50412, 50413, 50511, 50512, 50518, 50519)
     busy = (50429, 50430)
+
+    @classmethod
+    def flat(cls, id: str) -> frozenset[str]:
+        return frozenset({"size"})
 
     def examine(self, call: Call) -> None:
         super().examine(call)
@@ -5088,7 +5127,7 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
         here.asked = call.model
         model = find_model(services, call.model).at(time.time())
         here.model = model.id
-        refuse_unpriced(call.body, model)
+        refuse_unpriced(call.body | dear_betas(call.headers), model)
         worst = quote(call, model)
     except ProxyError:
         if not here.windows:

@@ -3298,7 +3298,8 @@ DEAR = [
     {"background": True}, {"modalities": ["text", "audio"]}, {"modalities": "audio"},
     {"web_search_options": {}}, {"search_parameters": {"mode": "on"}},
     {"enable_search": True}, {"plugins": [{"id": "web"}]}, {"models": ["other/dear"]},
-    {"provider": {"only": ["dear"]}},
+    {"provider": {"only": ["dear"]}}, {"deferred": True}, {"n_cmpl": 8},
+    {"extra_body": {"n": 8}},
 ]  # fmt: skip
 DEAR_IMAGES = [
     {"quality": "high"}, {"quality": "hd"}, {"quality": "medium"}, {"size": "4K"},
@@ -3325,6 +3326,34 @@ def test_what_moves_the_price_is_refused_by_name_unless_it_is_allowed(
     assert refused.value.param == name
     proxy.refuse_unpriced(body, make_model({price: 1}, allow=[name]))
     proxy.refuse_unpriced(body, make_model({price: 1}, defaults=body))
+
+
+@pytest.mark.parametrize(
+    "header, field",
+    [
+        ("claude-code-20250219,interleaved-thinking-2025-05-14", {}),
+        ("a, context-1m-2025-08-07 ", {"anthropic-beta": ["context-1m-2025-08-07"]}),
+    ],
+)
+def test_an_anthropic_beta_that_moves_the_price_is_a_field(header, field) -> None:
+    assert proxy.dear_betas({"anthropic-beta": header}) == field
+    with pytest.raises(proxy.BadRequest) if field else nullcontext():
+        proxy.refuse_unpriced(field, make_model({"input": 1}))
+
+
+@pytest.mark.parametrize(
+    "url, id, passes",
+    [
+        ("jimeng+https://a", "high_aes", True), ("images+https://a", "seedream-4", True),
+        ("images+https://a", "gpt-image-1", False), ("https://a", "seedream", False),
+    ],
+)  # fmt: skip
+def test_a_size_is_free_only_where_the_vendor_has_one_price(url, id, passes) -> None:
+    upstream = proxy.parse_upstream("u", {"url": url}, "u")
+    value = {"upstream": f"u/{id}", "price": {"image": 1}}
+    model = proxy.parse_model("m", value, "m", {"u": upstream})
+    with nullcontext() if passes else pytest.raises(proxy.BadRequest):
+        proxy.refuse_unpriced({"size": "4K"}, model)
 
 
 @pytest.mark.parametrize(
@@ -3528,6 +3557,15 @@ def test_caches_are_counted_inside_or_beside_the_input_as_the_provider_does(
     assert proxy.read_usage({"usage": usage}) == expected
 
 
+def test_what_is_cached_for_an_hour_costs_as_much_more_as_anthropic_takes() -> None:
+    parts = {"ephemeral_5m_input_tokens": 500, "ephemeral_1h_input_tokens": 1500}
+    usage = proxy.read_usage({"usage": ANTHROPIC | {"cache_creation": parts}})
+    assert usage == proxy.Usage(12007, 10000, 50, written=2000, hour=1500)
+    price = make_model({"input": 1, "written": 1.25}).price  # the hour's costs 2
+    expected = 7 + 10000 + 500 * 1.25 + 1500 * 2
+    assert proxy.cost(usage, price) == math.ceil(expected)
+
+
 @pytest.mark.parametrize("one", [proxy.Usage(10, 10), proxy.Usage(10, 2, written=8)])
 def test_reports_that_add_up_leave_no_class_above_the_input(one: proxy.Usage) -> None:
     both = proxy.larger(one, proxy.Usage(10, 3, written=7))
@@ -3564,6 +3602,11 @@ PARTS = [  # in a message: bytes of a medium, tokens it is held and estimated fo
     ({"type": "document", "source": {"url": "https://d"}}, 0, 300_000, 6_000, False),
     ({"type": ["image"], "image": DATA}, 0, 0, len(DATA) / 4 + 1.5, True),
 ]  # fmt: skip
+
+def test_the_names_in_a_prompt_weigh_as_its_texts_do() -> None:
+    plain, named = {"role": "user", "content": "x"}, {"name": "secret essay " * 99}
+    texts = [proxy.weigh(plain), proxy.weigh(plain | named)]
+    assert texts[1] - texts[0] == 13 * 99
 
 
 @pytest.mark.parametrize("path, member", [("chat/completions", "messages"), ("x", "input")])

@@ -2321,9 +2321,17 @@ class Share:
                 lambda: room.free - more >= spare, ROOM_PATIENCE
             ):
                 raise Overloaded("The server has no room for this body.", wait=2)
-            room.free, self.size = room.free - more, size
-            if more < 0:
-                room.changed.notify_all()
+            self._set(size)
+
+    def keep(self, size: int) -> None:
+        """Makes it `size` bytes at once: what is here already only others wait for."""
+        with self._room.changed:
+            self._set(size)
+
+    def _set(self, size: int) -> None:
+        if size < self.size:
+            self._room.changed.notify_all()
+        self._room.free, self.size = self._room.free + self.size - size, size
 
 
 def parsing_memory(data: bytearray) -> int:
@@ -2340,8 +2348,11 @@ def parsing_memory(data: bytearray) -> int:
     return size
 
 
-def received(environ: dict[str, Any], limit: int) -> Iterator[bytes]:
-    """A body as it arrives, bounded, as long as announced, in no too small chunks."""
+def received(
+    environ: dict[str, Any], limit: int, arrived: Callable[[float], None]
+) -> Iterator[bytes]:
+    """A body as it arrives, bounded, as long as announced, in no too small chunks.
+    `arrived` is told which part of an announced one is here."""
     announced = environ.get("CONTENT_LENGTH") or None
     if announced and (not announced.isdigit() or int(announced) > limit):
         raise TooLarge(f"The body may have at most {limit} bytes.")
@@ -2357,6 +2368,7 @@ def received(environ: dict[str, Any], limit: int) -> Iterator[bytes]:
         if not piece:
             break
         left, size = left - len(piece), size + len(piece)
+        arrived(size / (left + size) if announced else 1)
         if not announced and spent > CHUNKED_CPU + size * CHUNKED_CPU_BYTE:
             raise BadRequest("The body comes in too many small chunks.")
         yield piece
@@ -2387,14 +2399,18 @@ def unpacked(pieces: Iterable[bytes], coding: str) -> Iterator[bytes]:
         raise BadRequest(f"The body is no whole {coding}, or more than one.")
 
 
-def read_body(environ: dict[str, Any], limit: int, share: Share) -> bytearray:
-    """The whole body of a request, unpacked; `share` then holds what parsing takes."""
+def read_body(
+    environ: dict[str, Any], limit: int, share: Share,
+    arrived: Callable[[float], None] = lambda part: None,
+) -> bytearray:  # fmt: skip
+    """The whole body of a request, unpacked; `share` then holds what parsing takes.
+    `arrived` is told what part of an announced one is here."""
     kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise UnsupportedMediaType("Send 'Content-Type: application/json'.")
     coding = environ.get("HTTP_CONTENT_ENCODING", "").strip().lower()
     data = bytearray()
-    for piece in unpacked(received(environ, limit), coding):
+    for piece in unpacked(received(environ, limit, arrived), coding):
         size = len(data) + len(piece)
         if size > limit:
             raise TooLarge(f"The body may have at most {limit} bytes.")
@@ -2969,7 +2985,8 @@ MAX_HEAD = 64 << 10  # bytes of an upstream's head or trailers
 MAX_CHUNK_LINE = 4096  # bytes of a chunk's size and extensions
 MAX_INFORMATIONAL = 20  # 1xx answers before the final one
 RECEIVE = 16 << 10  # bytes of one read: a TLS record, the rest would not wake a poll
-BODY_TIMEOUT = 60.0  # seconds for the whole body of a request
+BODY_TIMEOUT = 60.0  # seconds for the whole body of a request, a sixth to its begin
+ANSWER_READING = 120.0  # seconds for a client to read a JSON answer
 CONNECT_TIMEOUT = 5.0  # seconds for TCP and TLS, each
 ANSWER_TIMEOUT = 600.0  # seconds to a whole JSON answer; the OpenAI SDKs wait as long
 STREAM_TIMEOUT = 1800.0  # seconds that a stream may live
@@ -2989,8 +3006,9 @@ class Watch:
     shows what it waits for, then looks at `ending`. One of them sees the other.
     """
 
-    def __init__(self, client: socket.socket | None = None):
+    def __init__(self, client: socket.socket | None = None, account: str = ""):
         self.client, self.number = client, client.fileno() if client else -1
+        self.account = account
         self.ending: Ending | None = None
         now = time.monotonic()
         self.ended = math.inf  # when
@@ -3004,16 +3022,21 @@ class Watch:
         self._sleeper: threading.Event | None = None
 
     @contextlib.contextmanager
-    def receiving(self) -> Iterator[None]:
-        """While a body is read from the client. What ended that is raised: the client
-        may still be told."""
-        self.awaited, self.deadline = self.client, time.monotonic() + BODY_TIMEOUT
+    def receiving(self) -> Iterator[Callable[[float], None]]:
+        """While a body is read from the client; what it gives is told which part of it
+        has arrived. What ended that is raised: the client may still be told."""
+        start, self.awaited = time.monotonic(), self.client
+
+        def arrived(part: float) -> None:
+            self.deadline = start + BODY_TIMEOUT * (1 + 5 * part) / 6
+
+        arrived(0)
         try:
-            yield
+            yield arrived
         except BadRequest:
             if self.ending is Ending.TIMED_OUT:
-                told = f"The body did not arrive within {BODY_TIMEOUT:.0f} seconds."
-                raise BadRequest(told) from None
+                told = f"within {BODY_TIMEOUT:.0f} seconds, at an even pace"
+                raise BadRequest(f"The body did not arrive {told}.") from None
             if self.ending is Ending.DRAINED:
                 raise Ended(self.ending).failure() from None
             raise
@@ -3029,6 +3052,15 @@ class Watch:
         """The answer is a stream: it may live longer, but must not fall silent."""
         self.heard, self.stall = time.monotonic(), self._patience or STALL_TIMEOUT
         self.deadline = self.heard + STREAM_TIMEOUT
+
+    def answers(self) -> None:
+        """The answer is whole: the client alone is waited for, to take it."""
+        self.deadline = time.monotonic() + ANSWER_READING
+
+    @property
+    def receives(self) -> bool:
+        """Whether it waits for the body of its client."""
+        return self.awaited is not None and self.awaited is self.client
 
     def check(self) -> None:
         """Raises Ended once the relay was ended."""
@@ -3062,7 +3094,7 @@ class Watch:
             sleeper.set()
         if (awaited := self.awaited) is not None:
             # Not SSLSocket's own: it would drop the TLS state under the reader.
-            how = socket.SHUT_RD if awaited is self.client else socket.SHUT_RDWR
+            how = socket.SHUT_RD if self.receives else socket.SHUT_RDWR
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(awaited, how)
 
@@ -3090,10 +3122,15 @@ class Watcher:
         threading.Thread(target=self._run, name="watcher", daemon=True).start()
 
     def add(self, watch: Watch, capacity: float = math.inf) -> bool:
-        """Watches it, unless that makes more than `capacity` at once."""
+        """Watches it, unless that makes more than `capacity` at once, or a quarter of
+        them waits for bodies of its account."""
         with self._lock:
             if self._drain < math.inf or len(self._watches) >= capacity:
                 return False
+            if len(self._watches) > capacity / 4:
+                alike = [each for each in self._watches if each.account == watch.account]
+                if sum([each.receives for each in alike]) > capacity / 4:
+                    return False
             self._watches.add(watch)
             if watch.client is not None:
                 with contextlib.suppress(OSError, ValueError):
@@ -4627,6 +4664,7 @@ class Relay:
             if self._answer.stream:
                 kind = f"{STREAM_TYPE}; charset=utf-8"
                 return Response(self, 200, STREAM_HEADERS, None, kind, True)
+            self._answer.close()
             self._settle(Ending.DONE)
         except Ended as ended:
             self._usage, self._weight = None, 0  # nothing of it was relayed
@@ -4635,8 +4673,9 @@ class Relay:
         except BaseException as error:
             self._give_up(Ending.REFUSED, getattr(error, "status", 500))
             raise
-        self.close()
-        return Response(self._begin, 200, None, None, "application/json")
+        self.watch.answers()
+        length = {"Content-Length": str(len(self._begin))}
+        return Response(self, 200, length, None, "application/json", True)
 
     def _send(self) -> bytes:
         """Asks the upstreams in turn while nothing can have been generated; what the
@@ -4686,10 +4725,10 @@ class Relay:
         return Renaming(self.call.model).apply(data, document)
 
     def _drop_body(self) -> None:
-        """A stream may last for half an hour."""
+        """A stream may last for half an hour, an answer is read slowly."""
         if self._share.size > KEPT_BODY:
             self.call = without_body(self.call)
-        self._share.hold(0)
+        self._share.keep(len(self._begin))
 
     def _note_failure(self, upstream: UpstreamConfig, error: UpstreamFailed) -> None:
         note = {"upstream": upstream.name, "reason": error.reason}
@@ -4720,6 +4759,8 @@ class Relay:
     def __iter__(self) -> Iterator[bytes]:
         try:
             yield self._begin
+            if self._meter is None:
+                return self.close()
             yield from self._pieces
             self._settle(self._meter.ending)
             yield self._meter.last
@@ -4733,7 +4774,7 @@ class Relay:
         """Events as they come, but for the last one; raises what cuts the stream."""
         meter = self._meter
         for data in self._answer:
-            self.watch.heard = time.monotonic()
+            self.watch.heard = math.inf  # what takes long from here on is the client
             out = meter.feed(data)
             self.watch.finished = meter.report_due
             if meter.events and self._ttfb is None:
@@ -4742,7 +4783,8 @@ class Relay:
                 yield out
             if meter.ending:
                 break
-            self.watch.check()  # a client that reads slowly is no upstream's matter
+            self.watch.check()
+            self.watch.heard = time.monotonic()
         if meter.ending is None and (out := meter.end()):
             yield out
         if meter.ending is None:
@@ -4825,7 +4867,7 @@ class Relay:
         if self._charge is None and self.watch.finished:
             self._read_on()
         self._services.watcher.remove(self.watch)
-        self._share.hold(0)
+        self._share.keep(0)
         if self._answer is not None:
             self._answer.close()
         if self._charge is None:
@@ -5120,8 +5162,8 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
     if packed or not announced.isdigit() or int(announced) >= SMALL_BODY:
         count_request(services, hit)
     try:
-        with watch.receiving():
-            data = read_body(environ, MAX_BODY, share)
+        with watch.receiving() as arrived:
+            data = read_body(environ, MAX_BODY, share, arrived)
         call = parse_call(path, data, passed_headers(path, environ))
         del data
         here.asked = call.model
@@ -5147,7 +5189,8 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
 
 def start_relay(services: Services, path: str) -> Response:
     """Everything between the key and the upstream's answer, on one of the places."""
-    watch, share = Watch(request.environ.get("gunicorn.socket")), Share(services.room)
+    watch = Watch(request.environ.get("gunicorn.socket"), g.account.id)
+    share = Share(services.room)
     if not services.watcher.add(watch, services.capacity):
         count_request(services, windows_of(True))
         raise Overloaded("The server has no room at the moment.", wait=1)
@@ -5155,7 +5198,7 @@ def start_relay(services: Services, path: str) -> Response:
         return admit(services, path, watch, share).respond()
     except BaseException:
         services.watcher.remove(watch)
-        share.hold(0)
+        share.keep(0)
         raise
 
 
@@ -5540,12 +5583,12 @@ def small_body(services: Services, known: str) -> dict[str, Any]:
     watch, share = Watch(request.environ.get("gunicorn.socket")), Share(services.room)
     services.watcher.add(watch)
     try:
-        with watch.receiving():
-            data = read_body(request.environ, 64 << 10, share)
+        with watch.receiving() as arrived:
+            data = read_body(request.environ, 64 << 10, share, arrived)
         body = parse_json(data)
     finally:
         services.watcher.remove(watch)
-        share.hold(0)
+        share.keep(0)
     for name in body:
         if name not in known.split():
             raise BadRequest(f"'{name}' is not known here.", param=name)

@@ -4758,9 +4758,14 @@ class Relay:
 
     def __iter__(self) -> Iterator[bytes]:
         try:
+            if self._meter is None:  # the place is free again before the last byte
+                if len(self._begin) > KEPT_BODY:
+                    yield self._begin[:-1]
+                    self._begin = self._begin[-1:]
+                self.close()
             yield self._begin
             if self._meter is None:
-                return self.close()
+                return
             yield from self._pieces
             self._settle(self._meter.ending)
             yield self._meter.last

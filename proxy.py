@@ -6074,7 +6074,7 @@ def after_fork(arbiter: Any, worker: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
     SocketUnreader.max_body_chunk = PIECE  # no body is read ahead of its share
     # The rest of a refused body keeps its thread: gunicorn would wait for five seconds.
-    gthread.DEFAULT_WORKER_DATA_TIMEOUT = LINGER
+    gthread.DEFAULT_WORKER_DATA_TIMEOUT = 0.1
     limit = struct.pack("ll", CLIENT_TIMEOUT, 0)
     for listener in worker.sockets:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):

@@ -3010,10 +3010,10 @@ class Watch:
         self.client, self.number = client, client.fileno() if client else -1
         self.account = account
         self.ending: Ending | None = None
-        now = time.monotonic()
         self.ended = math.inf  # when
-        self.deadline, self.heard, self.stall = now + ANSWER_TIMEOUT, now, math.inf
-        self._patience: float | None = None  # seconds, of the upstream that is asked
+        self.deadline = time.monotonic() + ANSWER_TIMEOUT  # of what is waited for
+        self.due = math.inf  # when a stream's upstream must have said something
+        self._stall = STALL_TIMEOUT  # seconds from one such time to the next
         self.sent = False  # whether an upstream had the whole request
         self.finished = False  # whether all but the report of a stream was read
         self.left = math.inf  # when the client has
@@ -3050,17 +3050,21 @@ class Watch:
 
     def asks(self, patience: float | None) -> None:
         """An upstream is asked that may take so long, if it has a limit of its own."""
-        self._patience, self.sent = patience, False
+        self._stall, self.sent, self.due = patience or STALL_TIMEOUT, False, math.inf
         self.deadline = time.monotonic() + (patience or ANSWER_TIMEOUT)
 
     def streams(self) -> None:
         """The answer is a stream: it may live longer, but must not fall silent."""
-        self.heard, self.stall = time.monotonic(), self._patience or STALL_TIMEOUT
-        self.deadline = self.heard + STREAM_TIMEOUT
+        self.deadline = time.monotonic() + STREAM_TIMEOUT
+        self.hears()
+
+    def hears(self) -> None:
+        """The upstream said something."""
+        self.due = time.monotonic() + self._stall
 
     def answers(self) -> None:
         """The answer is whole: the client alone is waited for, to take it."""
-        self.deadline = time.monotonic() + ANSWER_READING
+        self.deadline, self.due = time.monotonic() + ANSWER_READING, math.inf
 
     @property
     def receives(self) -> bool:
@@ -3085,7 +3089,7 @@ class Watch:
             self.end(Ending.DRAINED)
         elif now >= self.left + REPORT_PATIENCE * self.finished:
             self.end(Ending.LEFT)
-        elif now > self.deadline or now - self.heard > self.stall:
+        elif now > min(self.deadline, self.due):
             self.end(Ending.TIMED_OUT)
         if now > self.ended + HANG_UP:
             self.hang_up()
@@ -4238,7 +4242,7 @@ class JiMeng(ImageDialect):
             if images := self._poll(model, id, watch):
                 yield images
                 return
-            watch.heard = time.monotonic()
+            watch.hears()
         raise UpstreamFailed(f"task {id} was not done in time")
 
     @staticmethod
@@ -4778,7 +4782,7 @@ class Relay:
         """Events as they come, but for the last one; raises what cuts the stream."""
         meter = self._meter
         for data in self._answer:
-            self.watch.heard = math.inf  # what takes long from here on is the client
+            self.watch.due = math.inf  # what takes long from here on is the client
             out = meter.feed(data)
             self.watch.finished = meter.report_due
             if meter.events and self._ttfb is None:
@@ -4788,7 +4792,7 @@ class Relay:
             if meter.ending:
                 break
             self.watch.check()
-            self.watch.heard = time.monotonic()
+            self.watch.hears()
         if meter.ending is None and (out := meter.end()):
             yield out
         if meter.ending is None:

@@ -91,7 +91,7 @@ from flask_limiter import Limiter
 from gunicorn.app.base import BaseApplication
 from gunicorn.http.errors import ParseException
 from gunicorn.http.unreader import SocketUnreader
-from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.workers import gthread
 from jinja2 import DictLoader
 from limits import RateLimitItem, parse_many
 from limits.storage import MovingWindowSupport, Storage
@@ -345,8 +345,8 @@ class Ended(Exception):
         """What a client that is still there is told."""
         if self.ending is Ending.LEFT:  # it may have closed its own side only
             return BadRequest(
-                "The connection was closed for writing before the answer came. This counts"
-                " as leaving: keep it open until then."
+                "The connection was closed for writing before the answer was whole. This"
+                " counts as leaving: keep it open until then."
             )
         failure = UpstreamFailed(self.ending.reason)
         if self.ending is Ending.DRAINED:
@@ -2352,7 +2352,7 @@ def received(
     environ: dict[str, Any], limit: int, arrived: Callable[[float], None]
 ) -> Iterator[bytes]:
     """A body as it arrives, bounded, as long as announced, in no too small chunks.
-    `arrived` is told which part of an announced one is here."""
+    `arrived` is told which part of it, as far as that is known, each piece is."""
     announced = environ.get("CONTENT_LENGTH") or None
     if announced and (not announced.isdigit() or int(announced) > limit):
         raise TooLarge(f"The body may have at most {limit} bytes.")
@@ -2368,7 +2368,7 @@ def received(
         if not piece:
             break
         left, size = left - len(piece), size + len(piece)
-        arrived(size / (left + size) if announced else 1)
+        arrived(len(piece) / (int(announced) if announced else size))
         if not announced and spent > CHUNKED_CPU + size * CHUNKED_CPU_BYTE:
             raise BadRequest("The body comes in too many small chunks.")
         yield piece
@@ -2400,11 +2400,10 @@ def unpacked(pieces: Iterable[bytes], coding: str) -> Iterator[bytes]:
 
 
 def read_body(
-    environ: dict[str, Any], limit: int, share: Share,
-    arrived: Callable[[float], None] = lambda part: None,
-) -> bytearray:  # fmt: skip
+    environ: dict[str, Any], limit: int, share: Share, arrived: Callable[[float], None]
+) -> bytearray:
     """The whole body of a request, unpacked; `share` then holds what parsing takes.
-    `arrived` is told what part of an announced one is here."""
+    `arrived` is told of each piece, as `received` has it."""
     kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise UnsupportedMediaType("Send 'Content-Type: application/json'.")
@@ -2985,7 +2984,8 @@ MAX_HEAD = 64 << 10  # bytes of an upstream's head or trailers
 MAX_CHUNK_LINE = 4096  # bytes of a chunk's size and extensions
 MAX_INFORMATIONAL = 20  # 1xx answers before the final one
 RECEIVE = 16 << 10  # bytes of one read: a TLS record, the rest would not wake a poll
-BODY_TIMEOUT = 60.0  # seconds for the whole body of a request, a sixth to its begin
+BODY_TIMEOUT = 60.0  # seconds for the whole body of a request
+BODY_DELAY = 1 / 6  # of them, by which it may fall behind an even pace
 ANSWER_READING = 120.0  # seconds for a client to read a JSON answer
 CONNECT_TIMEOUT = 5.0  # seconds for TCP and TLS, each
 ANSWER_TIMEOUT = 600.0  # seconds to a whole JSON answer; the OpenAI SDKs wait as long
@@ -3010,10 +3010,10 @@ class Watch:
         self.client, self.number = client, client.fileno() if client else -1
         self.account = account
         self.ending: Ending | None = None
-        now = time.monotonic()
         self.ended = math.inf  # when
-        self.deadline, self.heard, self.stall = now + ANSWER_TIMEOUT, now, math.inf
-        self._patience: float | None = None  # seconds, of the upstream that is asked
+        self.deadline = time.monotonic() + ANSWER_TIMEOUT  # of what is waited for
+        self.due = math.inf  # when a stream's upstream must have said something
+        self._stall = STALL_TIMEOUT  # seconds from one such time to the next
         self.sent = False  # whether an upstream had the whole request
         self.finished = False  # whether all but the report of a stream was read
         self.left = math.inf  # when the client has
@@ -3023,14 +3023,19 @@ class Watch:
 
     @contextlib.contextmanager
     def receiving(self) -> Iterator[Callable[[float], None]]:
-        """While a body is read from the client; what it gives is told which part of it
-        has arrived. What ended that is raised: the client may still be told."""
-        start, self.awaited = time.monotonic(), self.client
+        """While a body is read from the client; what it gives is told of each part that
+        has arrived. What ended that is raised: the client may still be told.
+
+        Each part gives its part of the time, and none is saved up: who sends nearly all
+        of a body and then stalls would keep the room that was kept for it."""
+        self.awaited, start = self.client, time.monotonic()
+        delay, last = BODY_TIMEOUT * BODY_DELAY, start + BODY_TIMEOUT
+        self.deadline = start + delay
 
         def arrived(part: float) -> None:
-            self.deadline = start + BODY_TIMEOUT * (1 + 5 * part) / 6
+            given = self.deadline + (BODY_TIMEOUT - delay) * part
+            self.deadline = min(given, time.monotonic() + delay, last)
 
-        arrived(0)
         try:
             yield arrived
         except BadRequest:
@@ -3045,17 +3050,21 @@ class Watch:
 
     def asks(self, patience: float | None) -> None:
         """An upstream is asked that may take so long, if it has a limit of its own."""
-        self._patience, self.sent = patience, False
+        self._stall, self.sent, self.due = patience or STALL_TIMEOUT, False, math.inf
         self.deadline = time.monotonic() + (patience or ANSWER_TIMEOUT)
 
     def streams(self) -> None:
         """The answer is a stream: it may live longer, but must not fall silent."""
-        self.heard, self.stall = time.monotonic(), self._patience or STALL_TIMEOUT
-        self.deadline = self.heard + STREAM_TIMEOUT
+        self.deadline = time.monotonic() + STREAM_TIMEOUT
+        self.hears()
+
+    def hears(self) -> None:
+        """The upstream said something."""
+        self.due = time.monotonic() + self._stall
 
     def answers(self) -> None:
         """The answer is whole: the client alone is waited for, to take it."""
-        self.deadline = time.monotonic() + ANSWER_READING
+        self.deadline, self.due = time.monotonic() + ANSWER_READING, math.inf
 
     @property
     def receives(self) -> bool:
@@ -3080,7 +3089,7 @@ class Watch:
             self.end(Ending.DRAINED)
         elif now >= self.left + REPORT_PATIENCE * self.finished:
             self.end(Ending.LEFT)
-        elif now > self.deadline or now - self.heard > self.stall:
+        elif now > min(self.deadline, self.due):
             self.end(Ending.TIMED_OUT)
         if now > self.ended + HANG_UP:
             self.hang_up()
@@ -4233,7 +4242,7 @@ class JiMeng(ImageDialect):
             if images := self._poll(model, id, watch):
                 yield images
                 return
-            watch.heard = time.monotonic()
+            watch.hears()
         raise UpstreamFailed(f"task {id} was not done in time")
 
     @staticmethod
@@ -4769,9 +4778,8 @@ class Relay:
             yield from self._pieces
             self._settle(self._meter.ending)
             yield self._meter.last
-        except Ended as ended:
-            if ended.ending is not Ending.LEFT:
-                yield self._break(ended.ending, ended.failure())
+        except Ended as ended:  # who left may have closed its own side only, and reads
+            yield self._break(ended.ending, ended.failure())
         except ProxyError as error:
             yield self._break(Ending.CUT, error)
 
@@ -4779,7 +4787,7 @@ class Relay:
         """Events as they come, but for the last one; raises what cuts the stream."""
         meter = self._meter
         for data in self._answer:
-            self.watch.heard = math.inf  # what takes long from here on is the client
+            self.watch.due = math.inf  # what takes long from here on is the client
             out = meter.feed(data)
             self.watch.finished = meter.report_due
             if meter.events and self._ttfb is None:
@@ -4789,7 +4797,7 @@ class Relay:
             if meter.ending:
                 break
             self.watch.check()
-            self.watch.heard = time.monotonic()
+            self.watch.hears()
         if meter.ending is None and (out := meter.end()):
             yield out
         if meter.ending is None:
@@ -4804,7 +4812,9 @@ class Relay:
 
     def _break(self, ending: Ending, error: ProxyError) -> bytes:
         """The error event that ends a stream which could not end well."""
-        self._services.log.note("stream", request=self.lease.id, reason=error.reason)
+        if ending is not Ending.LEFT:
+            note = {"request": self.lease.id, "reason": error.reason}
+            self._services.log.note("stream", **note)
         self._settle_anyhow(self._charged(ending))
         return error.events(self.call.path, self._meter.events)
 
@@ -5585,8 +5595,10 @@ def add_account_routes(app: Flask, services: Services) -> None:
 
 def small_body(services: Services, known: str) -> dict[str, Any]:
     """A small JSON object with these members only."""
-    watch, share = Watch(request.environ.get("gunicorn.socket")), Share(services.room)
-    services.watcher.add(watch)
+    watch = Watch(request.environ.get("gunicorn.socket"), g.account.id)
+    share = Share(services.room)
+    if not services.watcher.add(watch, services.capacity):
+        raise Overloaded("The server has no room at the moment.", wait=1)
     try:
         with watch.receiving() as arrived:
             data = read_body(request.environ, 64 << 10, share, arrived)
@@ -5936,6 +5948,7 @@ def create_app(
 GRACE = 30  # seconds from SIGTERM to the end of the last stream
 GRACE_MARGIN = 3.0  # seconds before that in which streams are ended and settled
 CLIENT_TIMEOUT = 30  # seconds that one read from or write to a client may take
+LINGER = 0.4  # seconds for a client to stop sending what was refused
 FIRST_WORD = 5.0  # seconds that a new connection may be silent
 IDLE = 10_000  # connections of one worker beyond its threads
 SPARE_THREADS = 16  # per worker, kept for answers that relay nothing
@@ -5944,7 +5957,7 @@ PARSER_STATUS = {
 }  # fmt: skip
 
 
-class Worker(ThreadWorker):
+class Worker(gthread.ThreadWorker):
     """gunicorn's threaded worker, where a promise needs another one."""
 
     def load_wsgi(self) -> None:
@@ -6024,7 +6037,7 @@ class Worker(ThreadWorker):
         loop, two seconds without an accept."""
         kept = super().handle(conn)
         if not kept:
-            gunicorn.util.close_graceful(conn.sock, 1)
+            gunicorn.util.close_graceful(conn.sock, LINGER, MAX_BODY)
         return kept
 
     def handle_error(
@@ -6069,6 +6082,8 @@ def after_fork(arbiter: Any, worker: Any) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     SocketUnreader.max_body_chunk = PIECE  # no body is read ahead of its share
+    # The rest of a refused body keeps its thread: gunicorn would wait for five seconds.
+    gthread.DEFAULT_WORKER_DATA_TIMEOUT = 0.1
     limit = struct.pack("ll", CLIENT_TIMEOUT, 0)
     for listener in worker.sockets:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):

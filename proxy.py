@@ -1278,6 +1278,18 @@ def new_file(path: str) -> str:
     return f"{path}-new"
 
 
+@contextlib.contextmanager
+def closed_by_errors(db: sqlite3.Connection) -> Iterator[None]:
+    """Its own cache refers to a connection: left alone it keeps three descriptors, and
+    the ledger in use, until the garbage is collected."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            db.close()  # which rolls back
+        raise
+
+
 class Job:
     """An operation that waits to be committed; then it has a result, or `trouble`."""
 
@@ -1473,16 +1485,18 @@ class LedgerFile:
             f"file:{quoted}?mode=rw", uri=True, timeout=LEDGER_TIMEOUT - 1,
             isolation_level=None, check_same_thread=False, cached_statements=64,
         )  # fmt: skip
-        db.execute("PRAGMA wal_autocheckpoint = 0")  # its errors would be told nobody
-        db.execute("PRAGMA cache_size = -512")  # KiB; emptied by other workers' writes
+        with closed_by_errors(db):
+            # Errors of its own checkpoints would be told nobody.
+            db.execute("PRAGMA wal_autocheckpoint = 0")
+            db.execute("PRAGMA cache_size = -512")  # KiB; others' writes empty it
         return db
 
     def _verified(self) -> sqlite3.Connection:
         self.check_places()
         db = self._connect()
-        if self._identify(db) != (SCHEMA_VERSION, self.id):
-            db.close()
-            raise LedgerUnavailable(f"{self.path} is another ledger than before")
+        with closed_by_errors(db):
+            if self._identify(db) != (SCHEMA_VERSION, self.id):
+                raise LedgerUnavailable(f"{self.path} is another ledger than before")
         return db
 
     def transact(self, jobs: list[Job]) -> None:
@@ -1495,24 +1509,23 @@ class LedgerFile:
             self.check_places()
             db = self._writing = self._writing or self._verified()
             try:
-                if self._doubtful:
-                    # After a failed fsync the kernel takes the lost pages for clean:
-                    # only what is written anew, into the file, is sure to be there.
-                    self._checkpoint(db, "RESTART")
-                if level != self._level:
-                    db.execute(f"PRAGMA synchronous = {level}")
-                    self._level = level
-                db.execute("BEGIN IMMEDIATE")
-                for job in jobs:
-                    job.result = job.operation(db)
-                self._doubtful = True
-                db.execute("COMMIT")
-                self._doubtful = False
-                self._jobs += len(jobs)
+                with closed_by_errors(db):
+                    if self._doubtful:
+                        # After a failed fsync the kernel takes the lost pages for clean:
+                        # only what is written anew, into the file, is sure to be there.
+                        self._checkpoint(db, "RESTART")
+                    if level != self._level:
+                        db.execute(f"PRAGMA synchronous = {level}")
+                        self._level = level
+                    db.execute("BEGIN IMMEDIATE")
+                    for job in jobs:
+                        job.result = job.operation(db)
+                    self._doubtful = True
+                    db.execute("COMMIT")
+                    self._doubtful = False
+                    self._jobs += len(jobs)
             except BaseException:
                 self._writing, self._level = None, ""
-                with contextlib.suppress(sqlite3.Error):
-                    db.close()  # which rolls back
                 raise
 
     def checkpoint(self) -> None:
@@ -1532,8 +1545,9 @@ class LedgerFile:
         """All rows of one short query, of the file as it was opened."""
         with self._reader:
             try:
-                self._reading = self._reading or self._verified()
-                return self._reading.execute(sql, values).fetchall()
+                db = self._reading = self._reading or self._verified()
+                with closed_by_errors(db):
+                    return db.execute(sql, values).fetchall()
             except (sqlite3.Error, OSError) as error:
                 self._reading = None
                 raise LedgerUnavailable(f"{type(error).__name__}: {error}") from None

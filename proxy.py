@@ -1107,11 +1107,16 @@ class ConfigFile:
 
 # Ledger ------------------------------------------------------------------------------
 
-SCHEMA_VERSION = 3  # `PRAGMA user_version`; MIGRATIONS has the steps to it
+SCHEMA_VERSION = 4  # `PRAGMA user_version`; MIGRATIONS has the steps to it
 OPEN, SETTLED, RELEASED = 0, 1, 2  # a request's row: a hold resolves at most once
 
-# accounts.made: when it was made at run time, 0: it was not; accounts.declared: what
-# keys.json granted it at its last hold; keys.former: 1 for a former account's.
+# accounts.made: when it was made at run time, 0: it was not, or was closed;
+# accounts.declared: what keys.json granted it at its last hold; grants.amount: negative
+# for a correction; keys.former: 1 for a former account's; keys.terms: its expiry, budget,
+# models and limits, as keys.json writes them. A row of budgets is what a key has spent
+# on the days from `since` to before `until`, which its budget is for: made out of usage
+# when a hold first asks, then kept. `most`: the budget at the last hold, or what was
+# spent and held before there was one.
 SCHEMA = """
 CREATE TABLE meta(name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE accounts(
@@ -1119,7 +1124,7 @@ CREATE TABLE accounts(
     granted INTEGER NOT NULL DEFAULT 0, spent INTEGER NOT NULL DEFAULT 0,
     held INTEGER NOT NULL DEFAULT 0, lost INTEGER NOT NULL DEFAULT 0,
     declared INTEGER NOT NULL DEFAULT 0,
-    CHECK (granted >= 0 AND spent >= 0 AND held >= 0 AND lost >= 0)
+    CHECK (spent >= 0 AND held >= 0 AND lost >= 0)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE grants(
     id INTEGER PRIMARY KEY, account TEXT NOT NULL, amount INTEGER NOT NULL,
@@ -1128,7 +1133,7 @@ CREATE TABLE grants(
 CREATE TABLE keys(
     id TEXT PRIMARY KEY, account TEXT NOT NULL, name TEXT NOT NULL, hint TEXT NOT NULL,
     hash TEXT, admin INTEGER NOT NULL, created INTEGER, used INTEGER, revoked INTEGER,
-    former INTEGER NOT NULL DEFAULT 0
+    former INTEGER NOT NULL DEFAULT 0, terms TEXT
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX keys_account ON keys(account, revoked IS NOT NULL, created);
 CREATE TABLE requests(
@@ -1140,9 +1145,10 @@ CREATE TABLE requests(
     images INTEGER NOT NULL DEFAULT 0, estimated INTEGER NOT NULL DEFAULT 0,
     status INTEGER NOT NULL DEFAULT 0, created INTEGER NOT NULL,
     ttfb INTEGER, duration INTEGER, written INTEGER NOT NULL DEFAULT 0, asked TEXT,
+    code TEXT, upstream TEXT, attempts INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (account, id)
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX requests_open ON requests(key) WHERE state = 0;
+CREATE INDEX requests_open ON requests(key, created, hold) WHERE state = 0;
 CREATE TABLE usage(
     account TEXT NOT NULL, day INTEGER NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL,
     status INTEGER NOT NULL, requests INTEGER NOT NULL DEFAULT 0,
@@ -1151,8 +1157,13 @@ CREATE TABLE usage(
     cached INTEGER NOT NULL DEFAULT 0, output INTEGER NOT NULL DEFAULT 0,
     images INTEGER NOT NULL DEFAULT 0, cost INTEGER NOT NULL DEFAULT 0,
     ttfb INTEGER NOT NULL DEFAULT 0, duration INTEGER NOT NULL DEFAULT 0,
-    written INTEGER NOT NULL DEFAULT 0,
+    written INTEGER NOT NULL DEFAULT 0, lost INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (account, day, key, model, status)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX usage_key ON usage(key, day);
+CREATE TABLE budgets(
+    key TEXT NOT NULL, until INTEGER NOT NULL, since INTEGER NOT NULL,
+    spent INTEGER NOT NULL, most INTEGER NOT NULL, PRIMARY KEY (key, until, since)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE windows(key TEXT PRIMARY KEY, hits BLOB NOT NULL) STRICT, WITHOUT ROWID;
 
@@ -1173,13 +1184,16 @@ CREATE TRIGGER resolved AFTER UPDATE OF state ON requests WHEN OLD.state = 0 BEG
         NEW.account, NEW.created / 86400000, NEW.key, NEW.model, NEW.status,
         NEW.state = 1, NEW.state = 2, 0, NEW.ttfb IS NOT NULL, NEW.input, NEW.cached,
         NEW.output, NEW.images, NEW.cost, coalesce(NEW.ttfb, 0),
-        coalesce(NEW.duration, 0), NEW.written
+        coalesce(NEW.duration, 0), NEW.written, NEW.lost
     ) ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,
         released = released + excluded.released, answered = answered + excluded.answered,
         input = input + excluded.input, cached = cached + excluded.cached,
         output = output + excluded.output, images = images + excluded.images,
         cost = cost + excluded.cost, ttfb = ttfb + excluded.ttfb,
-        duration = duration + excluded.duration, written = written + excluded.written;
+        duration = duration + excluded.duration, written = written + excluded.written,
+        lost = lost + excluded.lost;
+    UPDATE budgets SET spent = spent + NEW.cost WHERE key = NEW.key
+        AND until > NEW.created / 86400000 AND since <= NEW.created / 86400000;
 END;
 """
 
@@ -1212,7 +1226,6 @@ DROP TRIGGER IF EXISTS opened; DROP TRIGGER IF EXISTS resolved;
 ALTER TABLE requests ADD COLUMN written INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE requests ADD COLUMN asked TEXT;
 ALTER TABLE usage ADD COLUMN written INTEGER NOT NULL DEFAULT 0;
-{opened}; {resolved};
 """
 FROM_VERSION_2 = """
 ALTER TABLE accounts ADD COLUMN declared INTEGER NOT NULL DEFAULT 0;
@@ -1224,8 +1237,24 @@ INSERT INTO accounts(id, made, created) SELECT account, 0, created FROM keys
     WHERE created IS NOT NULL ON CONFLICT DO NOTHING;
 DROP INDEX keys_account; {keys_account};
 """
+FROM_VERSION_3 = """
+DROP TRIGGER IF EXISTS opened; DROP TRIGGER IF EXISTS resolved;
+CREATE TABLE former AS SELECT * FROM accounts; DROP TABLE accounts; {accounts};
+INSERT INTO accounts SELECT * FROM former; DROP TABLE former;
+ALTER TABLE keys ADD COLUMN terms TEXT;
+ALTER TABLE requests ADD COLUMN code TEXT;
+ALTER TABLE requests ADD COLUMN upstream TEXT;
+ALTER TABLE requests ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0;
+DROP INDEX requests_open; {requests_open};
+ALTER TABLE usage ADD COLUMN lost INTEGER NOT NULL DEFAULT 0;
+UPDATE usage SET lost = r.lost FROM (
+    SELECT account AS a, created / 86400000 AS d, key AS k, model AS m, status AS s,
+        sum(lost) AS lost FROM requests WHERE state != 0 AND lost GROUP BY 1, 2, 3, 4, 5
+) r WHERE account = a AND day = d AND key = k AND model = m AND status = s;
+{usage_key}; {budgets}; {opened}; {resolved};
+"""
 # By the version that each begins with.
-MIGRATIONS = FROM_VERSION_0, FROM_VERSION_1, FROM_VERSION_2
+MIGRATIONS = FROM_VERSION_0, FROM_VERSION_1, FROM_VERSION_2, FROM_VERSION_3
 
 MAX_WORKERS = 512  # worker slots: bytes 1 to 512 of the lock file
 WRITER, SPEAKER = 0, MAX_WORKERS + 1  # its other bytes

@@ -2423,8 +2423,8 @@ def test_a_symlink_is_resolved_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "sql, words",
     [
-        ("PRAGMA user_version = 4", "newer"),
-        ("DROP TRIGGER resolved", "its resolved is not that of schema 3"),
+        ("PRAGMA user_version = 5", "newer"),
+        ("DROP TRIGGER resolved", "its resolved is not that of schema 4"),
         ("ALTER TABLE requests ADD COLUMN more TEXT", "its requests is not that"),
         ("DELETE FROM meta WHERE name = 'id'", "is no ledger"),
         ("UPDATE meta SET value = 'x' WHERE name = 'id'", "another ledger"),
@@ -2572,7 +2572,8 @@ def version_0(tmp_path: Path) -> Path:
 
 
 KEPT = "accounts grants keys requests windows".split()
-ADDED = {"accounts": (0,), "keys": (0,), "requests": (0, None)}  # at their ends
+# At the ends of their rows.
+ADDED = {"accounts": (0,), "keys": (0, None), "requests": (0, None, None, None, 0)}
 
 
 def tables(path: Path, names: list[str]) -> dict[str, list[tuple]]:
@@ -2585,15 +2586,15 @@ def test_an_older_ledger_opens_with_everything_kept(version_0: Path) -> None:
     assert before["accounts"] == [("team", 0, 1700000000, 500, 70, 30, 3)]
     with closing(proxy.Ledger(version_0)) as ledger:
         assert ledger.check() == []
-        assert ledger.read("PRAGMA user_version") == [(3,)]
+        assert ledger.read("PRAGMA user_version") == [(4,)]
     kept = {name: before[name] for name in KEPT}
     usage = tables(version_0, ["usage"])["usage"]
     today = usage[0][1]
     assert usage == [
-        ("", today, "", "", 401, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0),
-        ("", today, "", "", 429, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0, 0, 0),
-        ("team", 19675, "key_a", "chat", 200, 1, 0, 0, 1, 20, 5, 25, 0, 70, 40, 90, 0),
-        ("team", 19675, "key_a", "chat", 503, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 10, 0),
+        ("", today, "", "", 401, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+        ("", today, "", "", 429, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+        ("team", 19675, "key_a", "chat", 200, 1, 0, 0, 1, 20, 5, 25, 0, 70, 40, 90, 0, 3),
+        ("team", 19675, "key_a", "chat", 503, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 10, 0, 0),
     ]
     kept |= {name: [(*row, *ADDED[name]) for row in kept[name]] for name in ADDED}
     assert tables(version_0, KEPT) == kept
@@ -2610,11 +2611,12 @@ def test_an_older_ledger_opens_with_everything_kept(version_0: Path) -> None:
 def test_a_ledger_of_version_1_opens_with_everything_kept(version_1: Path) -> None:
     before = tables(version_1, [*KEPT, "usage"])
     assert len(before["usage"]) == 2 and len(before["requests"]) == 3
-    for name, more in (ADDED | {"usage": (0,)}).items():
+    for name, more in ADDED.items():
         before[name] = [(*row, *more) for row in before[name]]
+    before["usage"] = [(*row, 0, 3 * (row[4] == 200)) for row in before["usage"]]
     with closing(proxy.Ledger(version_1)) as ledger:
         assert ledger.check() == []
-        assert ledger.read("PRAGMA user_version") == [(3,)]
+        assert ledger.read("PRAGMA user_version") == [(4,)]
     assert tables(version_1, [*before]) == before
     assert version_1.with_name("proxy.db-v1").exists()
 
@@ -9018,7 +9020,7 @@ def test_check_passes_a_good_ledger_with_warnings(run, monkeypatch):
     run.keys.chmod(0o644)
     status, out, _ = run("check")
     assert status == 0
-    assert out.endswith("The ledger's schema is version 3.\nThe ledger adds up.\n")
+    assert out.endswith("The ledger's schema is version 4.\nThe ledger adds up.\n")
     for warning in "PROXY_TEST_UNSET", "chmod 600", "is too old: 3.37 is needed":
         assert warning in out
 

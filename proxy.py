@@ -97,6 +97,8 @@ from limits import RateLimitItem, parse_many
 from limits.storage import MovingWindowSupport, Storage
 from limits.strategies import MovingWindowRateLimiter
 from werkzeug.exceptions import HTTPException
+from werkzeug.formparser import MultiPartParser
+from werkzeug.http import parse_options_header
 from werkzeug.routing import PathConverter
 
 # Errors ------------------------------------------------------------------------------
@@ -396,8 +398,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Pico-credits per token of each class, per image and per request; `reported`:
-    millionths of the cost that the provider itself reports; 0 if that is not read."""
+    """Pico-credits per token of each class, per image, per request and per character
+    to be spoken; `reported`: millionths of the cost that the provider itself reports; 0
+    if that is not read."""
 
     input: int = 0
     cached: int = 0
@@ -405,6 +408,7 @@ class Price:
     output: int = 0
     image: int = 0
     request: int = 0
+    characters: int = 0
     reported: int = 0
 
 
@@ -671,7 +675,7 @@ def parse_limits(
     return Limits(rate, items, whole(concurrent, f"{path}.concurrent", 1, 100_000))
 
 
-PRICES = "input cached written output image request reported"
+PRICES = "input cached written output image request characters reported"
 DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
 DAY_NAME, CLOCK = f"({'|'.join(DAYS)})", "([0-9]{2}):([0-5][0-9])"
 HOURS = re.compile(f"(?:{DAY_NAME}(?:-{DAY_NAME})? )?{CLOCK}-{CLOCK}")
@@ -1702,9 +1706,9 @@ class Quote:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What an answer used: tokens by class, images. Of `input` parts were `cached`, or
-    `written` to a cache, some of it for an `hour`. `reported`: the provider's own
-    cost, in pico-credits."""
+    """What an answer used: tokens by class, images, characters spoken. Of `input` parts
+    were `cached`, or `written` to a cache, some of it for an `hour`. `reported`: the
+    provider's own cost, in pico-credits."""
 
     input: int = 0
     cached: int = 0
@@ -1713,6 +1717,7 @@ class Usage:
     estimated: bool = False
     written: int = 0
     hour: int = 0
+    characters: int = 0
     reported: int | None = None
 
 
@@ -2442,14 +2447,23 @@ def unpacked(pieces: Iterable[bytes], coding: str) -> Iterator[bytes]:
         raise BadRequest(f"The body is no whole {coding}, or more than one.")
 
 
+def media_type(environ: dict[str, Any]) -> str:
+    return environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+
+
+FORM = "multipart/form-data"
+
+
 def read_body(
-    environ: dict[str, Any], limit: int, share: Share, arrived: Callable[[float], None]
-) -> bytearray:
+    environ: dict[str, Any], limit: int, share: Share, arrived: Callable[[float], None],
+    kinds: tuple[str, ...] = ("application/json",),
+) -> bytearray:  # fmt: skip
     """The whole body of a request, unpacked; `share` then holds what parsing takes.
     `arrived` is told of each piece, as `received` has it."""
-    kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise UnsupportedMediaType("Send 'Content-Type: application/json'.")
+    kind = media_type(environ)
+    if kind not in kinds:
+        told = " or ".join([f"'Content-Type: {each}'" for each in kinds])
+        raise UnsupportedMediaType(f"Send {told}.")
     coding = environ.get("HTTP_CONTENT_ENCODING", "").strip().lower()
     data = bytearray()
     for piece in unpacked(received(environ, limit, arrived), coding):
@@ -2460,8 +2474,77 @@ def read_body(
             size = max(size, int(environ.get("CONTENT_LENGTH") or 0))
         share.hold(size, PARSING)
         data += piece
-    share.hold(parsing_memory(data), SMALL_SHARES)
+    # A form is held as it came, as its parts, and as it is sent on.
+    size = parsing_memory(data) if kind != FORM else 3 * len(data)
+    share.hold(size, SMALL_SHARES)
     return data
+
+
+MAX_PARTS = 100  # of a form
+
+
+class FilePart(NamedTuple):
+    """A file of a form."""
+
+    name: str
+    filename: str
+    kind: str
+    data: bytes
+
+
+def parse_form(
+    data: bytes, content_type: str
+) -> tuple[dict[str, Any], tuple[FilePart, ...]]:
+    """The fields and the files of a form (RFC 7578), or BadRequest; a field that stands
+    more than once is a list of texts."""
+    _, options = parse_options_header(content_type)
+    parser = MultiPartParser(
+        stream_factory=lambda *_, **__: io.BytesIO(), max_form_memory_size=None,
+        max_form_parts=MAX_PARTS,
+    )  # fmt: skip
+    try:
+        boundary = options.get("boundary", "").encode("ascii")
+        if not boundary:
+            raise ValueError("no boundary")
+        fields, files = parser.parse(io.BytesIO(data), boundary, len(data))
+        names = [*fields, *files]
+        if None in names or {*fields} & {*files}:
+            raise ValueError("a part without a name, or two under one")
+    except (ValueError, HTTPException):
+        raise BadRequest("The body is no valid multipart/form-data.") from None
+    body = {
+        name: texts[0] if len(texts) == 1 else texts
+        for name, texts in fields.to_dict(flat=False).items()
+    }
+    parts = [
+        FilePart(name, file.filename or "", file.mimetype, file.stream.getvalue())
+        for name, file in files.items(multi=True)
+    ]
+    return body, tuple(parts)
+
+
+def to_form(
+    body: dict[str, Any], files: tuple[FilePart, ...]
+) -> tuple[str, bytes]:
+    """(content type, bytes) of a form with these fields and files (RFC 7578)."""
+    boundary, pieces = secrets.token_hex(16), []
+
+    def add(name: str, more: str, data: bytes) -> None:
+        # As browsers escape it (WHATWG HTML, multipart form data).
+        quoted = re.sub('[\r\n"]', lambda sign: f"%{ord(sign[0]):02X}", name)
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="{quoted}"{more}'
+        pieces.extend([head.encode("utf-8", "replace"), b"\r\n\r\n", data, b"\r\n"])
+
+    for name, value in body.items():
+        for each in value if isinstance(value, list) else [value]:
+            text = each if isinstance(each, str) else json.dumps(each)
+            add(name, "", text.encode("utf-8", "replace"))
+    for name, filename, kind, data in files:
+        filename = re.sub(r'[\x00-\x1f"\\]', "_", filename)
+        kind = kind if re.fullmatch(r"[\w.+-]+/[\w.+-]+", kind) else "application/octet-stream"
+        add(name, f'; filename="{filename}"\r\nContent-Type: {kind}', data)
+    pieces.append(f"--{boundary}--\r\n".encode())
+    return f"{FORM}; boundary={boundary}", b"".join(pieces)
 
 
 # Of the client's headers, those that pass to an upstream, on Anthropic's paths.
@@ -2574,6 +2657,9 @@ class EventReader:
 
 # Calls and prices --------------------------------------------------------------------
 
+SPEECH, TRANSCRIPTS = "audio/speech", {"audio/transcriptions", "audio/translations"}
+PICTURES = {"images/generations", "images/edits", "images/variations"}
+FORMS = TRANSCRIPTS | PICTURES - {"images/generations"}  # JSON is taken as well
 FREE = {"messages/count_tokens", "responses/input_tokens"}  # they only count
 NO_OUTPUT = {"embeddings", "moderations", "rerank"} | FREE
 # Parts of a prompt that are no text: the tokens that one is estimated at, and the most
@@ -2611,6 +2697,16 @@ class Call:
     cap: int
     weight: int | None = None  # of the prompt, where the body was dropped
     headers: dict[str, str] = field(default_factory=dict)  # that pass to the upstream
+    files: tuple[FilePart, ...] = ()  # of a form, whose fields are the body
+    characters: int = 0  # to be spoken
+
+
+def file_tokens(file: FilePart) -> tuple[int, int]:
+    """The tokens of a form's file: estimated, and at the most. Sound at 16 kbit/s has a
+    token for every hundred bytes."""
+    if file.kind.startswith("image/"):
+        return PICTURE
+    return AUDIO[0], max(AUDIO[1], len(file.data) // 100)
 
 
 def medium(part: dict[str, Any]) -> tuple[int, int] | None:
@@ -2704,13 +2800,29 @@ GUARDED = CAPS | ALL_PRICED.keys() | set(
 )  # fmt: skip
 
 
-def parse_call(path: str, data: bytes, headers: dict[str, str] | None = None) -> Call:
-    """A request's body, checked as far as money and routing depend on it."""
+def form_call(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a form, the numbers and truths among them as JSON has them."""
+    known = {"true": True, "false": False}
+    numbers = {
+        name: int(text) for name in CAPS | {"n", "best_of"}
+        if re.fullmatch("[0-9]{1,12}", str(text := fields.get(name)))
+    }  # fmt: skip
+    stream = fields.get("stream")
+    truths = {"stream": known[stream]} if stream in ("true", "false") else {}
+    return fields | numbers | truths
+
+
+def parse_call(
+    path: str, data: bytes, headers: dict[str, str] | None = None, form: str = ""
+) -> Call:
+    """A request's body, checked as far as money and routing depend on it; `form`: the
+    content type of one that is a form."""
     first, *rest = path.split("/")
     if not PATH.fullmatch(path) or first in UNMETERED or (rest and first in SOLE):
-        if path not in FREE:
+        if path not in FREE | TRANSCRIPTS | {SPEECH}:
             raise NotFound("There is no such path.")
-    body = parse_json(data)
+    body, files = parse_form(data, form) if form else (parse_json(data), ())
+    body = form_call(body) if form else body
     for name in body:
         if name not in GUARDED and name.casefold() in GUARDED:
             # To some servers (Go's) names in another case are the same.
@@ -2740,18 +2852,23 @@ def parse_call(path: str, data: bytes, headers: dict[str, str] | None = None) ->
     wants_usage = (options or {}).get("include_usage") or False
     if type(wants_usage) is not bool:
         raise BadRequest("'include_usage' must be true or false.", param="stream_options")
-    if b"\\ud" in data or b"\\uD" in data:
+    if not form and (b"\\ud" in data or b"\\uD" in data):
         to_json(body)  # BadRequest for half of a surrogate pair
     # A float may be longer as we write it: 1e15 is 1000000000000000.0.
-    size = len(to_json(body)) if EXPONENT.search(data) else 0
+    size = len(to_json(body)) if form or EXPONENT.search(data) else 0
     prompts, prompt = 1, body.get("prompt")
     if prompt and isinstance(prompt, list) and path.endswith("completions"):
         if path != "chat/completions" and not isinstance(prompt[0], int):
             prompts = len(prompt)  # a list of token numbers is one, others are a batch
-    size, bounded = prompt_size(body, max(size, len(data)))
+    size, bounded = prompt_size(body, size if form else max(size, len(data)))
+    size += sum([file_tokens(file)[1] for file in files])
+    spoken = body.get("input") if path == SPEECH else ""
+    if not isinstance(spoken, str):
+        raise BadRequest("'input' must be the text to be spoken.", param="input")
     return Call(
         path, body, model, bool(stream), wants_usage, size, bounded,
-        prompts * number, prompts * max(number, best), cap, None, headers or {},
+        prompts * number, prompts * max(number, best), cap, None, headers or {}, files,
+        len(spoken),
     )  # fmt: skip
 
 
@@ -2784,13 +2901,33 @@ def refuse_unpriced(body: dict[str, Any], model: Model) -> None:
                 raise BadRequest(f"'{name}' may not be {shown} here.", param=name)
 
 
+def refuse_priceless(call: Call, price: Price) -> None:
+    """Raises BadRequest where a price has nothing that this call's answer tells of."""
+    if price == Price() or price.request or call.path in FREE:
+        return
+    tokens, asked = price.input or price.output, call.body.get("response_format")
+    if call.path == SPEECH:
+        priced = price.characters or (tokens and call.body.get("stream_format") == "sse")
+    elif call.path in TRANSCRIPTS:
+        priced = tokens and asked in (None, "json")  # other formats tell no tokens
+    else:
+        priced = tokens or price.image
+    if not priced:
+        raise BadRequest(
+            "This model has no price for this: its operator can name one by the request"
+            + (" or by characters." if call.path == SPEECH else ".")
+        )
+
+
 def quote(call: Call, model: Model) -> Quote:
     """The worst case: all of the prompt is of the dearest class."""
     if call.path in FREE:
         return Quote(0, 0, 0)
     price = model.price
-    fixed = call.size * max(price.input, price.cached, price.written) + price.request
-    fixed += price.image * (call.body.get("n") or 1)
+    # Anthropic's hour in a cache costs 1.6 times its five minutes.
+    written = price.written * (8 if is_messages(call.path) else 5) // 5
+    fixed = call.size * max(price.input, price.cached, written) + price.request
+    fixed += price.image * (call.body.get("n") or 1) + price.characters * call.characters
     tokens = 0 if call.path in NO_OUTPUT else call.cap or model.max_output
     return Quote(fixed, price.output, tokens, call.choices)
 
@@ -2802,7 +2939,7 @@ def cost(usage: Usage, price: Price) -> int:
     plain = usage.input - usage.cached - usage.written
     pico = plain * price.input + usage.cached * price.cached
     pico += usage.written * price.written + usage.output * price.output
-    pico += usage.images * price.image
+    pico += usage.images * price.image + usage.characters * price.characters
     # Anthropic: what is kept for an hour costs 2, for five minutes 1.25 times the input.
     pico += usage.hour * price.written * 3 // 5
     return -(-(pico + price.request) // PICO)
@@ -2815,11 +2952,13 @@ SILENT |= {"model", "status", "logprobs", "signature", "call_id", "item_id", "an
 
 
 DIGIT = re.compile("[0-9]")
+MAX_WORD = 64  # characters of what only names or ends something
 
 
-def weigh(part: Any) -> int:
-    """What a part of a prompt or an answer weighs in an estimate: BYTES_PER_TOKEN each
-    digit, number of a token and token of a medium; any other text its UTF-8 bytes."""
+def weigh(part: Any, prompt: bool = False) -> int:
+    """What a part of an answer or a `prompt` weighs in an estimate: BYTES_PER_TOKEN each
+    digit, number of a token and token of a medium; any other text its UTF-8 bytes. In a
+    prompt everything is read that is no mere word, names too."""
     if type(part) is str:
         size = len(part) if part.isascii() else len(part.encode("utf-8", "replace"))
         # Counting finds nothing in most deltas, at 0.7 µs each.
@@ -2828,13 +2967,15 @@ def weigh(part: Any) -> int:
     size = 0
     if type(part) is list:
         for each in part:
-            size += BYTES_PER_TOKEN if type(each) is int else weigh(each)
+            size += BYTES_PER_TOKEN if type(each) is int else weigh(each, prompt)
     elif type(part) is dict:
         if kind := medium(part):
             return BYTES_PER_TOKEN * kind[0]
         for name, value in part.items():
-            if value and name not in SILENT:
-                size += weigh(value)
+            long = prompt and type(value) is str and len(value) > MAX_WORD
+            if value and (long or name not in SILENT):
+                size += weigh(value, prompt)
+            size += len(name) if prompt and len(name) > MAX_WORD else 0
     return size
 
 
@@ -2848,8 +2989,9 @@ def prompt_weight(call: Call) -> int:
         return call.weight
     try:
         texts = [call.body[name] for name in call.body.keys() - SCHEMAS - {"model"}]
-        weight = weigh([text for text in texts if type(text) is not int])
+        weight = weigh([text for text in texts if type(text) is not int], True)
         schemas = [call.body[name] for name in SCHEMAS if call.body.get(name)]
+        weight += sum([BYTES_PER_TOKEN * file_tokens(file)[0] for file in call.files])
         return weight + sum([len(to_json(schema)) for schema in schemas])
     except (RecursionError, BadRequest):  # nested too deeply
         return BYTES_PER_TOKEN * call.size
@@ -2857,7 +2999,7 @@ def prompt_weight(call: Call) -> int:
 
 def without_body(call: Call) -> Call:
     """What is left to know of a request when its answer has begun."""
-    return replace(call, body={}, weight=prompt_weight(call))
+    return replace(call, body={}, files=(), weight=prompt_weight(call))
 
 
 def estimate(call: Call, relayed: int, price: Price, images: int = 0) -> Usage:
@@ -2867,7 +3009,11 @@ def estimate(call: Call, relayed: int, price: Price, images: int = 0) -> Usage:
     """
     input = -(-prompt_weight(call) // BYTES_PER_TOKEN)
     output = -(-relayed // BYTES_PER_TOKEN)
-    return Usage(input, 0, output, images if price.image else 0, estimated=True)
+    spoken = call.characters if price.characters else 0
+    if spoken:  # which is all that is charged
+        input = output = 0
+    images = images if price.image else 0
+    return Usage(input, 0, output, images, estimated=not spoken, characters=spoken)
 
 
 def settled_usage(
@@ -3500,7 +3646,8 @@ def tls_context() -> ssl.SSLContext:
 
 @dataclass(slots=True)
 class Answer:
-    """An upstream's answer, JSON or a stream, in pieces as they come.
+    """An upstream's answer in pieces as they come: JSON, a `stream` of events, or what
+    is of another `kind`, such as audio.
 
     `images` counts what a dialect has delivered; None if the body tells. Iterating
     raises UpstreamFailed when the body is cut, Ended when the relay is.
@@ -3509,6 +3656,7 @@ class Answer:
     pieces: Iterable[bytes]
     stream: bool
     images: int | None = None
+    kind: str = "application/json"
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self.pieces)
@@ -3519,15 +3667,23 @@ class Answer:
             self.pieces.close()
 
 
-def read_all(answer: Iterable[bytes], limit: int = MAX_ANSWER) -> bytes:
-    """The whole body, or UpstreamFailed if it is longer than `limit` bytes."""
+def read_some(answer: Iterator[bytes], limit: int) -> bytes:
+    """The body, or its beginning once that has more than `limit` bytes."""
     pieces, size = [], 0
     for data in answer:
         pieces.append(data)
         size += len(data)
         if size > limit:
-            raise UpstreamFailed(f"an answer over {limit} bytes")
+            break
     return b"".join(pieces)
+
+
+def read_all(answer: Iterable[bytes], limit: int = MAX_ANSWER) -> bytes:
+    """The whole body, or UpstreamFailed if it is longer than `limit` bytes."""
+    data = read_some(iter(answer), limit)
+    if len(data) > limit:
+        raise UpstreamFailed(f"an answer over {limit} bytes")
+    return data
 
 
 class Exchange:
@@ -3919,6 +4075,13 @@ def explained(error: Refused, call: Call, ours: dict[str, Any]) -> Refused:
     return error
 
 
+# Other kinds of answers, by path.
+OTHER_KINDS = {SPEECH: (r"audio/[\w.+-]+", "application/octet-stream")}
+OTHER_KINDS |= dict.fromkeys(
+    TRANSCRIPTS, ("text/(plain|vtt|srt)", "application/x-subrip")
+)
+
+
 class OpenAI(Dialect):
     """`https://`: the OpenAI API as it is."""
 
@@ -3943,24 +4106,31 @@ class OpenAI(Dialect):
         self._query = f"?{upstream.query}" if upstream.query else ""
 
     def send(self, call: Call, body: dict[str, Any], watch: Watch) -> Answer:
-        return self.finish(self.start(call.path, body, watch, call.headers))
+        more, data = call.headers, None
+        if call.files:
+            kind, data = to_form(body, call.files)
+            more = more | {"Content-Type": kind}
+        elif call.path == SPEECH or call.path in TRANSCRIPTS:
+            more = more | {"Accept": "*/*"}
+        data = data or to_json(body)
+        return self.finish(self.start(call.path, data, watch, more), call.path)
 
     def start(
-        self, path: str, body: dict[str, Any], watch: Watch,
-        more: dict[str, str] | None = None,
-    ) -> Exchange:  # fmt: skip
+        self, path: str, data: bytes, watch: Watch, more: dict[str, str] | None = None
+    ) -> Exchange:
         exchange = Exchange(self.pool, watch)
         lines = header_lines(self._headers | more) if more else self._lines
-        exchange.send(self.url_path(path) + self._query, to_json(body), lines)
+        exchange.send(self.url_path(path) + self._query, data, lines)
         return exchange
 
     def url_path(self, path: str) -> str:
         return f"{self.upstream.path}/{path}"
 
-    def finish(self, exchange: Exchange) -> Exchange:
+    def finish(self, exchange: Exchange, path: str = "") -> Exchange:
         """The answer; one that is no success is raised as what it means."""
         answer = exchange.receive()
-        if answer.status == 200 and answer.kind in ("application/json", STREAM_TYPE):
+        known = "|".join(["application/json", STREAM_TYPE, *OTHER_KINDS.get(path, ())])
+        if answer.status == 200 and re.fullmatch(known, answer.kind):
             return answer
         try:
             raise self.failure(answer)
@@ -4180,7 +4350,7 @@ class Images(ImageDialect):
         asked |= {"model": body["model"], "prompt": self.prompt(call)}
         if "seedream" in body["model"]:
             self._level(asked)
-        exchange = self._api.start("images/generations", asked, watch)
+        exchange = self._api.start("images/generations", to_json(asked), watch)
         del call, body, asked  # they may hold a picture
         try:
             while not exchange.is_ready(COMMENT_INTERVAL):
@@ -4414,11 +4584,13 @@ class Echo(Dialect):
 
 # Meter -------------------------------------------------------------------------------
 
-LAST_EVENTS = {  # of streams that have no [DONE]: /v1/responses, /v1/messages
+LAST_EVENTS = {  # of streams that have no [DONE]: /v1/responses, /v1/messages, audio
     "response.completed": Ending.DONE,
     "response.incomplete": Ending.DONE,
     "response.failed": Ending.FAILED,
     "message_stop": Ending.DONE,
+    "transcript.text.done": Ending.DONE,
+    "speech.audio.done": Ending.DONE,
 }
 # After which they may tell what was used.
 ENDS_OF_PARTS = (
@@ -4568,6 +4740,61 @@ class Meter:
         return event
 
 
+REPORT_END = 64 << 10  # bytes at both ends of a long answer, where it tells its usage
+USAGE = re.compile(rb'"usage"\s*:\s*(\{(?:[^{}]|\{[^{}]*\})*\})')
+
+
+class Passage:
+    """A Meter of what is no stream of events: audio, a text, a JSON answer too long to
+    be held. It passes as it comes, but for what the charge has to be written before:
+    the last byte, of JSON as much as its report may need.
+    """
+
+    error: dict[str, Any] = {}
+    report_due = False
+
+    def __init__(self, call: Call, price: Price, kind: str):
+        self._call, self._json = call, kind == "application/json"
+        pictures = call.answers if price.image and call.path in PICTURES else 0
+        self.usage = Usage(images=pictures) if pictures else None
+        self._kept = REPORT_END if self._json else 1  # bytes
+        self._tail = b""
+        self.relayed = self.events = 0
+        self.ending: Ending | None = None
+        self.last = b""
+
+    @property
+    def finished(self) -> bool:
+        return self.ending is Ending.DONE
+
+    def feed(self, data: bytes) -> bytes:
+        """What the client gets by now."""
+        if self._json and not self.events:
+            data = self._read(data[:REPORT_END]) + data[REPORT_END:]
+        self.events += 1
+        data = self._tail + data
+        out, self._tail = data[: -self._kept], data[-self._kept :]
+        self.relayed = self.relayed or int(bool(out))
+        return out
+
+    def end(self) -> bytes:
+        if not self.events:
+            raise UpstreamFailed("an empty answer")
+        self.ending = Ending.DONE
+        self.last = self._read(self._tail) if self._json else self._tail
+        return b""
+
+    def _read(self, part: bytes) -> bytes:
+        """One end of a JSON answer, under the client's name of the model."""
+        for match in USAGE.finditer(part):
+            document = {"usage": json_object(match[1])}
+            found = read_usage(document, self._call.path not in NO_OUTPUT)
+            if found:
+                self.usage = replace(found, images=(self.usage or found).images)
+        name = b'"model":' + to_json(self._call.model)
+        return MODEL_NAME.sub(lambda match: name, part)
+
+
 # Relay -------------------------------------------------------------------------------
 
 STREAM_HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
@@ -4697,7 +4924,7 @@ class Relay:
     ):  # fmt: skip
         self.call, self.model, self.lease, self.watch = call, model, lease, watch
         self._services, self._share = services, share
-        self._meter: Meter | None = None  # of a stream
+        self._meter: Meter | Passage | None = None  # of what passes in pieces
         self._usage: Usage | None = None  # as a JSON answer reported it
         self._weight = 0  # of its text
         self._answer: Answer | None = None
@@ -4713,8 +4940,9 @@ class Relay:
         try:
             self._begin = self._send()
             self._drop_body()
-            if self._answer.stream:
-                kind = f"{STREAM_TYPE}; charset=utf-8"
+            if self._meter is not None:
+                kind = STREAM_TYPE if self._answer.stream else self._answer.kind
+                kind += "; charset=utf-8" if kind.startswith("text/") else ""
                 return Response(self, 200, STREAM_HEADERS, None, kind, True)
             self._answer.close()
             self._settle(Ending.DONE)
@@ -4765,9 +4993,19 @@ class Relay:
         if answer.stream:
             self.watch.streams()
             self._meter = Meter(self.call)
-            self._pieces = self._passed(secrets)
+            self._pieces = self._passed(answer, secrets)
             return b""  # the headers leave before the first event
-        data = read_all(answer)
+        call, pieces = self.call, iter(answer)
+        data = b""
+        if answer.kind == "application/json":
+            data = read_some(pieces, MAX_ANSWER)
+            if len(data) > MAX_ANSWER and call.path not in NO_OUTPUT | PICTURES:
+                raise UpstreamFailed(f"an answer over {MAX_ANSWER} bytes")
+        if len(data) > MAX_ANSWER or answer.kind != "application/json":
+            self.watch.streams()
+            self._meter = Passage(call, price, answer.kind)
+            self._pieces = self._passed(itertools.chain([data], pieces), secrets)
+            return next(self._pieces, b"")  # what fails by now is told with a status
         document, usage = read_whole(data, self.call, price, answer.images)
         if document.get("error"):
             error = unwrapped(document)
@@ -4826,10 +5064,12 @@ class Relay:
         except ProxyError as error:
             yield self._break(Ending.CUT, error)
 
-    def _passed(self, secrets: tuple[str, ...]) -> Iterator[bytes]:
+    def _passed(
+        self, pieces: Iterable[bytes], secrets: tuple[str, ...]
+    ) -> Iterator[bytes]:
         """Events as they come, but for the last one; raises what cuts the stream."""
         meter = self._meter
-        for data in self._answer:
+        for data in pieces:
             self.watch.due = math.inf  # what takes long from here on is the client
             out = meter.feed(data)
             self.watch.finished = meter.report_due
@@ -4859,6 +5099,8 @@ class Relay:
             note = {"request": self.lease.id, "reason": error.reason}
             self._services.log.note("stream", **note)
         self._settle_anyhow(self._charged(ending))
+        if not self._answer.stream:  # it ends without its last chunk
+            raise ConnectionAbortedError(error.reason)
         return error.events(self.call.path, self._meter.events)
 
     # The end
@@ -4949,9 +5191,8 @@ PUBLIC = {"healthz", "documentation", "dashboard", "asset"}
 # The relayed paths that are listed; others below /v1 may be relayed as well.
 ENDPOINTS = set(
     "chat/completions completions embeddings responses messages messages/count_tokens"
-    " images/generations images/edits audio/speech audio/transcriptions"
-    " audio/translations moderations rerank".split()
-)
+    " moderations rerank".split()
+) | {SPEECH} | TRANSCRIPTS | PICTURES
 BASES = {path.partition("/")[0] for path in ENDPOINTS} | {"models"}
 
 
@@ -5221,13 +5462,16 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
         count_request(services, hit)
     try:
         with watch.receiving() as arrived:
-            data = read_body(environ, MAX_BODY, share, arrived)
-        call = parse_call(path, data, passed_headers(path, environ))
+            kinds = ("application/json", FORM)[: 1 + (path in FORMS)]
+            data = read_body(environ, MAX_BODY, share, arrived, kinds)
+        form = environ["CONTENT_TYPE"] if media_type(environ) == FORM else ""
+        call = parse_call(path, data, passed_headers(path, environ), form)
         del data
         here.asked = call.model
         model = find_model(services, call.model).at(time.time())
         here.model = model.id
         refuse_unpriced(call.body | dear_betas(call.headers), model)
+        refuse_priceless(call, model.price)
         worst = quote(call, model)
     except ProxyError:
         if not here.windows:
@@ -5863,6 +6107,7 @@ def picked(ids: list[str], best: str) -> str:
 
 UNITS = {
     "image": "an image", "request": "a request",
+    "characters": "per million characters to be spoken",
     "written": "per million input tokens written to the cache",
     "reported": "times what the provider itself reports",
 }  # fmt: skip

@@ -2987,7 +2987,7 @@ def test_a_strange_path_is_not_found(path: str) -> None:
 @pytest.mark.parametrize(
     "path",
     ["realtime/sessions", "files", "organization/api_keys", "responses/resp_1/cancel",
-     "messages/batches", "conversations", "audio/speech", "client/sessions"],
+     "messages/batches", "conversations", "audio/voices", "client/sessions"],
 )  # fmt: skip
 def test_what_cannot_be_metered_is_not_relayed(path):
     with pytest.raises(proxy.NotFound):
@@ -3668,10 +3668,13 @@ PARTS = [  # in a message: bytes of a medium, tokens it is held and estimated fo
     ({"type": ["image"], "image": DATA}, 0, 0, len(DATA) / 4 + 1.5, True),
 ]  # fmt: skip
 
-def test_the_names_in_a_prompt_weigh_as_its_texts_do() -> None:
-    plain, named = {"role": "user", "content": "x"}, {"name": "secret essay " * 99}
-    texts = [proxy.weigh(plain), proxy.weigh(plain | named)]
-    assert texts[1] - texts[0] == 13 * 99
+@pytest.mark.parametrize("name", [*sorted(proxy.SILENT), "name", "secret essay " * 99])
+def test_no_name_hides_a_text_from_the_estimate_of_a_prompt(name: str) -> None:
+    text, tool = "secret essay " * 99, {"type": "tool_use", "id": "call_1"}
+    hidden = [tool | {"input": {name: text}}, tool | {"input": {text: 1}}]
+    for part in hidden:
+        assert proxy.weigh([{"role": "user", "content": [part]}], True) >= len(text)
+    assert proxy.weigh({"role": "user", "type": "x", "id": "y"}, True) == 0
 
 
 @pytest.mark.parametrize("path, member", [("chat/completions", "messages"), ("x", "input")])
@@ -4384,7 +4387,7 @@ def test_an_answer_to_a_body_that_is_not_read_is_told() -> None:
         pool.submit(refuse_by_the_head, server)
         url = {"url": f"http://127.0.0.1:{server.getsockname()[1]}/v1"}
         dialect = proxy.OpenAI(proxy.parse_upstream("u", url, "upstreams.u"))
-        body = {"prompt": "x" * (6 << 20)}
+        body = b"x" * (6 << 20)
         with pytest.raises(proxy.Refused) as refused:
             dialect.finish(dialect.start("x", body, proxy.Watch()))
     assert refused.value.status == 413
@@ -6121,7 +6124,7 @@ def test_a_reset_in_the_handshake_is_free_and_the_next_is_asked():
         url = {"url": f"https://127.0.0.1:{server.getsockname()[1]}/v1"}
         dialect = proxy.OpenAI(proxy.parse_upstream("u", url, "upstreams.u"))
         with pytest.raises(proxy.UpstreamFailed) as failed:
-            dialect.start("x", {}, proxy.Watch())
+            dialect.start("x", b"{}", proxy.Watch())
     assert failed.value.generated is proxy.Generated.NOTHING
 
 

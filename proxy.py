@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import atexit
 import base64
+import calendar
 import contextlib
 import csv
 import errno
@@ -72,7 +73,7 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from email.utils import parsedate_to_datetime
@@ -395,6 +396,12 @@ class Limits:
     items: tuple[RateLimitItem, ...]
     concurrent: int
 
+    def within(self, outer: Limits) -> Limits:
+        """These and the `outer` ones: of two limits the smaller counts."""
+        rate = "; ".join(filter(None, (outer.rate, self.rate)))
+        items = tuple(dict.fromkeys(outer.items + self.items))
+        return Limits(rate, items, min(outer.concurrent, self.concurrent))
+
 
 @dataclass(frozen=True, slots=True)
 class Price:
@@ -429,6 +436,65 @@ class Hours:
         return any(map(self.cover, other.starts)) or any(map(other.cover, self.starts))
 
 
+PERIODS = ("day", "week", "month", "total")
+FOREVER = 10**6  # the day before which all others are
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Micro-credits that a key may spend `per` period of the UTC calendar."""
+
+    most: int
+    per: str
+
+    def window(self, day: int) -> tuple[int, int]:
+        """The first day (since 1970) of the period that this day is in, and that of
+        the next. It is computed: there is nothing to reset."""
+        if self.per == "total":
+            return 0, FOREVER
+        since, length = day, 1
+        if self.per == "week":
+            since, length = day - (day + 3) % 7, 7  # from Monday; day 0 was a Thursday
+        elif self.per == "month":
+            date = time.gmtime(day * DAY)
+            since -= date.tm_mday - 1
+            length = calendar.monthrange(date.tm_year, date.tm_mon)[1]
+        return since, since + length
+
+    def told(self, left: int, needed: int, until: int) -> str:
+        """Why micro-credits that are `needed` are refused, and when that ends."""
+        per = "in total" if self.per == "total" else f"per {self.per}"
+        then = time.strftime("%Y-%m-%d", time.gmtime(until * DAY))
+        then = "" if self.per == "total" else f"; its next window begins {then} (UTC)"
+        most, left, needed = self.most / MICRO, max(0, left) / MICRO, needed / MICRO
+        return (
+            f"The key's budget of {most:.6f} credits {per} has {left:.6f} left, and this"
+            f" needs {needed:.6f}{then}."
+        )
+
+
+COMMON_LIMITS = Limits("60/minute", tuple(parse_many("60/minute")), 10)
+NO_LIMITS = Limits("", (), 100_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What one key may do of what its account may; it expires at a unix second. With
+    `metrics` it reads /metrics, and nothing else."""
+
+    expires: int | None = None
+    budget: Budget | None = None
+    models: frozenset[str] | None = None
+    limits: Limits = NO_LIMITS
+    metrics: bool = False
+
+    def expired(self) -> bool:
+        return self.expires is not None and self.expires <= time.time()
+
+
+NO_TERMS = Terms()
+
+
 @dataclass(frozen=True, slots=True)
 class Key:
     """One bearer, known by its SHA-256; `source` is the file that declares it."""
@@ -440,6 +506,7 @@ class Key:
     hint: str
     admin: bool = False
     source: str = "keys.json"
+    terms: Terms = NO_TERMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -456,6 +523,17 @@ class Account:
 
     def may_use(self, id: str) -> bool:
         return self.models is None or id in self.models
+
+    def under(self, terms: Terms) -> Self:
+        """The account as a key with these terms may use it."""
+        if terms == NO_TERMS:
+            return self
+        models = terms.models
+        if models is None or self.models is None:
+            models = self.models if models is None else models
+        else:
+            models &= self.models
+        return replace(self, models=models, limits=terms.limits.within(self.limits))
 
 
 @dataclass(frozen=True, slots=True)
@@ -629,25 +707,29 @@ def whole(value: Any, path: str, low: int, high: int) -> int:
     return value
 
 
-def to_micro(value: Any, path: str) -> int:
+MOST_CREDITS = 10**9
+
+
+def to_micro(value: Any, path: str, low: int = 0) -> int:
     """Micro-credits of an amount of credits; ConfigError beyond six decimals."""
     if type(value) is bool or not isinstance(value, (int, float, Decimal)):
         raise ConfigError(f"{path}: must be a number")
     amount = Decimal(str(value))
-    if not amount.is_finite() or not 0 <= amount <= 10**9:
-        raise ConfigError(f"{path}: must be a number from 0 to 1000000000")
+    if not amount.is_finite() or not low <= amount <= MOST_CREDITS:
+        raise ConfigError(f"{path}: must be a number from {low} to {MOST_CREDITS}")
     micro = amount * MICRO
     if micro != micro.to_integral_value():
         raise ConfigError(f"{path}: has more than six decimals")
     return int(micro)
 
 
-def typed_amount(text: str, path: str) -> int:
-    """Micro-credits of an amount typed on the command line."""
+def number(text: str) -> Decimal | str:
+    """The number that was typed on the command line; a text that is none is returned
+    for the parsers, which refuse it by its name."""
     try:
-        return to_micro(Decimal(text), path)
+        return Decimal(text)
     except InvalidOperation:
-        raise ConfigError(f"{path}: must be a number") from None
+        return text
 
 
 def to_credits(micro: int) -> int | float:
@@ -659,20 +741,23 @@ MAX_RATE = 10_000  # requests of one window: it is read and written whole
 
 
 def parse_limits(
-    value: Any, path: str, common: Limits = Limits("60/minute", (), 10)
+    value: Any, path: str, common: Limits = COMMON_LIMITS
 ) -> Limits:
     """Limits of this object; what it leaves out is `common`."""
     value = fields(value, path, "rate concurrent")
     rate = value.get("rate", common.rate)
     concurrent = value.get("concurrent", common.concurrent)
     try:
-        items = tuple(dict.fromkeys(parse_many(rate)))
+        items = common.items
+        if "rate" in value:
+            items = tuple(dict.fromkeys(parse_many(rate)))
     except (ValueError, TypeError):
         raise ConfigError(f"{path}.rate: must read like '60/minute'") from None
     for item in items:
         whole(item.amount, f"{path}.rate", 1, MAX_RATE)
         whole(item.get_expiry(), f"{path}.rate (seconds)", 1, 366 * DAY)
-    return Limits(rate, items, whole(concurrent, f"{path}.concurrent", 1, 100_000))
+    most = whole(concurrent, f"{path}.concurrent", 1, NO_LIMITS.concurrent)
+    return Limits(rate, items, most)
 
 
 PRICES = "input cached written output image request characters reported"
@@ -971,10 +1056,93 @@ def parse_model(
 BEARER = re.compile(r"[\x21-\x2b\x2d-\x7e]{4,200}")  # no comma: two headers are joined
 
 
-def parse_key(account: Account, name: str, value: Any, path: str) -> Key:
-    """A declared key, the text or sha256:<hex>; only its hash and a hint are kept."""
-    path = f"{path}.{name}"
+def parse_names(value: Any, path: str, known: Container[str]) -> frozenset[str]:
+    """Models that an account or a key may use."""
+    for name in typed(value, path, list, "a list"):
+        if not isinstance(name, str) or name not in known:
+            raise ConfigError(f"{path}: no model is named {name!r}")
+    return frozenset(value)
+
+
+def parse_moment(value: Any, path: str) -> int:
+    """The unix second of a moment (UTC), or in which a date is over."""
+    for form, length in (("%Y-%m-%d", DAY), ("%Y-%m-%dT%H:%M:%SZ", 0)):
+        with contextlib.suppress(ValueError):
+            return calendar.timegm(time.strptime(text_of(value, path), form)) + length
+    raise ConfigError(f"{path}: must be a date that there is, like '2027-01-31'")
+
+
+def parse_budget(value: Any, path: str) -> Budget:
+    value = fields(value, path, "", needed="credits per")
+    most = to_micro(value["credits"], f"{path}.credits")
+    return Budget(most, one_of(value["per"], f"{path}.per", PERIODS))
+
+
+TERMS = "expires budget models limits metrics"
+
+
+def parse_terms(value: Any, path: str = "", models: Container[str] = ()) -> Terms:
+    """The terms of a key, of either file; `models`: those that there are."""
+    at = f"{path}." if path else ""
+    given = fields(value, path, TERMS).items()
+    given = {name: part for name, part in given if part is not None}
+    parsers = {
+        "expires": parse_moment, "budget": parse_budget,
+        "models": functools.partial(parse_names, known=models),
+        "limits": functools.partial(parse_limits, common=NO_LIMITS),
+        "metrics": functools.partial(typed, kind=bool, name="true or false"),
+    }  # fmt: skip
+    return Terms(**{name: parsers[name](given[name], at + name) for name in given})
+
+
+def written_terms(terms: Terms) -> dict[str, Any]:
+    """Terms as `parse_terms` reads them."""
+    out: dict[str, Any] = {}
+    if (until := terms.expires) is not None:
+        whole_day = until % DAY == 0
+        form = "%Y-%m-%d" if whole_day else "%Y-%m-%dT%H:%M:%SZ"
+        out["expires"] = time.strftime(form, time.gmtime(until - DAY * whole_day))
+    if budget := terms.budget:
+        out["budget"] = {"credits": to_credits(budget.most), "per": budget.per}
+    if terms.models is not None:
+        out["models"] = sorted(terms.models)
+    limits = {name: getattr(terms.limits, name) for name in ("rate", "concurrent")}
+    if limits := {n: v for n, v in limits.items() if v != getattr(NO_LIMITS, n)}:
+        out["limits"] = limits
+    return out | ({"metrics": True} if terms.metrics else {})
+
+
+def patched(value: Any, change: Any) -> Any:
+    """JSON after a merge patch (RFC 7396)."""
+    if not isinstance(change, dict):
+        return change
+    out = dict(value) if isinstance(value, dict) else {}
+    for name, part in change.items():
+        out[name] = patched(out.get(name), part)
+    return {name: part for name, part in out.items() if part is not None}
+
+
+def changed_terms(terms: Terms, change: dict[str, Any], models: Iterable[str]) -> Terms:
+    """Terms after a merge patch of what is written of them, as a key that is made or
+    changed at run time gets them; ConfigError."""
+    known = {*models, *(terms.models or ())}
+    terms = parse_terms(patched(written_terms(terms), change), models=known)
+    if "expires" in change and terms.expired():
+        raise ConfigError("expires: has passed already")
+    return terms
+
+
+def parse_key(
+    account: Account, models: Container[str], name: str, value: Any, path: str
+) -> Key:
+    """A declared key: the text or sha256:<hex>, alone or as `key` beside its terms;
+    only its hash and a hint are kept."""
+    path, terms = f"{path}.{name}", NO_TERMS
     printable_name(name, path)
+    if isinstance(value, dict):
+        given = dict(fields(value, path, TERMS, needed="key"))
+        value = given.pop("key")
+        terms, path = parse_terms(given, path, models), f"{path}.key"
     if text_of(value, path).startswith("sha256:"):
         hash, hint = value[7:].lower(), "sha256"
         if not re.fullmatch("[0-9a-f]{64}", hash):
@@ -983,7 +1151,7 @@ def parse_key(account: Account, name: str, value: Any, path: str) -> Key:
         hash, hint = sha256(value), key_hint(value)
     else:
         raise ConfigError(f"{path}: must be 4 to 200 characters without blanks")
-    return Key(key_id(hash), name, account.id, hash, hint, account.admin)
+    return Key(key_id(hash), name, account.id, hash, hint, account.admin, terms=terms)
 
 
 def parse_account(
@@ -992,10 +1160,7 @@ def parse_account(
     value = fields(value, path, "credits keys models limits admin demo")
     allowed = value.get("models")
     if allowed is not None:
-        for name in typed(allowed, f"{path}.models", list, "a list"):
-            if not isinstance(name, str) or name not in models:
-                raise ConfigError(f"{path}.models: no model is named {name!r}")
-        allowed = frozenset(allowed)
+        allowed = parse_names(allowed, f"{path}.models", models)
     admin, demo = (
         typed(value.get(name, False), f"{path}.{name}", bool, "true or false")
         for name in ("admin", "demo")
@@ -1012,7 +1177,10 @@ def parse_account(
         allowed, admin, demo,
     )  # fmt: skip
     keys = typed(value.get("keys", {}), f"{path}.keys", dict, "an object")
-    parsed = [parse_key(account, *each, f"{path}.keys") for each in keys.items()]
+    at = f"{path}.keys"
+    parsed = [parse_key(account, models, *each, at) for each in keys.items()]
+    if demo and any([key.terms.metrics for key in parsed]):
+        raise ConfigError(f"{at}: a public key reads no metrics")
     return replace(account, keys=tuple(parsed))
 
 
@@ -1051,7 +1219,8 @@ def parse_config(document: Any) -> Config:
                 raise ConfigError(f"accounts.{id}.keys.{key.name}: is declared twice")
             keys[key.id] = key
             text = value["keys"][key.name]
-            if account.demo and not (demo or text.startswith("sha256:")):
+            plain_text = isinstance(text, str) and not text.startswith("sha256:")
+            if account.demo and plain_text and not demo:
                 demo = text, min(account.models)
     cors = parse_origins(document.get("cors", []), "cors")
     return Config(limits, accounts, keys, models, int(time.time()), demo, cors)
@@ -1116,11 +1285,10 @@ OPEN, SETTLED, RELEASED = 0, 1, 2  # a request's row: a hold resolves at most on
 
 # accounts.made: when it was made at run time, 0: it was not, or was closed;
 # accounts.declared: what keys.json granted it at its last hold; grants.amount: negative
-# for a correction; keys.former: 1 for a former account's; keys.terms: its expiry, budget,
-# models and limits, as keys.json writes them. A row of budgets is what a key has spent
-# on the days from `since` to before `until`, which its budget is for: made out of usage
-# when a hold first asks, then kept. `most`: the budget at the last hold, or what was
-# spent and held before there was one.
+# for a correction; keys.former: 1 for a former account's; keys.terms: as keys.json has
+# them. A row of budgets is what a key has spent on the days from `since` to before
+# `until`, which its budget is for: made out of usage when a hold first asks, then kept.
+# `most`: the budget at the last hold, or what was spent and held before there was one.
 SCHEMA = """
 CREATE TABLE meta(name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE accounts(
@@ -1783,6 +1951,7 @@ class KeyRow(NamedTuple):
     used: int | None
     revoked: int | None
     former: int  # 1: it is of a former account of that name
+    terms: str | None  # as JSON
     made: int | None  # when its account was made at run time; 0: it was not
 
     @property
@@ -1793,7 +1962,7 @@ class KeyRow(NamedTuple):
 
 KEY_ROWS = (
     "SELECT k.id, account, name, hint, hash, admin, k.created, used, revoked, former,"
-    " made FROM keys k LEFT JOIN accounts a ON a.id = account"
+    " terms, made FROM keys k LEFT JOIN accounts a ON a.id = account"
 )
 # What lists of keys go by: those that live first.
 KEY_ORDER = "revoked IS NOT NULL, k.created, k.id"
@@ -1802,18 +1971,29 @@ KEY_ORDER = "revoked IS NOT NULL, k.created, k.id"
 # Of each account what is kept, and the same summed from its rows.
 PROOF = """
 SELECT a.id, declared, granted, coalesce(g.amount, 0), spent, coalesce(r.cost, 0), held,
-    coalesce(r.hold, 0), a.lost, coalesce(r.lost, 0), coalesce(u.cost, 0) AS usage, spent,
-    coalesce(u.settled, 0) AS requests, coalesce(r.settled, 0),
-    coalesce(u.released, 0) AS released, coalesce(r.released, 0)
+    coalesce(r.hold, 0), a.lost, coalesce(r.lost, 0)
 FROM accounts a
 LEFT JOIN (SELECT account, sum(amount) AS amount FROM grants GROUP BY account) g
     ON g.account = a.id
 LEFT JOIN (SELECT account, sum(lost) AS lost, sum(iif(state = 1, cost, 0)) AS cost,
-    sum(iif(state = 0, hold, 0)) AS hold, sum(state = 1) AS settled,
-    sum(state = 2) AS released FROM requests GROUP BY account) r ON r.account = a.id
-LEFT JOIN (SELECT account, sum(cost) AS cost, sum(requests) AS settled,
-    sum(released) AS released FROM usage GROUP BY account) u ON u.account = a.id
+    sum(iif(state = 0, hold, 0)) AS hold FROM requests GROUP BY account) r
+    ON r.account = a.id
 """
+# What usage has too much of a key and a day.
+USAGE_PROOF = """
+SELECT account, key, day, sum(requests), sum(released), sum(cost), sum(lost) FROM (
+    SELECT account, key, day, requests, released, cost, lost FROM usage
+    UNION ALL SELECT account, key, created / 86400000, -(state = 1), -(state = 2),
+        -iif(state = 1, cost, 0), -lost FROM requests WHERE state != 0)
+GROUP BY 1, 2, 3 HAVING sum(requests) OR sum(released) OR sum(cost) OR sum(lost)
+"""
+# What a key has spent, and what it holds, in the days of a row `b` of budgets.
+BILLED = """(SELECT coalesce(sum(u.cost), 0) FROM usage u
+    WHERE u.key = b.key AND u.day >= b.since AND u.day < b.until)"""
+HELD = """(SELECT coalesce(sum(o.hold), 0) FROM requests o WHERE o.key = b.key
+    AND o.state = 0 AND o.created >= b.since * 86400000
+    AND o.created < b.until * 86400000)"""
+BUDGETS_PROOF = f"SELECT key, since, most, spent, {BILLED}, {HELD} FROM budgets b"
 ORPHANS = """
 SELECT count(*) FROM (SELECT account FROM requests UNION ALL
     SELECT account FROM grants UNION ALL SELECT account FROM usage WHERE refused = 0)
@@ -1830,13 +2010,35 @@ HOLD = """
 INSERT INTO requests(
     account, id, key, model, path, stream, slot, state, created, hold, asked)
 SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, 0, ?8, ?9, ?12 WHERE
-    (SELECT count(*) FROM requests WHERE key = ?3 AND state = 0) < ?10 AND
+    ?9 <= ?13 AND (SELECT count(*) FROM requests WHERE key = ?3 AND state = 0) < ?10 AND
     coalesce((SELECT granted - spent - held FROM accounts WHERE id = ?1), 0) + ?11 >= ?9
+"""
+ACCOUNT_ROW = """
+INSERT INTO accounts(id, made, created) VALUES (?, 0, ?) ON CONFLICT DO NOTHING
 """
 DECLARED = "UPDATE accounts SET declared = ?1 WHERE id = ?2 AND declared != ?1"
 RUNNING_AND_LEFT = """
 SELECT (SELECT count(*) FROM requests WHERE key = ? AND state = 0),
     coalesce((SELECT granted - spent - held FROM accounts WHERE id = ?), 0)
+"""
+# What a key has spent and holds on the days from ?2 to before ?3.
+USED = f"""
+SELECT coalesce((SELECT spent FROM budgets
+    WHERE key = ?1 AND until = ?3 AND since = ?2), {BILLED}), {HELD}
+FROM (SELECT ?1 AS key, ?2 AS since, ?3 AS until) b
+"""
+# Of the windows that a day is in only that of the budget in force is kept.
+FORMER = """
+DELETE FROM budgets WHERE key = ?1 AND until > ?4 AND (since, until) != (?2, ?3)
+"""
+FIRST = "INSERT INTO budgets VALUES (?1, ?3, ?2, ?4, ?5) ON CONFLICT DO NOTHING"
+BUDGET = "UPDATE budgets SET most = ?4 WHERE key = ?1 AND until = ?3 AND since = ?2"
+# What the account of a request has left, and each budget that it counts in.
+LEFT = f"""
+SELECT granted + declared - spent - held FROM accounts WHERE id = ?1
+UNION ALL SELECT most - spent - {HELD}
+FROM requests r JOIN budgets b ON b.key = r.key AND until > r.created / 86400000
+    AND since <= r.created / 86400000 WHERE r.account = ?1 AND r.id = ?2
 """
 
 
@@ -1958,6 +2160,8 @@ class Ledger:
             raise LedgerUnavailable(self.trouble or "no slot")
         most, now = account.limits.concurrent, int(time.time() * 1000)
         row = (account.id, id, key.id, model, path, stream, self.slot, now)
+        budget, day = key.terms.budget, now // 1000 // DAY
+        window = (key.id, *(budget.window(day) if budget else (0, 0)))
 
         def operation(db: sqlite3.Connection) -> Admission:
             windows, tokens = count(db), quote.tokens
@@ -1970,10 +2174,19 @@ class Ledger:
                     " VALUES (?, ?, ?, ?, 0) ON CONFLICT DO NOTHING",
                     names,
                 )
+            room = MAX_HOLD
+            db.execute(FORMER, (*window, day))
+            if budget:
+                spent, held = db.execute(USED, window).fetchone()
+                room = budget.most - spent - held
+                db.execute(FIRST, (*window, spent, max(budget.most, spent + held)))
             while True:
                 hold = min(quote.hold(tokens), MAX_HOLD)
-                if db.execute(HOLD, (*row, hold, most, account.credits, asked)).rowcount:
+                values = (*row, hold, most, account.credits, asked, room)
+                if db.execute(HOLD, values).rowcount:
                     db.execute(DECLARED, (account.credits, account.id))
+                    if budget:
+                        db.execute(BUDGET, (*window, budget.most))
                     lease = Lease(id, account.id, key.name, hold, tokens)
                     return Admission(windows, lease)
                 asked_of = (key.id, account.id)
@@ -1981,9 +2194,16 @@ class Ledger:
                 if running >= most:
                     told = f"Too many requests at once: {most} per key."
                     return Admission(windows, RateLimited(told, 1))
-                tokens = quote.affordable(left + account.credits)
+                left += account.credits
+                tokens = quote.affordable(min(left, room))
                 if tokens < 0:
-                    told = "The account has no credits left for this."
+                    least = quote.hold(min(1, quote.tokens))
+                    told = (
+                        f"The account has {max(0, left) / MICRO:.6f} credits left, and"
+                        f" this needs {least / MICRO:.6f}."
+                    )
+                    if room < left:
+                        told = budget.told(room, least, window[2])
                     return Admission(windows, InsufficientCredits(told))
 
         return self.write(operation)
@@ -2004,15 +2224,13 @@ class Ledger:
     def _resolve(lease: Lease, charge: Charge, db: sqlite3.Connection) -> int:
         """The one place where a hold ends; one that has ended is left alone.
 
-        A cost above the hold is charged as far as the account can pay.
+        A cost above the hold is charged as far as the account, and the key's budget in
+        the window of its admission, can pay.
         """
         usage, cost = charge.usage or Usage(), min(charge.cost, charge.most)
         if cost > lease.hold:
-            (left,) = db.execute(
-                "SELECT granted + declared - spent - held FROM accounts WHERE id = ?",
-                (lease.account,),
-            ).fetchone()
-            cost = min(cost, lease.hold + max(0, left))
+            left = db.execute(LEFT, (lease.account, lease.id)).fetchall()
+            cost = min(cost, lease.hold + max(0, min(left)[0]))
         db.execute(
             "UPDATE requests SET state = ?, cost = ?, lost = ?, input = ?, cached = ?,"
             " written = ?, output = ?, images = ?, estimated = ?, status = ?, ttfb = ?,"
@@ -2072,28 +2290,25 @@ class Ledger:
         return self.write(operation, durable=True)
 
     def make_key(
-        self, account: str, name: str, admin: bool = False,
+        self, account: str, name: str, admin: bool = False, terms: Terms = NO_TERMS,
         room: Callable[[sqlite3.Connection], bool] = lambda db: True,
     ) -> tuple[str, Key] | None:  # fmt: skip
         """(the new key's text, the key), or None where there is no `room` for it, which
         is asked in the same transaction; the text is kept nowhere."""
         text = "sk-" + secrets.token_urlsafe(32)
         hash, hint = sha256(text), key_hint(text)
-        key = Key(key_id(hash), name, account, hash, hint, admin, "proxy.db")
-        row = (key.id, account, name, hint, hash, admin, int(time.time()))
+        key = Key(key_id(hash), name, account, hash, hint, admin, "proxy.db", terms)
+        now, given = int(time.time()), json.dumps(written_terms(terms))
+        row = (key.id, account, name, hint, hash, admin, now, given)
         sql = (
-            "INSERT INTO keys(id, account, name, hint, hash, admin, created)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)"
-        )
-        known = (
-            "INSERT INTO accounts(id, made, created) VALUES (?, 0, ?)"
-            " ON CONFLICT DO NOTHING"
+            "INSERT INTO keys(id, account, name, hint, hash, admin, created, terms)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, nullif(?, '{}'))"
         )
 
         def operation(db: sqlite3.Connection) -> bool:
             if not room(db):
                 return False
-            db.execute(known, (account, row[-1]))
+            db.execute(ACCOUNT_ROW, (account, now))
             db.execute(sql, row)
             return True
 
@@ -2109,18 +2324,44 @@ class Ledger:
         row = key.id, key.account, key.name, key.hint, int(time.time())
         self.write(lambda db: db.execute(sql, row), durable=True)
 
-    def grant(self, account: str, amount: int, note: str) -> None:
-        """Adds micro-credits to an account's own."""
+    def change_key(self, key: Key) -> bool:
+        """Gives a key made at run time the name and the terms of this one; whether it
+        was there and not revoked."""
+        sql = (
+            "UPDATE keys SET name = ?, terms = nullif(?, '{}')"
+            " WHERE id = ? AND hash IS NOT NULL AND revoked IS NULL"
+        )
+        values = key.name, json.dumps(written_terms(key.terms)), key.id
+        return self.write(lambda db: db.execute(sql, values).rowcount, durable=True) > 0
+
+    def grant(self, account: Account, amount: int, note: str) -> bool:
+        """Adds micro-credits to an account's own; a negative amount corrects, unless
+        more is spent and held than it would leave. Whether it was done."""
         now = int(time.time())
         grant = "INSERT INTO grants(account, amount, note, created) VALUES (?, ?, ?, ?)"
         add = (
-            "INSERT INTO accounts(id, made, created, granted) VALUES (?, 0, ?, ?)"
-            " ON CONFLICT DO UPDATE SET granted = granted + excluded.granted"
+            "UPDATE accounts SET granted = granted + ?2,"
+            " declared = iif(?2 < 0, ?3, declared) WHERE id = ?1"
+            " AND (?2 > 0 OR granted + ?2 + ?3 >= spent + held)"
         )
 
+        def operation(db: sqlite3.Connection) -> bool:
+            db.execute(ACCOUNT_ROW, (account.id, now))
+            done = db.execute(add, (account.id, amount, account.credits)).rowcount > 0
+            if done:
+                db.execute(grant, (account.id, amount, note, now))
+            return done
+
+        return self.write(operation, durable=True)
+
+    def close_account(self, id: str) -> None:
+        """Ends an account made at run time, and its keys with it; its history stays."""
+        values = id, int(time.time())
+
         def operation(db: sqlite3.Connection) -> None:
-            db.execute(grant, (account, amount, note, now))
-            db.execute(add, (account, now, amount))
+            db.execute("UPDATE accounts SET made = 0 WHERE id = ?1", values[:1])
+            sql = "UPDATE keys SET revoked = ?2 WHERE account = ?1 AND hash IS NOT NULL"
+            db.execute(sql + " AND revoked IS NULL", values)
 
         self.write(operation, durable=True)
 
@@ -2138,6 +2379,8 @@ class Ledger:
             db.row_factory = sqlite3.Row
             pages = db.execute("PRAGMA quick_check").fetchall()
             rows, (orphans,) = db.execute(PROOF).fetchall(), db.execute(ORPHANS).fetchone()
+            usage = db.execute(USAGE_PROOF).fetchall()
+            budgets = db.execute(BUDGETS_PROOF).fetchall()
         wrong = [page[0] for page in pages if page[0] != "ok"]
         if orphans:
             wrong.append(f"{orphans} rows belong to no account")
@@ -2148,6 +2391,14 @@ class Ledger:
                     wrong.append(f"{id}: {name} is {kept}, its rows sum to {total}")
             if row["spent"] + row["held"] > row["granted"] + declared:
                 wrong.append(f"{id}: spent and held exceed what was granted")
+        for account, key, day, *_ in usage:
+            wrong.append(f"{account}: usage of {key} on day {day} is not its requests'")
+        for key, since, most, spent, billed, held in budgets:
+            name = f"{key}: the budget from day {since} on"
+            if spent != billed:
+                wrong.append(f"{name} has spent {spent}, its usage sums to {billed}")
+            if spent + held > most:
+                wrong.append(f"{name} is exceeded: {spent} and {held} of {most}")
         return wrong
 
     def close(self) -> None:
@@ -5216,7 +5467,10 @@ def fold_path(path: str) -> str:
 def made_key(config: Config, row: KeyRow) -> Key:
     """A key made at run time; an admin account's keys are admin's."""
     admin = bool(row.admin) or config.account(row.account).admin
-    return Key(row.id, row.name, row.account, row.hash, row.hint, admin, "proxy.db")
+    given = json.loads(row.terms) if row.terms else {}
+    terms = parse_terms(given, models=given.get("models", ())) if given else NO_TERMS
+    who = row.id, row.name, row.account, row.hash, row.hint
+    return Key(*who, admin, "proxy.db", terms)
 
 
 def sent_key(environ: dict[str, Any]) -> str:
@@ -5228,8 +5482,8 @@ def sent_key(environ: dict[str, Any]) -> str:
 
 
 def identify(services: Services, bearer: str) -> tuple[Key, Account, bool]:
-    """The key and its account, and whether the key has a row in the ledger; or
-    Unauthorized."""
+    """The key, its account as this key may use it, and whether the key has a row in the
+    ledger; or Unauthorized."""
     if not BEARER.fullmatch(bearer):
         raise Unauthorized
     hash, config = sha256(bearer), services.config
@@ -5241,7 +5495,9 @@ def identify(services: Services, bearer: str) -> tuple[Key, Account, bool]:
         key = made_key(config, row)
     if key is None or key.hash != hash:
         raise Unauthorized
-    return key, config.account(key.account), row is not None
+    if key.terms.expired():
+        raise Unauthorized
+    return key, config.account(key.account).under(key.terms), row is not None
 
 
 def windows_of(relayed: bool) -> Callable[[sqlite3.Connection], list[Window]]:
@@ -5322,6 +5578,8 @@ def add_hooks(app: Flask, services: Services) -> None:
             if endpoint is None:  # 404 or 405, whoever asks
                 return None
             raise
+        if here.key.terms.metrics and endpoint != "metrics":
+            raise Unauthorized
         if endpoint != "relay":
             count_request(services, windows_of(False))
         if asked.path.startswith(("/v1/account", "/v1/usage")):
@@ -5575,7 +5833,8 @@ def account_routes(app: Flask, services: Services) -> Callable:
 
 # What query strings may hold, by the end of the route; elsewhere they are ignored.
 QUERIES = {
-    "accounts": "limit after", "keys": "limit after", "usage": "days by format",
+    "accounts": "limit after", "keys": "limit after", "grants": "limit after",
+    "usage": "days by format",
     "requests": "limit after since until model key status failed format",
 }  # fmt: skip
 
@@ -5598,12 +5857,29 @@ def integer_argument(name: str, default: int, highest: int) -> int:
 PAGE = 100  # entries of a list, unless its reader says how many
 
 
-def key_entry(key: Key, row: KeyRow | None) -> dict[str, Any]:
+def budget_entry(ledger: Ledger, key: Key) -> dict[str, Any] | None:
+    """What a key's budget has left, and the unix second at which its next window
+    begins; None if it has no budget."""
+    budget = key.terms.budget
+    if budget is None:
+        return None
+    since, until = budget.window(int(time.time()) // DAY)
+    [(spent, held)] = ledger.read(USED, key.id, since, until)
+    parts = {"credits": budget.most, "spent": spent, "held": held}
+    parts["available"] = max(0, budget.most - spent - held)
+    entry = {name: to_credits(micro) for name, micro in parts.items()}
+    entry["per"] = budget.per
+    return entry | {"next": None if until == FOREVER else until * DAY}
+
+
+def key_entry(ledger: Ledger, key: Key, row: KeyRow | None) -> dict[str, Any]:
     """A key as lists show it; times in unix seconds."""
     entry = {"id": key.id, "account": key.account, "name": key.name, "hint": key.hint}
     entry |= {"source": key.source, "admin": key.admin}
     entry |= {"created": row and row.created, "last_used": row and row.used}
-    return entry | {"revoked": row and row.revoked}
+    entry |= {"revoked": row and row.revoked}
+    entry |= dict.fromkeys(TERMS.split()) | written_terms(key.terms)
+    return entry | {"budget": budget_entry(ledger, key), "metrics": key.terms.metrics}
 
 
 def key_entries(
@@ -5617,12 +5893,12 @@ def key_entries(
     first = ids.index(after) + 1 if after in ids else len(ids) if after else 0
     shown = own[first : first + limit]
     rows = ledger.key_rows([key.id for key in shown])
-    found = [key_entry(key, rows.get(key.id)) for key in shown]
+    found = [key_entry(ledger, key, rows.get(key.id)) for key in shown]
     after = "" if after in ids else after
     for row in ledger.made_keys(account, ids, after, limit - len(found)):
         if row.former and not declared:
             row = row._replace(revoked=row.revoked or row.made)
-        found.append(key_entry(made_key(config, row), row))
+        found.append(key_entry(ledger, made_key(config, row), row))
     return found
 
 
@@ -5652,6 +5928,7 @@ BALANCES = """
 SELECT value, coalesce(granted, 0), coalesce(spent, 0), coalesce(held, 0)
 FROM json_each(?) AS named LEFT JOIN accounts a ON a.id = value ORDER BY named.key
 """
+MADE = "SELECT id FROM accounts WHERE made AND id IN (SELECT value FROM json_each(?))"
 # Keys made at run time; a former account's live while keys.json declares its name.
 LIVE_KEYS = """
 SELECT account, count(*) FROM keys WHERE account IN (SELECT value FROM json_each(?1))
@@ -5685,11 +5962,13 @@ def account_entries(
     made = dict(ledger.read(LIVE_KEYS, *whose_keys(config, ids)))
     declared = [key.id for id in ids for key in config.account(id).keys]
     revoked = {id for id, row in ledger.key_rows(declared).items() if row.revoked}
+    opened = {id for (id,) in ledger.read(MADE, json.dumps(ids))} | {*config.accounts}
     entries = []
     for id, credits in balances(config, ledger, ids).items():
         account = config.account(id)
         own = [key for key in account.keys if key.id not in revoked]
-        entry = {"id": id, "admin": account.admin, "credits": credits}
+        entry = {"id": id, "admin": account.admin, "closed": id not in opened}
+        entry["credits"] = credits
         entries.append(entry | {"keys": len(own) + made.get(id, 0)})
     return entries
 
@@ -5723,15 +6002,18 @@ def price_entry(model: Model) -> dict[str, Any]:
 
 
 def describe_account(services: Services, id: str) -> dict[str, Any]:
-    """Credits, limits and their live use, models and keys of one account."""
+    """Credits, limits and their live use, models and keys of one account; of the own
+    one as the key that asks may use it, and the key's budget."""
     config, ledger = services.config, services.ledger
-    account = config.account(id)
+    own = id == g.key.account
+    account = g.account if own else config.account(id)
     limits = account.limits
     entry = {"object": "account"} | account_entries(config, ledger, [id])[0]
     entry["limits"] = {"rate": limits.rate, "concurrent": limits.concurrent}
-    if id == g.key.account:
+    if own:
         entry["admin"] = g.key.admin
-        entry["key"] = {"id": g.key.id, "name": g.key.name}
+        entry["key"] = {"id": g.key.id, "name": g.key.name} | written_terms(g.key.terms)
+        entry["budget"] = budget_entry(ledger, g.key)
         entry["live"], entry["demo"] = live_use(services, account), account.demo
     entry["models"] = [
         {"id": model.id, "about": model.about, "price": price_entry(model)}
@@ -5919,13 +6201,38 @@ def room_for_a_key(config: Config, id: str, db: sqlite3.Connection) -> bool:
     return owned < MAX_KEYS and hit_windows(a_day, id, "keys", db)[-1].fits
 
 
+def asked_terms(config: Config, terms: Terms, body: dict[str, Any]) -> Terms:
+    """Terms with what a body changes of them."""
+    change = {name: value for name, value in body.items() if name in TERMS.split()}
+    try:
+        terms = changed_terms(terms, change, config.models)
+    except ConfigError as error:
+        raise BadRequest(f"{error}.", param=str(error).partition(":")[0]) from None
+    if change.get("metrics") and not g.key.admin:
+        raise BadRequest("'metrics' must be false.", param="metrics")
+    return terms
+
+
+def change_key(ledger: Ledger, key: Key) -> None:
+    """Gives a key its name and terms, or says why it cannot have others."""
+    if key.source == "keys.json":
+        raise BadRequest(f"{key.name} is declared in keys.json: change it there.")
+    if not ledger.change_key(key):
+        raise NotFound("This key is revoked.")
+
+
 def add_key_routes(app: Flask, services: Services) -> None:
-    """An account's keys: lists, makes and revokes them."""
+    """An account's keys: lists, makes, changes and revokes them."""
     route, ledger = account_routes(app, services), services.ledger
 
     def refuse_demo() -> None:
         if g.account.demo:
             raise NotFound("A demo key is public: it sees, makes and revokes no keys.")
+
+    def refuse_bound() -> None:
+        refuse_demo()
+        if g.key.terms != NO_TERMS and not g.key.admin:  # it could make one without
+            raise NotFound("A key with terms of its own makes and changes no keys.")
 
     @route("/keys")
     def keys(id: str) -> Response:
@@ -5936,29 +6243,43 @@ def add_key_routes(app: Flask, services: Services) -> None:
 
     @route("/keys", "POST")
     def make_key(id: str) -> Response:
-        refuse_demo()
-        body = small_body(services, "name admin")
+        refuse_bound()
+        body = small_body(services, f"name admin {TERMS}")
         name = named(printable_name, body.get("name", "key"), "name")
         admin = body.get("admin", False)
         if type(admin) is not bool or (admin and not g.key.admin):
             raise BadRequest("'admin' must be false.", param="admin")
+        terms = asked_terms(services.config, NO_TERMS, body)
         room = functools.partial(room_for_a_key, services.config, id)
-        made = ledger.make_key(id, name, admin, room)
+        made = ledger.make_key(id, name, admin, terms, room)
         if made is None:
             told = f"An account may have {MAX_KEYS} keys, and make as many in a day."
             raise BadRequest(told)
         text, key = made
         row = ledger.find_key(key.id)
-        entry = key_entry(made_key(services.config, row), row)
+        entry = key_entry(ledger, made_key(services.config, row), row)
         return json_response(entry | {"key": text}, 201)
+
+    def touched(id: str, key_id: str) -> Key:
+        """The key that this request revokes or changes, if it may."""
+        refuse_bound()
+        key = known_key(services.config, ledger, key_id, id)
+        if key.admin and not g.key.admin:
+            raise NotFound("There is no such key that this one may touch.")
+        return key
+
+    @route("/keys/<key_id>", "PATCH")
+    def change(id: str, key_id: str) -> Response:
+        key, body = touched(id, key_id), small_body(services, f"name {TERMS}")
+        name = named(printable_name, body.get("name", key.name), "name")
+        terms = asked_terms(services.config, key.terms, body)
+        change_key(ledger, replace(key, name=name, terms=terms))
+        row = ledger.find_key(key.id)
+        return json_response(key_entry(ledger, made_key(services.config, row), row))
 
     @route("/keys/<key_id>", "DELETE")
     def revoke(id: str, key_id: str) -> Response:
-        refuse_demo()
-        key = known_key(services.config, ledger, key_id, id)
-        if key.admin and not g.key.admin:
-            raise NotFound("There is no such key that this one may revoke.")
-        ledger.revoke(key)
+        ledger.revoke(touched(id, key_id))
         return json_response({"id": key_id, "revoked": True})
 
 
@@ -6040,6 +6361,45 @@ def history(id: str, spent: int) -> str:
     return f"An account named {id} has spent {amount} before: they count."
 
 
+def parse_grant(value: Any, path: str, low: int = -MOST_CREDITS) -> int:
+    """Micro-credits of a grant, or of a correction where it is negative."""
+    amount = to_micro(value, path, low)
+    if not amount:
+        raise ConfigError(f"{path}: must not be 0")
+    return amount
+
+
+def grant_or_tell(
+    config: Config, ledger: Ledger, id: str, amount: int, note: str
+) -> None:
+    """Grants micro-credits, or takes them, if so many are available."""
+    if not ledger.grant(config.account(id), amount, note):
+        left = balances(config, ledger, [id])[id]["available"]
+        told = f"credits: {id} has {left:.6f} available; no more can be taken."
+        raise BadRequest(told, param="credits")
+
+
+def grant_entries(
+    ledger: Ledger, account: str | None, limit: int, before: int = 2**62
+) -> list[dict[str, Any]]:
+    """At most `limit` grants with ids below `before`, newest first."""
+    rows = ledger.read(
+        "SELECT id, account, amount, note, created FROM grants WHERE id < ?1"
+        " AND ?2 IN (account, '') ORDER BY id DESC LIMIT ?3",
+        before, account or "", limit,
+    )  # fmt: skip
+    names = "id account credits note created".split()
+    entries = [dict(zip(names, row)) for row in rows]
+    return [each | {"credits": to_credits(each["credits"])} for each in entries]
+
+
+def close_account(config: Config, ledger: Ledger, id: str) -> None:
+    """Closes an account made at run time."""
+    if id in config.accounts:
+        raise BadRequest(f"{id} is declared in keys.json: remove it there.")
+    ledger.close_account(id)
+
+
 def add_admin_routes(app: Flask, services: Services) -> None:
     """All accounts, new ones, grants, metrics: for admin keys."""
     ledger = services.ledger
@@ -6062,7 +6422,7 @@ def add_admin_routes(app: Flask, services: Services) -> None:
         if spent is None:
             raise BadRequest("There is an account of this name already.", param="id")
         if amount:
-            ledger.grant(id, amount, "at the start")
+            ledger.grant(services.config.account(id), amount, "at the start")
         [entry] = account_entries(services.config, ledger, [id])
         if spent:
             entry["note"] = history(id, spent)
@@ -6073,10 +6433,25 @@ def add_admin_routes(app: Flask, services: Services) -> None:
     def grant(account: str) -> Response:
         id = known_account(services, account, live=True)
         body = small_body(services, "credits note")
-        amount = named(to_micro, body.get("credits"), "credits")
-        note = body.get("note") or "granted"
-        ledger.grant(id, amount, named(printable_name, note, "note"))
+        amount = named(parse_grant, body.get("credits"), "credits")
+        note = body.get("note") or ("granted" if amount > 0 else "corrected")
+        note = named(printable_name, note, "note")
+        grant_or_tell(services.config, ledger, id, amount, note)
         return json_response(account_entries(services.config, ledger, [id])[0], 201)
+
+    @app.get(f"{ONE_ACCOUNT}/grants")
+    def grants(account: str) -> Response:
+        id = known_account(services, account)
+        limit = integer_argument("limit", PAGE, 1000)
+        before = integer_argument("after", 10**11, 10**11)
+        rows = grant_entries(ledger, id, limit + 1, before)
+        return list_response(rows[:limit], has_more=len(rows) > limit)
+
+    @app.delete(ONE_ACCOUNT)
+    def close(account: str) -> Response:
+        id = known_account(services, account)
+        close_account(services.config, ledger, id)
+        return json_response({"id": id, "closed": True})
 
     @app.get("/v1/usage")
     def usage() -> Response:
@@ -6085,7 +6460,8 @@ def add_admin_routes(app: Flask, services: Services) -> None:
 
     @app.get("/metrics")
     def metrics() -> Response:
-        admin_only()
+        if not g.key.terms.metrics:
+            admin_only()
         with ledger.snapshot() as db:  # which sums the whole usage, and stops nobody
             text = "".join(metric_lines(services, db))
         kind = "text/plain; version=0.0.4; charset=utf-8"
@@ -6527,9 +6903,50 @@ def existing(config: Config, ledger: Ledger, account: str) -> str:
     return account
 
 
+def term_options(command: Callable) -> Callable:
+    """The terms of a key, of the commands that make or change one."""
+    for name, about in reversed({
+        "--expires": "The last day (UTC) on which it works: 2027-01-31.",
+        "--budget": "Credits that it may spend per period.",
+        "--per": f"The period of its budget: {', '.join(PERIODS)}.",
+        "--models": "Those that it may use: chat,echo.",
+        "--rate": "Like 10/minute; of its account's and this the smaller counts.",
+        "--concurrent": "Requests at once.",
+    }.items()):  # fmt: skip
+        command = click.option(name, help=about)(command)
+    about = "It reads /metrics, and nothing else."
+    return click.option("--metrics", is_flag=True, default=None, help=about)(command)
+
+
+def typed_terms(
+    expires: str | None, budget: str | None, per: str | None, models: str | None,
+    rate: str | None, concurrent: str | None, metrics: bool | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What was typed of a key's terms, as a merge patch."""
+    most = concurrent and (int(concurrent) if concurrent.isdecimal() else concurrent)
+    parts = {
+        "expires": expires, "models": models and models.split(","), "metrics": metrics,
+        "budget": {"credits": budget and number(budget), "per": per},
+        "limits": {"rate": rate, "concurrent": most},
+    }  # fmt: skip
+    return {name: part for name, part in patched({}, parts).items() if part != {}}
+
+
+def typed_key(config: Config, ledger: Ledger, text: str) -> Key:
+    """The key with this id, or the one with this account/name that is not revoked."""
+    account, slash, name = text.partition("/")
+    if not slash:
+        return known_key(config, ledger, text)
+    named = [e for e in key_entries(config, ledger, account) if e["name"] == name]
+    ids = [each["id"] for each in named if not each["revoked"]]
+    if len(ids) > 1:
+        raise ConfigError(f"{text}: {len(ids)} keys have this name: {', '.join(ids)}")
+    return known_key(config, ledger, *ids or [text])
+
+
 @cli.group(name="keys")
 def keys_group() -> None:
-    """Makes, lists and revokes API keys."""
+    """Makes, lists, changes and revokes API keys."""
 
 
 @keys_group.command("add")
@@ -6538,24 +6955,30 @@ def keys_group() -> None:
 @click.option("--name", default="key", show_default=True)
 @click.option("--credits", help="Granted to the account at once.")
 @click.option("--admin", is_flag=True, help="The key may use the admin routes.")
+@term_options
 def keys_add(
-    keys: str, db: str | None, account: str, name: str, credits: str | None, admin: bool
-) -> None:
+    keys: str, db: str | None, account: str, name: str, credits: str | None,
+    admin: bool, **given: Any,
+) -> None:  # fmt: skip
     """Prints a new key, once; makes the account if it is new."""
     account_name(account, "ACCOUNT")
     printable_name(name, "--name")
-    amount = typed_amount(credits, "--credits") if credits else 0
+    amount = to_micro(number(credits), "--credits") if credits is not None else 0
     with opened(keys, db, makes=True) as (config, ledger):
+        terms = changed_terms(NO_TERMS, typed_terms(**given), config.models)
         new = account not in config.accounts
         spent = ledger.make_account(account) if new else None
         if amount:
-            ledger.grant(account, amount, "keys add")
+            ledger.grant(config.account(account), amount, "keys add")
         if spent is not None:
             left = balances(config, ledger, [account])[account]["available"]
-            click.echo(f"{account} is new, with {cell(left)} credits.", err=True)
+            told = f", with {left:.6f} credits."
+            if not left:
+                told = f", and has no credits yet: credits add {account} AMOUNT"
+            click.echo(f"{account} is new{told}", err=True)
         if spent:
             click.echo(history(account, spent), err=True)
-        click.echo(ledger.make_key(account, name, admin)[0])
+        click.echo(ledger.make_key(account, name, admin, terms)[0])
 
 
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:
@@ -6571,10 +6994,21 @@ def show(rows: list[dict[str, Any]], as_json: bool) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
-def dated(row: dict[str, Any]) -> dict[str, str]:
-    """A key's times as people read them."""
-    times = {name: row[name] for name in ("created", "last_used", "revoked")}
-    return {name: stamp(time) if time else "" for name, time in times.items()}
+def readable(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its times, lists and objects as people read them."""
+    out = {}
+    for name, value in row.items():
+        if name in ("created", "last_used", "revoked"):
+            value = stamp(value) if value else ""
+        elif name == "budget" and value:
+            left, most, per = value["available"], value["credits"], value["per"]
+            value = f"{left:.6f} of {most:.6f} ({per})"
+        elif isinstance(value, dict):
+            value = " ".join([f"{each}={part}" for each, part in value.items()])
+        elif isinstance(value, list):
+            value = ",".join(value)
+        out[name] = value
+    return out
 
 
 @keys_group.command("list")
@@ -6585,39 +7019,120 @@ def keys_list(keys: str, db: str | None, as_json: bool) -> None:
     with opened(keys, db) as (config, ledger):
         names = account_names(config, ledger)
         rows = [each for name in names for each in key_entries(config, ledger, name)]
-        show(rows if as_json else [row | dated(row) for row in rows], as_json)
+        show(rows if as_json else list(map(readable, rows)), as_json)
+
+
+@keys_group.command("set")
+@file_options
+@click.argument("id")
+@click.option("--name", help="Another name.")
+@term_options
+@click.option("--remove", type=click.Choice(TERMS.split()), multiple=True)
+def keys_set(
+    keys: str, db: str | None, id: str, name: str | None, remove: tuple[str, ...],
+    **given: Any,
+) -> None:  # fmt: skip
+    """Changes the name, expiry, budget, models or limits of a key made here; ID is its
+    id, or account/name."""
+    change = typed_terms(**given) | dict.fromkeys(remove)
+    with opened(keys, db) as (config, ledger):
+        key = typed_key(config, ledger, id)
+        terms = changed_terms(key.terms, change, config.models)
+        name = key.name if name is None else printable_name(name, "--name")
+        change_key(ledger, replace(key, name=name, terms=terms))
+        click.echo(f"{key.id} is changed.")
 
 
 @keys_group.command("revoke")
 @file_options
 @click.argument("id")
 def keys_revoke(keys: str, db: str | None, id: str) -> None:
-    """Revokes a key, for ever."""
+    """Revokes a key, for ever; ID is its id, or account/name."""
     with opened(keys, db, makes=True) as (config, ledger):
-        ledger.revoke(known_key(config, ledger, id))
-        click.echo(f"{id} is revoked.")
+        key = typed_key(config, ledger, id)
+        ledger.revoke(key)
+        click.echo(f"{key.id} is revoked.")
+
+
+@cli.group(name="accounts")
+def accounts_group() -> None:
+    """Lists and closes accounts."""
+
+
+@accounts_group.command("list")
+@file_options
+@json_option
+def accounts_list(keys: str, db: str | None, as_json: bool) -> None:
+    """All accounts, their keys that live and their credits."""
+    with opened(keys, db) as (config, ledger):
+        rows = account_entries(config, ledger, account_names(config, ledger))
+        if not as_json:
+            rows = [row | row.pop("credits") for row in rows]
+        show(rows, as_json)
+
+
+@accounts_group.command("close")
+@file_options
+@click.argument("account")
+def accounts_close(keys: str, db: str | None, account: str) -> None:
+    """Revokes all keys of an account made here; its history stays."""
+    with opened(keys, db) as (config, ledger):
+        close_account(config, ledger, existing(config, ledger, account))
+        click.echo(f"{account} is closed.")
 
 
 @cli.group(name="credits")
 def credits_group() -> None:
-    """Grants credits and shows balances."""
+    """Grants and takes credits, shows balances and grants."""
+
+
+def grant_typed(
+    keys: str, db: str | None, account: str, amount: str, note: str, sign: int
+) -> None:
+    """Grants, or takes, what was typed."""
+    with opened(keys, db, makes=True) as (config, ledger):
+        micro = sign * parse_grant(number(amount), "AMOUNT", 0)
+        printable_name(note, "--note")
+        existing(config, ledger, account)
+        grant_or_tell(config, ledger, account, micro, note)
+        left = balances(config, ledger, [account])[account]
+        show([{"account": account, **left}], False)
 
 
 @credits_group.command("add")
 @file_options
 @click.argument("account")
 @click.argument("amount")
-@click.option("--note", default="")
+@click.option("--note", default="granted", show_default=True)
 def credits_add(
     keys: str, db: str | None, account: str, amount: str, note: str
 ) -> None:
     """Grants AMOUNT credits to ACCOUNT."""
-    with opened(keys, db, makes=True) as (config, ledger):
-        printable_name(note or "granted", "--note")
-        existing(config, ledger, account)
-        ledger.grant(account, typed_amount(amount, "AMOUNT"), note)
-        left = balances(config, ledger, [account])[account]
-        show([{"account": account, **left}], False)
+    grant_typed(keys, db, account, amount, note, 1)
+
+
+@credits_group.command("take")
+@file_options
+@click.argument("account")
+@click.argument("amount")
+@click.option("--note", default="corrected", show_default=True)
+def credits_take(
+    keys: str, db: str | None, account: str, amount: str, note: str
+) -> None:
+    """Takes AMOUNT credits from ACCOUNT, down to what is available."""
+    grant_typed(keys, db, account, amount, note, -1)
+
+
+@credits_group.command("log")
+@file_options
+@click.argument("account", required=False)
+@json_option
+def credits_log(keys: str, db: str | None, account: str | None, as_json: bool) -> None:
+    """Every grant and correction with its note, newest first."""
+    with opened(keys, db) as (config, ledger):
+        account = account and existing(config, ledger, account)
+        rows = grant_entries(ledger, account, -1)
+        show(rows if as_json else list(map(readable, rows)), as_json)
 
 
 @credits_group.command("show")

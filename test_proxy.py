@@ -1158,6 +1158,10 @@ def declared(id: str) -> int:
     return TEAM.credits if id == TEAM.id else 0
 
 
+def declared_account(id: str) -> proxy.Account:
+    return TEAM if id == TEAM.id else proxy.Account(id, LIMITS)
+
+
 def admit(
     ledger: proxy.Ledger, micro: int = 100, tokens: int = 0, price: int = 0,
     account: proxy.Account = TEAM, key: proxy.Key = KEY,
@@ -1215,6 +1219,13 @@ def ledger(make_ledger: MakeLedger) -> Iterator[proxy.Ledger]:
     yield ledger
     assert ledger.read("SELECT id FROM requests WHERE state = 0") == []
     assert ledger.check() == []
+
+
+@pytest.fixture
+def wall_clock(monkeypatch: pytest.MonkeyPatch) -> Jumping:
+    """The wall clock of the program, which a test may set."""
+    monkeypatch.setattr(proxy, "time", clock := Jumping())
+    return clock
 
 
 @pytest.fixture
@@ -1483,6 +1494,154 @@ def test_a_refused_value_is_named_by_its_path(
     with pytest.raises(proxy.ConfigError) as refused:
         load(planted(path, value))
     assert str(refused.value).startswith((f"{path}:", f"{path} ("))
+
+
+NO_TERMS = {  # of a key: values that are refused, in keys.json and at run time
+    "colour": [1],
+    "expires": [
+        5, True, [], "", "soon", "31.12.2030", "2030-02-30", "2030-13-01", "2030-01-01 ",
+        "2030-01-01T25:00:00Z", "2030-01-01T00:00:00+01:00",
+    ],
+    "budget": [5, [], "5", True],
+    "budget.credits": [each for each in NO_AMOUNTS if each is not None],
+    "budget.per": ["year", "Day", "", 5, [], True],
+    "budget.colour": [1],
+    "models": ["chat", {}, ["nope"], [["chat"]], [None], 5],
+    "limits": [[], 5, "60/minute"],
+    "limits.rate": [60, "", "60/fortnight", "0/minute", "10001/minute"],
+    "limits.concurrent": [0, -1, 1.5, True, "10", 10**6],
+    "limits.colour": [1],
+    "metrics": [1, 0, "yes"],
+}  # fmt: skip
+REFUSED_TERMS = [(path, value) for path, values in NO_TERMS.items() for value in values]
+
+
+def terms_with(path: str, value: Any) -> dict:
+    """Good terms with `value` at a dotted path."""
+    good = {"budget": {"credits": 5, "per": "month"}} if "budget." in path else {}
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return merged(good, value)
+
+
+@pytest.mark.parametrize("path, value", REFUSED_TERMS)
+def test_refused_terms_of_a_key_are_named_by_their_path(
+    load: Callable, path: str, value: Any
+) -> None:
+    key = {"key": "sk-key", **terms_with(path, value)}
+    with pytest.raises(proxy.ConfigError) as refused:
+        load(planted("accounts.team.keys.bound", key))
+    assert str(refused.value).startswith(f"accounts.team.keys.bound.{path}:")
+
+
+@pytest.mark.parametrize(
+    "path, value, named",
+    [
+        ("accounts.team.keys.k", {"expires": "2030-01-01"}, "accounts.team.keys.k.key"),
+        ("accounts.team.keys.k", {"key": 5}, "accounts.team.keys.k.key"),
+        ("accounts.team.keys.k", {"key": "abc"}, "accounts.team.keys.k.key"),
+        ("accounts.team.keys.k", {"key": "sk-kk", "budget": {"credits": 5}},
+         "accounts.team.keys.k.budget.per"),
+        ("accounts.demo", {"demo": True, "models": ["echo"],
+                           "keys": {"k": {"key": "sk-kk", "metrics": True}}},
+         "accounts.demo.keys"),
+    ],
+)  # fmt: skip
+def test_a_key_that_cannot_be_meant_is_refused_by_path(
+    load: Callable, path: str, value: Any, named: str
+) -> None:
+    document = planted(path, value)
+    document["upstreams"]["echo"] = {"url": "echo:"}
+    document["models"]["echo"] = {"upstream": "echo/echo", "price": {"input": 1}}
+    with pytest.raises(proxy.ConfigError, match=re.escape(f"{named}: ")):
+        load(document)
+
+
+def test_a_key_may_be_an_object_with_its_terms(load: Callable) -> None:
+    written = {
+        "expires": "2030-01-31", "budget": {"credits": 2.5, "per": "week"},
+        "models": ["chat"], "limits": {"rate": "5/minute"}, "metrics": True,
+    }  # fmt: skip
+    given = {"key": "sk-team", **written}
+    whole = load(planted("accounts.team.keys.main", given))
+    (key,) = whole.keys.values()
+    (plain,) = load(planted()).keys.values()
+    assert replace(key, terms=proxy.NO_TERMS) == plain
+    assert key.terms.budget == proxy.Budget(2_500_000, "week")
+    assert proxy.written_terms(key.terms) == written
+    assert proxy.parse_terms(written, models=["chat"]) == key.terms
+
+
+@pytest.mark.parametrize(
+    "expires, last, first",
+    [
+        ("2030-01-31", "2030-01-31T23:59:59Z", "2030-02-01T00:00:00Z"),
+        ("2030-01-31T12:00:00Z", "2030-01-31T11:59:59Z", "2030-01-31T12:00:00Z"),
+    ],
+)
+def test_a_key_works_through_its_last_day(
+    wall_clock: Jumping, expires: str, last: str, first: str
+) -> None:
+    terms = proxy.parse_terms({"expires": expires})
+    told = []
+    for moment in last, first:
+        wall_clock.set(moment)
+        told.append(terms.expired())
+    assert told == [False, True]
+    assert proxy.written_terms(terms) == {"expires": expires}
+
+
+@pytest.mark.parametrize(
+    "per, day, since, until",
+    [
+        ("day", "2026-11-25", "2026-11-25", "2026-11-26"),
+        ("day", "2024-02-28", "2024-02-28", "2024-02-29"),
+        ("week", "2026-11-23", "2026-11-23", "2026-11-30"),  # a Monday
+        ("week", "2026-11-29", "2026-11-23", "2026-11-30"),
+        ("week", "2027-01-01", "2026-12-28", "2027-01-04"),
+        ("month", "2026-11-01", "2026-11-01", "2026-12-01"),
+        ("month", "2024-02-29", "2024-02-01", "2024-03-01"),
+        ("month", "2026-12-31", "2026-12-01", "2027-01-01"),
+        ("total", "2026-11-25", "1970-01-01", "4707-11-29"),
+    ],
+)
+def test_the_window_of_a_budget_is_of_the_utc_calendar(
+    per: str, day: str, since: str, until: str
+) -> None:
+    number = [proxy.parse_moment(text, "") // proxy.DAY - 1 for text in (day, since, until)]
+    assert proxy.Budget(1, per).window(number[0]) == tuple(number[1:])
+
+
+ACCOUNT_MODELS = [(None, None), (None, {"a"}), ({"a", "b"}, None), ({"a", "b"}, {"b", "c"})]
+
+
+@pytest.mark.parametrize("account, key", ACCOUNT_MODELS, ids=str)
+def test_a_key_may_use_what_its_account_may_use_and_no_more(
+    account: set | None, key: set | None
+) -> None:
+    whole = replace(TEAM, models=account and frozenset(account))
+    terms = proxy.Terms(models=key and frozenset(key))
+    for model in "abcd":
+        may = all(each is None or model in each for each in (account, key))
+        assert whole.under(terms).may_use(model) == may
+
+
+@pytest.mark.parametrize(
+    "account, key, rates, concurrent",
+    [
+        ({"rate": "9/minute", "concurrent": 5}, {}, {"9 per 1 minute"}, 5),
+        ({"concurrent": 5}, {"concurrent": 3}, {"60 per 1 minute"}, 3),
+        ({"concurrent": 5}, {"concurrent": 7}, {"60 per 1 minute"}, 5),
+        ({"rate": "9/minute"}, {"rate": "5/hour"}, {"9 per 1 minute", "5 per 1 hour"}, 10),
+        ({"rate": "9/minute"}, {"rate": "9/minute"}, {"9 per 1 minute"}, 10),
+    ],
+)  # fmt: skip
+def test_of_a_keys_limits_and_its_accounts_the_smaller_counts(
+    account: dict, key: dict, rates: set, concurrent: int
+) -> None:
+    whole = replace(TEAM, limits=proxy.parse_limits(account, ""))
+    limits = whole.under(proxy.parse_terms({"limits": key})).limits
+    assert ({*map(str, limits.items)}, limits.concurrent) == (rates, concurrent)
 
 
 @pytest.mark.parametrize(
@@ -1797,7 +1956,7 @@ def test_what_was_held_and_not_spent_is_available_to_the_micro_credit(
 
 
 def test_a_grant_adds_to_what_keys_json_declares(ledger: proxy.Ledger) -> None:
-    ledger.grant("team", 500, "thanks")
+    ledger.grant(declared_account("team"), 500, "thanks")
     ledger.settle(admit(ledger, 1500), charge(1500))
     with pytest.raises(proxy.InsufficientCredits):
         admit(ledger, 1)
@@ -1934,6 +2093,133 @@ def test_fifty_holds_at_once_are_as_many_as_the_account_can_pay(
     assert {type(one) for one in refusals} == {proxy.InsufficientCredits}
     assert (len(refusals), sums(ledger)) == (47, (0, 900, 0))
     release(ledger, *[one.result() for one in asked if not one.exception()])
+
+
+def bound(most: int, per: str = "day", key: proxy.Key = KEY) -> proxy.Key:
+    """The key with a budget of so many micro-credits."""
+    return replace(key, terms=proxy.Terms(budget=proxy.Budget(most, per)))
+
+
+def test_fifty_holds_at_once_are_as_many_as_the_budget_can_pay(
+    ledger: proxy.Ledger, make_ledger: MakeLedger
+) -> None:
+    both, key = [ledger, make_ledger()], bound(300)
+    with ThreadPoolExecutor(50) as pool:
+        asked = [pool.submit(admit, both[n % 2], 100, key=key) for n in range(50)]
+    refusals = [one.exception() for one in asked if one.exception()]
+    assert {type(one) for one in refusals} == {proxy.InsufficientCredits}
+    assert (len(refusals), sums(ledger)) == (47, (0, 300, 0))
+    leases = [one.result() for one in asked if not one.exception()]
+    for lease in leases[1:]:
+        ledger.settle(lease, charge(40))
+    release(ledger, leases[0])
+    release(ledger, admit(ledger, 220, key=key), admit(ledger, 1, key=SECOND_KEY))
+    with pytest.raises(proxy.InsufficientCredits):
+        admit(ledger, 221, key=key)
+    assert ledger.check() == []
+
+
+def test_output_is_capped_to_what_the_budget_can_pay(ledger: proxy.Ledger) -> None:
+    lease = admit(ledger, 100, tokens=500, price=2, key=bound(300))
+    assert (lease.hold, lease.tokens) == (300, 100)
+    release(ledger, lease)
+
+
+@pytest.mark.parametrize(
+    "per, told",
+    [
+        ("day", "0.000300 credits per day has 0.000100 left, and this needs 0.000150; its"
+         " next window begins 2026-12-01 (UTC)."),
+        ("month", "per month has 0.000100 left, and this needs 0.000150; its next window"
+         " begins 2026-12-01 (UTC)."),
+        ("total", "in total has 0.000100 left, and this needs 0.000150."),
+    ],
+)  # fmt: skip
+def test_a_402_names_the_budget_what_is_left_and_its_next_window(
+    sleeping: None, ledger: proxy.Ledger, wall_clock: Jumping, per: str, told: str
+) -> None:
+    wall_clock.set("2026-11-30T12:00:00Z")
+    lease = admit(ledger, 200, key=bound(300, per))
+    with pytest.raises(proxy.InsufficientCredits) as refused:
+        admit(ledger, 150, key=bound(300, per))
+    assert refused.value.message.endswith(told)
+    with pytest.raises(proxy.InsufficientCredits) as refused:
+        admit(ledger, 900, key=bound(950, per))
+    assert refused.value.message.startswith("The key's budget")
+    with pytest.raises(proxy.InsufficientCredits) as refused:
+        admit(ledger, 900, key=SECOND_KEY)
+    told = "The account has 0.000800 credits left, and this needs 0.000900."
+    assert refused.value.message == told
+    release(ledger, lease)
+
+
+def test_a_request_counts_in_the_window_of_its_admission(
+    sleeping: None, ledger: proxy.Ledger, wall_clock: Jumping
+) -> None:
+    wall_clock.set("2026-11-30T23:59:59Z")
+    first = [admit(ledger, 100, key=bound(300)) for _ in range(3)]
+    with pytest.raises(proxy.InsufficientCredits):
+        admit(ledger, 1, key=bound(300))
+    wall_clock.set("2026-12-01T00:00:00Z")
+    second = [admit(ledger, 100, key=bound(300)) for _ in range(3)]
+    for lease in first:  # above its hold: what its own window has left
+        ledger.settle(lease, charge(50))
+    with pytest.raises(proxy.InsufficientCredits):
+        admit(ledger, 1, key=bound(300))
+    assert ledger.settle(second.pop(), charge(130)) == 30
+    wall_clock.set("2026-11-30T23:59:59Z")  # a clock that was put back
+    release(ledger, *second, admit(ledger, 150, key=bound(300)))
+    assert ledger.check() == []
+
+
+def test_a_cost_above_the_hold_is_charged_as_far_as_the_budget_can_pay(
+    ledger: proxy.Ledger
+) -> None:
+    lease = admit(ledger, 100, key=bound(300))
+    assert ledger.settle(lease, charge(700)) == 400
+    assert (sums(ledger), ledger.check()) == ((300, 0, 400), [])
+
+
+def test_an_edited_budget_counts_from_the_next_hold_on_with_all_that_was_spent(
+    ledger: proxy.Ledger
+) -> None:
+    ledger.settle(admit(ledger, 100), charge(100))  # without any
+    running = admit(ledger, 100)
+    for most, fits in (250, 50), (220, 20), (100, 0):
+        with pytest.raises(proxy.InsufficientCredits):
+            admit(ledger, fits + 1, key=bound(most, "total"))
+        assert ledger.check() == []
+    for key in bound(300, "week"), bound(260, "total"), bound(230), bound(0, "month"), KEY:
+        hold = key.terms.budget.most - 200 if key.terms.budget else 700
+        if hold >= 0:
+            release(ledger, admit(ledger, hold, key=key))
+        assert ledger.check() == []
+    assert ledger.settle(running, charge(900)) == 0
+    assert (sums(ledger), ledger.check()) == ((1000, 0, 0), [])
+
+
+def test_what_admission_costs_does_not_grow_with_history(ledger: proxy.Ledger) -> None:
+    def steps(key: proxy.Key) -> int:
+        count = itertools.count()
+        progress = functools.partial(next, count)
+        ledger.write(lambda db: db.set_progress_handler(lambda: progress() and 0, 1))
+        release(ledger, admit(ledger, 1, key=key))
+        ledger.write(lambda db: db.set_progress_handler(None, 1))
+        return next(count)
+
+    for per in "month", "total":
+        release(ledger, admit(ledger, 1, key=bound(500, per)))
+        before = steps(bound(500, per))
+        alter(ledger, HISTORY)
+        assert steps(bound(500, per)) <= before + 20
+        alter(ledger, "DELETE FROM usage WHERE model LIKE 'm%'")
+
+
+HISTORY = f"""
+WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 3000)
+INSERT INTO usage(account, day, key, model, status)
+    SELECT 'team', unixepoch() / 86400 - i / 10, '{KEY.id}', 'm' || i, 200 FROM n
+"""
 
 
 @contextmanager
@@ -2730,8 +3016,8 @@ TAMPERING = [
 @pytest.mark.parametrize("sql", TAMPERING)
 def test_check_finds_tampering(make_ledger: MakeLedger, sql: str) -> None:
     ledger = make_ledger()
-    ledger.grant("team", 500, "")
-    ledger.grant("saver", 500, "")
+    ledger.grant(declared_account("team"), 500, "")
+    ledger.grant(declared_account("saver"), 500, "")
     ledger.settle(admit(ledger), charge(40))
     admit(ledger, 200)
     assert ledger.check() == []
@@ -7275,7 +7561,7 @@ class Api:
     def __call__(
         self, method: str, path: str, key: str = TEAM_KEY, /, **body: Any
     ) -> Any:
-        more = {"json": body} if method == "POST" else {}
+        more = {"json": body} if method in ("POST", "PATCH") else {}
         return self.send(method, path, key, **more)
 
     def get(self, path: str, key: str = TEAM_KEY) -> Any:
@@ -7981,7 +8267,7 @@ def test_an_app_whose_ledger_is_unusable_says_so_until_it_is_usable(
 
 KEY_FIELDS = {
     "id", "account", "name", "hint", "source", "admin", "created", "last_used",
-    "revoked",
+    "revoked", "expires", "budget", "models", "limits", "metrics",
 }  # fmt: skip
 
 
@@ -8255,6 +8541,185 @@ def test_keys_are_paged_declared_ones_first_and_revoked_ones_last(app):
     assert {*seen[7:]} == {f"k{n}" for n in dead}
 
 
+# -- Routes: terms of keys
+
+
+BOUND_KEY = "sk-bound-0123456789"
+
+
+def bound_key(**terms: Any) -> dict:
+    """Accounts with a key `bound` of the team's that has terms."""
+    return {"team": {"keys": {"bound": {"key": BOUND_KEY, **terms}}}}
+
+
+def test_terms_that_keys_json_refuses_are_refused_by_the_api(api):
+    made = api.post("/v1/account/keys", name="a")
+    to = ("POST", "/v1/account/keys"), ("PATCH", f"/v1/account/keys/{made['id']}")
+    for path, value in REFUSED_TERMS:
+        for method, route in to if value not in (NAN, INFINITY) else ():
+            answer = api(method, route, **terms_with(path, value))
+            assert code_of(answer) == (400, "invalid_request"), (path, value)
+            error = answer.json["error"]
+            assert error["param"] == path and path in error["message"]
+    assert len(api.get("/v1/account/keys")["data"]) == 2
+
+
+def test_a_key_made_with_terms_has_them_and_may_be_changed(api):
+    terms = {
+        "expires": "2999-01-31", "budget": {"credits": 0.5, "per": "day"},
+        "models": ["echo"], "limits": {"rate": "3/minute"},
+    }  # fmt: skip
+    made = api.post("/v1/account/keys", name="laptop", **terms)
+    key, path = made["key"], f"/v1/account/keys/{made['id']}"
+    left = {"spent": 0, "held": 0, "available": 0.5, "next": made["budget"]["next"]}
+    assert made["budget"] == terms["budget"] | left
+    assert made["budget"]["next"] % proxy.DAY == 0 < made["budget"]["next"] - time.time()
+    assert {name: made[name] for name in terms} == terms | {"budget": made["budget"]}
+    api.say("one two", key)
+    changed = api("PATCH", path, budget={"credits": 7}, limits=None, name="desk").json
+    assert (changed["name"], changed["limits"], changed["models"]) == ("desk", None, ["echo"])
+    wanted = {"credits": 7, "per": "day", "spent": 0.000004, "available": 6.999996}
+    assert wanted.items() <= changed["budget"].items()
+    about = api.get("/v1/account", key)
+    assert about["budget"] == changed["budget"]
+    assert about["key"] == {
+        "id": made["id"], "name": "desk", "expires": terms["expires"],
+        "budget": {"credits": 7, "per": "day"}, "models": ["echo"],
+    }  # fmt: skip
+    freed = api("PATCH", path, budget=None, expires=None, models=None).json
+    assert {freed[name] for name in ("budget", "expires")} == {None}
+    assert api.get("/v1/account", key)["budget"] is None
+
+
+def test_a_keys_terms_hold_at_its_next_request(api):
+    made = api.post("/v1/account/keys", models=["echo"], limits={"rate": "5/minute"})
+    key, path = made["key"], f"/v1/account/keys/{made['id']}"
+    assert [each["id"] for each in api.get("/v1/models", key)["data"]] == ["echo"]
+    other = HELLO | {"model": "chat"}
+    assert api.refusal("POST", CHAT, key, **other) == (404, "model_not_found")
+    assert [each["id"] for each in api.get("/v1/account", key)["models"]] == ["echo"]
+    for _ in range(4):
+        api.say("a", key)
+    echo = {"model": "echo", "messages": [{"role": "user", "content": "a"}]}
+    assert api.refusal("POST", CHAT, key, **echo) == (429, "rate_limit_exceeded")
+    api("PATCH", path, limits=None, budget={"credits": 0.000009, "per": "total"})
+    assert api.refusal("POST", CHAT, key, **echo) == (402, "insufficient_credits")
+    api("PATCH", path, budget={"credits": 1})
+    api.say("a", key)
+    api("PATCH", path, models=["chat"])
+    assert api.refusal("POST", CHAT, key, **echo) == (404, "model_not_found")
+
+
+def test_a_key_that_has_expired_is_one_that_never_was(app):
+    api = Api(app(accounts=bound_key(expires="2020-01-01")))
+    told = api("GET", "/v1/models", BOUND_KEY)
+    assert told.data == api("GET", "/v1/models", "sk-nobody-at-all").data
+    assert code_of(told) == (401, "unauthorized")
+    for path, method in ("", "POST"), ("/" + api.post("/v1/account/keys")["id"], "PATCH"):
+        answer = api(method, f"/v1/account/keys{path}", expires="2020-01-01")
+        assert answer.json["error"]["param"] == "expires" and answer.status_code == 400
+
+
+@pytest.mark.parametrize(
+    "terms", [{"expires": "2999-01-01"}, {"models": ["chat"]}, {"limits": {"concurrent": 1}},
+              {"budget": {"credits": 1, "per": "day"}}], ids=str,
+)  # fmt: skip
+def test_a_key_with_terms_cannot_free_itself_of_them(terms, app):
+    api = Api(app(accounts=bound_key(**terms)))
+    other = api.post("/v1/account/keys")["id"]
+    for method, path in ("POST", ""), ("PATCH", f"/{other}"), ("DELETE", f"/{other}"):
+        refused = api.refusal(method, f"/v1/account/keys{path}", BOUND_KEY)
+        assert refused == (404, "not_found")
+    made = api.post("/v1/account/keys", **terms)
+    refused = api.refusal("PATCH", f"/v1/account/keys/{made['id']}", made["key"])
+    assert refused == (404, "not_found")
+
+
+def test_a_key_that_cannot_be_changed_says_why(api):
+    plain = api.post("/v1/account/keys", name="plain")
+    admin = api.post("/v1/account/keys", ADMIN_KEY, name="root")
+    own = proxy.key_id(proxy.sha256(TEAM_KEY))
+    api("DELETE", f"/v1/account/keys/{plain['id']}")
+    cases = [(own, 400, "keys.json"), (plain["id"], 404, "revoked"),
+             ("key_nothing", 404, "no such key"), (admin["id"], 404, "no such key")]
+    for id, status, told in cases:
+        answer = api("PATCH", f"/v1/account/keys/{id}", name="new")
+        assert answer.status_code == status and told in answer.json["error"]["message"]
+
+
+def test_a_metrics_key_reads_metrics_and_nothing_else(app):
+    api = Api(app(accounts=bound_key(metrics=True)))
+    assert api("GET", "/metrics", BOUND_KEY).status_code == 200
+    paths = "/v1/models", "/v1/account", "/v1/account/usage", "/v1/accounts", "/v1/usage"
+    for path in paths:
+        assert api.refusal("GET", path, BOUND_KEY) == (401, "unauthorized")
+    assert api.refusal("POST", CHAT, BOUND_KEY, **HELLO) == (401, "unauthorized")
+    assert api.refusal("POST", "/v1/account/keys", BOUND_KEY) == (401, "unauthorized")
+    refused = api("POST", "/v1/account/keys", metrics=True)
+    assert (refused.status_code, refused.json["error"]["param"]) == (400, "metrics")
+    made = api.post("/v1/accounts/team/keys", ADMIN_KEY, metrics=True)
+    assert api("GET", "/metrics", made["key"]).status_code == 200
+
+
+def test_a_budget_follows_a_key_through_edits_of_keys_json(app, tmp_path):
+    api = Api(app(accounts=bound_key(budget={"credits": 0.01, "per": "week"})))
+    api.say("one two", BOUND_KEY)
+    for terms in {"budget": {"credits": 0.02, "per": "total"}}, {"models": ["echo"]}:
+        name = f"name {len(terms)}{[*terms][0]}"
+        keys = {"bound": None, name: {"key": BOUND_KEY, **terms}}
+        keys_file(tmp_path, "http://127.0.0.1:9", accounts={"team": {"keys": keys}})
+        wait_for(lambda: api.get("/v1/account", BOUND_KEY)["key"]["name"] == name)
+        budget = api.get("/v1/account", BOUND_KEY)["budget"]
+        assert (budget or {"spent": 0.000004})["spent"] == 0.000004
+        api.say("", BOUND_KEY)
+    assert api.services.ledger.check() == []
+
+
+# -- Routes: corrections and closing
+
+
+def test_a_correction_takes_no_more_than_is_available(api):
+    grants = "/v1/accounts/team/grants"
+    api.say("one two")
+    answer = api("POST", grants, ADMIN_KEY, credits=-100)
+    assert (answer.status_code, answer.json["error"]["param"]) == (400, "credits")
+    assert "team has 99.999996 available" in answer.json["error"]["message"]
+    api.post(grants, ADMIN_KEY, credits=5, note="a gift")
+    left = api.post(grants, ADMIN_KEY, credits=-104.999996)["credits"]
+    assert left == {"granted": 0.000004, "spent": 0.000004, "held": 0, "available": 0}
+    assert api.refusal("POST", CHAT, **HELLO) == (402, "insufficient_credits")
+    assert api.services.ledger.check() == []
+    rows = api.get(grants, ADMIN_KEY)["data"]
+    told = [(row["account"], row["credits"], row["note"]) for row in rows]
+    assert told == [("team", -104.999996, "corrected"), ("team", 5, "a gift")]
+    page = api.get(f"{grants}?limit=1", ADMIN_KEY)
+    after = page["data"][0]["id"]
+    assert page["has_more"] and api.get(f"{grants}?after={after}", ADMIN_KEY)["data"] == rows[1:]
+    assert api.refusal("GET", grants) == (404, "not_found")
+
+
+def test_a_closed_account_is_refused_and_keeps_its_history(api):
+    api.post("/v1/accounts", ADMIN_KEY, id="lab", credits=1)
+    key = api.post("/v1/accounts/lab/keys", ADMIN_KEY)["key"]
+    api.say("one two", key)
+    assert api.refusal("DELETE", "/v1/accounts/lab") == (404, "not_found")
+    closed = api("DELETE", "/v1/accounts/lab", ADMIN_KEY)
+    assert (closed.status_code, closed.json) == (200, {"id": "lab", "closed": True})
+    assert api.refusal("GET", "/v1/models", key) == (401, "unauthorized")
+    for path in "keys", "grants":
+        to = f"/v1/accounts/lab/{path}"
+        assert api.refusal("POST", to, ADMIN_KEY, credits=1) == (404, "not_found")
+    about = api.get("/v1/accounts/lab", ADMIN_KEY)
+    assert (about["closed"], about["keys"][0]["revoked"] is None) == (True, False)
+    assert len(api.get("/v1/accounts/lab/requests", ADMIN_KEY)["data"]) == 1
+    again = api.post("/v1/accounts", ADMIN_KEY, id="lab")
+    assert (again["closed"], again["keys"]) == (False, 0) and "0.000004" in again["note"]
+    assert api.refusal("GET", "/v1/models", key) == (401, "unauthorized")
+    declared = api("DELETE", "/v1/accounts/team", ADMIN_KEY)
+    assert declared.status_code == 400 and "keys.json" in declared.json["error"]["message"]
+    assert api.refusal("DELETE", "/v1/accounts/nobody", ADMIN_KEY) == (404, "not_found")
+
+
 NO_KEYS = [{"admin": True}, {"admin": 1}, {"name": 7}, {"account": "other"}]
 
 
@@ -8389,7 +8854,7 @@ def test_there_is_one_account_of_a_name(id, api):
     assert credits == {"team": 100, "lab": 0}[id]
 
 
-NO_GRANTS = [None, "5", True, -1, -0.5, 1e-7, 0.0000015, 1e10, 1e999, [], {}]
+NO_GRANTS = [None, "5", True, -2, 0, 1e-7, 0.0000015, 1e10, 1e999, [], {}]
 
 
 @pytest.mark.parametrize("credits", NO_GRANTS, ids=str)
@@ -8961,6 +9426,107 @@ def test_keys_list_names_each_key_with_its_account_and_never_shows_one(run):
     assert shown.count("laptop") == 2
     for key in new, TEAM_KEY, DEMO_KEY, OTHER_KEY, proxy.sha256(new):
         assert key not in shown
+
+
+TYPED = {
+    "--expires": "2999-01-31", "--budget": "2.5", "--per": "month", "--models": "chat,echo",
+    "--rate": "5/minute", "--concurrent": "2",
+}  # fmt: skip
+
+
+def test_keys_add_and_set_take_a_keys_terms(run):
+    words = [word for pair in TYPED.items() for word in pair]
+    run("keys", "add", "alice", "--name", "laptop", *words)
+    [row] = [row for row in run.rows("keys", "list") if row["account"] == "alice"]
+    assert (row["expires"], row["models"]) == ("2999-01-31", ["chat", "echo"])
+    assert row["limits"] == {"rate": "5/minute", "concurrent": 2}
+    wanted = {"credits": 2.5, "per": "month", "available": 2.5}.items()
+    assert wanted <= row["budget"].items()
+    change = "--name", "desk", "--budget", "3", "--remove", "models", "--rate", "7/minute"
+    assert run("keys", "set", "alice/laptop", *change)[0] == 0
+    [row] = [row for row in run.rows("keys", "list") if row["account"] == "alice"]
+    assert (row["name"], row["models"]) == ("desk", None)
+    assert row["limits"] == {"rate": "7/minute", "concurrent": 2}
+    assert (row["budget"]["credits"], row["budget"]["per"]) == (3, "month")
+    assert "3.000000 of 3.000000 (month)" in run("keys", "list")[1]
+
+
+NO_WORDS = {
+    "expires": ["soon", "2030-02-30", "", "2020-01-01"],
+    "budget": ["much", "-1", "", "nan", "1e-9", "5"],
+    "budget=5 --per": ["year", ""], "models": ["nope", "", "chat,,echo"],
+    "rate": ["often", "", "0/minute"], "concurrent": ["0", "ten", "", "1.5"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, text", [(name, text) for name, texts in NO_WORDS.items() for text in texts]
+)
+def test_terms_that_cannot_be_meant_are_refused_and_nothing_is_made(run, name, text):
+    run("keys", "add", "bob")
+    for words in ("add", "alice"), ("set", "bob/key"):
+        *before, option = f"--{name}".split()
+        told = refused_in_one_line(run("keys", *words, *before, option, text))
+        assert re.search(rf"\b{option[2:]}\b", told)
+    names = {row["account"]: row["expires"] for row in run.rows("keys", "list")}
+    assert "alice" not in names and names["bob"] is None
+
+
+def test_a_key_is_named_by_its_id_or_by_account_and_name(run):
+    for name in "laptop", "laptop", "desk":
+        run("keys", "add", "alice", "--name", name)
+    assert "2 keys have this name" in refused_in_one_line(run("keys", "revoke", "alice/laptop"))
+    assert run("keys", "revoke", "alice/desk")[0] == 0
+    assert "no such key" in refused_in_one_line(run("keys", "revoke", "alice/desk"))
+    first = next(row for row in run.rows("keys", "list") if row["name"] == "laptop")
+    assert run("keys", "revoke", first["id"])[0] == 0
+    assert run("keys", "revoke", "alice/laptop")[0] == 0
+    assert run("keys", "revoke", "team/main")[0] == 0
+    live = {row["account"] for row in run.rows("keys", "list") if not row["revoked"]}
+    assert live == {"demo", "other", "poor", "boss"}
+
+
+def test_a_declared_key_is_set_in_keys_json(run):
+    run("keys", "add", "alice")
+    assert "keys.json" in refused_in_one_line(run("keys", "set", "team/main", "--name", "x"))
+
+
+def test_keys_add_says_that_a_new_account_has_no_credits(run):
+    told = "alice is new, and has no credits yet: credits add alice AMOUNT\n"
+    assert run("keys", "add", "alice")[2] == told
+    assert run("keys", "add", "alice")[2] == run("keys", "add", "team")[2] == ""
+
+
+def test_credits_take_and_log_undo_and_tell(run):
+    run("keys", "add", "alice", "--credits", "3")
+    run("credits", "add", "alice", "2", "--note", "a gift")
+    told = refused_in_one_line(run("credits", "take", "alice", "5.5"))
+    assert "alice has 5.000000 available" in told
+    assert run("credits", "take", "alice", "4.5", "--note", "a typo")[0] == 0
+    assert run.rows("credits", "show", "alice")[0]["available"] == 0.5
+    rows = run.rows("credits", "log", "alice")
+    told = [(row["credits"], row["note"]) for row in rows]
+    assert told == [(-4.5, "a typo"), (2, "a gift"), (3, "keys add")]
+    assert run.rows("credits", "log") == rows and run.rows("credits", "log", "team") == []
+    assert "a typo" in run("credits", "log")[1]
+
+
+@pytest.mark.parametrize("amount", ["0", "lots", "", "nan", "1e10"])
+def test_a_bad_amount_is_not_taken(run, amount):
+    assert "AMOUNT" in refused_in_one_line(run("credits", "take", "team", amount))
+
+
+def test_accounts_close_ends_all_keys_of_an_account(run, api):
+    key = run("keys", "add", "alice", "--credits", "3")[1].strip()
+    api.say("a", key)
+    assert run("accounts", "close", "alice") == (0, "alice is closed.\n", "")
+    assert api.refusal("GET", "/v1/models", key) == (401, "unauthorized")
+    rows = {row["id"]: row for row in run.rows("accounts", "list")}
+    assert [id for id, row in rows.items() if row["closed"]] == ["alice"]
+    assert rows["alice"]["credits"]["spent"] == 0.000002
+    assert "2.999998" in run("accounts", "list")[1]
+    assert "keys.json" in refused_in_one_line(run("accounts", "close", "team"))
+    assert "nobody" in refused_in_one_line(run("accounts", "close", "nobody"))
 
 
 def test_keys_revoke_ends_a_key_of_either_file(run, api):
@@ -11320,6 +11886,10 @@ class Jumping:
     def time_ns(self) -> int:
         return time.time_ns() + self.offset * 10**9
 
+    def set(self, moment: str) -> None:
+        """Go on from this moment."""
+        self.offset = proxy.parse_moment(moment, "") - int(time.time())
+
     def __getattr__(self, name: str) -> Any:
         return getattr(time, name)
 
@@ -11331,6 +11901,7 @@ class Entry:
     lease: proxy.Lease
     slot: int
     key: str
+    day: int
     state: int = proxy.OPEN
     cost: int = 0
     lost: int = 0
@@ -11353,6 +11924,8 @@ class Books:
         self.sweeps, proxy.SWEEP_INTERVAL = proxy.SWEEP_INTERVAL, 1e6
         self.entries: list[Entry] = []
         self.granted, self.hits = dict.fromkeys(self.declared, 0), Counter()
+        self.budgets: dict[str, proxy.Budget] = {}
+        self.bound: dict[tuple[str, int, int], int] = {}  # window -> what it may spend
         self.dead: list[proxy.Ledger] = []
         self.workers: list[proxy.Ledger] = []
         self.restart()
@@ -11375,11 +11948,33 @@ class Books:
         spent = sum(one.cost for one in own)
         return self.declared[account] + self.granted[account] - spent - held
 
-    def expected(self, key: str, account: str, size: int, tokens: int) -> Any:
+    def used(self, window: tuple[str, int, int]) -> int:
+        """What a key has spent and holds in the window of a budget."""
+        key, since, until = window
+        own = [e for e in self.entries if e.key == key and since <= e.day < until]
+        return sum(one.cost + one.lease.hold * (one.state == proxy.OPEN) for one in own)
+
+    def beyond(self, entry: Entry) -> int:
+        """What may be charged above a hold."""
+        windows = [w for w in self.bound if w[0] == entry.key and w[1] <= entry.day < w[2]]
+        bounds = [self.bound[window] - self.used(window) for window in windows]
+        return max(0, min([self.left(entry.lease.account), *bounds]))
+
+    def expected(self, key: str, account: str, day: int, size: int, tokens: int) -> Any:
         """The hold, or the kind of the refusal."""
+        left, budget, window = self.left(account), self.budgets.get(key), ()
+        if budget:
+            window = (key, *budget.window(day))
+            left = min(left, budget.most - self.used(window))
+        for other in [w for w in self.bound if w[0] == key and w[2] > day and w != window]:
+            del self.bound[other]
+        if budget:
+            self.bound.setdefault(window, max(budget.most, self.used(window)))
         if sum(one.key == key for one in self.open()) >= self.concurrent:
             return proxy.RateLimited
-        paid = min(tokens, (self.left(account) - size) // 2)
+        paid = min(tokens, (left - size) // 2)
+        if budget and paid > 0:
+            self.bound[window] = budget.most
         return size + 2 * paid if paid > 0 else proxy.InsufficientCredits
 
     def hold(self, worker: int, who: int, size: int, tokens: int) -> None:
@@ -11387,13 +11982,15 @@ class Books:
         id, key, tokens = "ab"[who % 2], f"k{who}", tokens + 1
         limits = proxy.Limits("1/minute", (), self.concurrent)
         account = proxy.Account(id, limits, self.declared[id])
-        about = proxy.Key(key, key, id, "", "")
+        terms = proxy.Terms(budget=self.budgets.get(key))
+        about = proxy.Key(key, key, id, "", "", terms=terms)
+        day = int(proxy.time.time()) // proxy.DAY
         most = proxy.Quote(size * proxy.PICO, 2 * proxy.PICO, tokens)
-        expected = self.expected(key, id, size, tokens)
+        expected = self.expected(key, id, day, size, tokens)
         name = f"r{len(self.entries)}"
         outcome = ledger.admit(name, about, account, most, "m", "p", False).outcome
         if isinstance(outcome, proxy.Lease):
-            self.entries.append(Entry(outcome, ledger.slot, key))
+            self.entries.append(Entry(outcome, ledger.slot, key, day))
         assert getattr(outcome, "hold", type(outcome)) == expected
 
     def of_the_living(self, number: int) -> tuple[proxy.Ledger, Entry] | None:
@@ -11408,8 +12005,7 @@ class Books:
             ledger, entry = found
             ledger.settle(entry.lease, charge(cost))
             if entry.state == proxy.OPEN:
-                above = max(0, self.left(entry.lease.account))
-                entry.cost = min(cost, entry.lease.hold + above)
+                entry.cost = min(cost, entry.lease.hold + self.beyond(entry))
                 entry.lost, entry.state = cost - entry.cost, proxy.SETTLED
 
     def release(self, number: int) -> None:
@@ -11420,8 +12016,16 @@ class Books:
                 entry.state = proxy.RELEASED
 
     def grant(self, worker: int, who: int, amount: int) -> None:
-        self.workers[worker % len(self.workers)].grant("ab"[who % 2], amount, "")
-        self.granted["ab"[who % 2]] += amount
+        id = "ab"[who % 2]
+        account = proxy.Account(id, LIMITS, self.declared[id])
+        done = self.workers[worker % len(self.workers)].grant(account, amount, "")
+        assert done == (amount > 0 or self.left(id) + amount >= 0)
+        self.granted[id] += amount * done
+
+    def budget(self, who: int, most: int, per: str | None) -> None:
+        self.budgets.pop(f"k{who}", None)
+        if per:
+            self.budgets[f"k{who}"] = proxy.Budget(most, per)
 
     def cleared(self, gone: Callable[[int], bool]) -> None:
         """The holds of these slots are given back."""
@@ -11439,7 +12043,8 @@ class Books:
         if len(self.workers) < self.most:
             ledger = proxy.Ledger(self.db, worker=True)
             assert ledger.slot not in [each.slot for each in self.workers]
-            self.cleared(lambda slot: slot == ledger.slot)
+            living = [each.slot for each in self.workers]
+            self.cleared(lambda slot: slot not in living)
             for one in self.entries:  # a new owner has no leases of the old one
                 one.slot = 0 if one.slot == ledger.slot else one.slot
             self.workers.append(ledger)
@@ -11483,17 +12088,20 @@ def test_any_interleaving_of_workers_keeps_the_ledgers_promises():
 
     few, some = strategies.integers(0, 3), strategies.integers(0, 30)
     micro, rule = strategies.integers(0, 1500), stateful.rule
+    either_sign = strategies.integers(-1500, 1500)
+    periods = strategies.sampled_from([None, *proxy.PERIODS])
 
     class Machine(Books, stateful.RuleBasedStateMachine):
         hold = rule(worker=few, who=few, size=micro, tokens=micro)(Books.hold)
         more = rule(worker=few, who=few, size=some, tokens=some)(Books.hold)
         settle = rule(number=some, cost=strategies.integers(0, 6000))(Books.settle)
         release = rule(number=some)(Books.release)
-        grant = rule(worker=few, who=few, amount=micro)(Books.grant)
+        grant = rule(worker=few, who=few, amount=either_sign)(Books.grant)
+        budget = rule(who=few, most=micro, per=periods)(Books.budget)
         crash = rule(worker=few)(Books.crash)
         restart = rule()(Books.restart)
         sweep = rule(worker=few)(Books.sweep)
-        jump = rule(hours=strategies.sampled_from([-1, 1]))(Books.jump)
+        jump = rule(hours=strategies.sampled_from([-1, 1, 24, 24 * 20]))(Books.jump)
         hit = rule(worker=few, who=few)(Books.hit)
         agree = stateful.invariant()(Books.agree)
 

@@ -2189,11 +2189,12 @@ def test_an_edited_budget_counts_from_the_next_hold_on_with_all_that_was_spent(
         with pytest.raises(proxy.InsufficientCredits):
             admit(ledger, fits + 1, key=bound(most, "total"))
         assert ledger.check() == []
-    for key in bound(300, "week"), bound(260, "total"), bound(230), bound(0, "month"), KEY:
+    weeks = [bound(most, "week") for most in (300, 350, 310)]
+    for key in *weeks, bound(260, "total"), bound(230), KEY, bound(210, "month"), KEY:
         hold = key.terms.budget.most - 200 if key.terms.budget else 700
-        if hold >= 0:
-            release(ledger, admit(ledger, hold, key=key))
+        lease = admit(ledger, hold, key=key)
         assert ledger.check() == []
+        release(ledger, lease)
     assert ledger.settle(running, charge(900)) == 0
     assert (sums(ledger), ledger.check()) == ((1000, 0, 0), [])
 
@@ -3007,6 +3008,10 @@ TAMPERING = [
     "DELETE FROM grants",
     "UPDATE usage SET cost = cost + 1",
     "UPDATE usage SET account = 'other'",
+    "UPDATE usage SET key = 'other'",
+    "UPDATE usage SET day = day - 1",
+    "UPDATE budgets SET spent = spent + 1",
+    "UPDATE budgets SET most = 60",
     "DELETE FROM usage",
     "DELETE FROM accounts WHERE id = 'team'",
     "DELETE FROM accounts WHERE id = 'saver'",
@@ -3018,8 +3023,8 @@ def test_check_finds_tampering(make_ledger: MakeLedger, sql: str) -> None:
     ledger = make_ledger()
     ledger.grant(declared_account("team"), 500, "")
     ledger.grant(declared_account("saver"), 500, "")
-    ledger.settle(admit(ledger), charge(40))
-    admit(ledger, 200)
+    ledger.settle(admit(ledger, key=bound(400)), charge(40))
+    admit(ledger, 200, key=bound(400))
     assert ledger.check() == []
     alter(ledger, sql)
     assert ledger.check() != []
@@ -10985,6 +10990,94 @@ def test_an_account_is_never_overspent_over_four_workers(four, gate):
     assert 0 <= granted + lowest[0] < granted
     assert 0 <= left < POOR_SIZE + 2, "what is left pays for one more token"
     assert proof(four.folder) == []
+
+
+class Moved:
+    """The text of a module `time` whose clock is ahead by the seconds in a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        file.write_text("0")
+
+    def to(self, day: int, before: int) -> None:
+        """Set the clock to so many seconds before the end of a day from now."""
+        draft, now = self.file.with_suffix(".new"), time.time()
+        draft.write_text(str((now // proxy.DAY + day + 1) * proxy.DAY - before - now))
+        draft.replace(self.file)
+
+    def __repr__(self) -> str:
+        ahead = f"time.time() + float(open({str(self.file)!r}).read())"
+        members = f"{{**vars(time), 'time': staticmethod(lambda: {ahead})}}"
+        return f"(lambda time: type('time', (), {members}))(__import__('time'))"
+
+
+BUDGETED = {"team": {"limits": {"concurrent": 1000}, "keys": {"bound": {
+    "key": "sk-budget", "budget": {"credits": 3 * POOR_HOLD / 10**6, "per": "day"},
+}}}}  # fmt: skip
+DAYS = "SELECT created / 86400000, sum(iif(state = 0, hold, cost)) FROM requests GROUP BY 1"
+
+
+@contextmanager
+def most_of_a_day(folder: Path) -> Iterator[list[int]]:
+    """Look all the time at what is spent and held of each day; keep the most."""
+    most, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            most[0] = max([most[0], *(used for _, used in query(folder, DAYS))])
+
+    with ThreadPoolExecutor(1) as pool:
+        watcher = pool.submit(watch)
+        try:
+            yield most
+        finally:
+            over.set()
+    watcher.result()
+
+
+def test_a_budget_is_never_exceeded_over_four_workers(gateway, gate, tmp_path):
+    clock, budget = Moved(tmp_path / "ahead"), 3 * POOR_HOLD
+    answer = json_answer(chat_json("x", usage=usage_of(20, 10)), gate=gate)
+    with Upstream(answer) as up:
+        constants = {"time": clock}
+        server = gateway(up.url, workers=4, constants=constants, accounts=BUDGETED)
+        server.wait_workers(4)
+        clock.to(day=1, before=3600)
+
+        def fifty() -> list[Visit]:
+            asked = [Visit(server, "sk-budget", max_tokens=10) for _ in range(50)]
+            wait_for(lambda: sum(one.answered() for one in asked) == 47, 10)
+            return asked
+
+        with most_of_a_day(tmp_path) as most:
+            for _ in range(2):  # what one day holds is nothing to the next
+                asked = fifty()
+                clock.to(day=1, before=-3600)
+            victim = server_of(server, next(v for v in asked if not v.answered()).sock)
+            server.kill(victim)
+            wait_for(lambda: query(tmp_path, DAYS)[-1][1] < 3 * POOR_HOLD)
+            assert proof(tmp_path) == []
+            gate.set()
+            server.wait_workers(4)
+            clock.to(day=2, before=1)
+            with ThreadPoolExecutor(8) as pool, kills(server, 4, random.Random(3)) as gone:
+                end = time.monotonic() + 2
+                asks = [pool.submit(ask_until, server, end) for _ in range(8)]
+                paid = sum(one.result() for one in asks)
+        wait_held(tmp_path, 0, 5)
+    days = query(tmp_path, DAYS)
+    assert len(days) == 3 and gone and paid > 4
+    assert 2 * POOR_HOLD < max(used for _, used in days) <= most[0] <= budget
+    assert proof(tmp_path) == []
+
+
+def ask_until(server: Gateway, end: float) -> int:
+    """Ask again and again; the number of answers."""
+    paid = 0
+    while time.monotonic() < end:
+        with suppress(OSError, HTTPException):  # its worker was killed
+            paid += status(server, "sk-budget", max_tokens=10) == 200
+    return paid
 
 
 def kill_a_worker_under_load(server: Gateway, folder: Path) -> list[Visit]:

@@ -1369,23 +1369,12 @@ CREATE TRIGGER resolved AFTER UPDATE OF state ON requests WHEN OLD.state = 0 BEG
 END;
 """
 
-# From version 0, commit 022b995, which had random numbers where the version is.
+# What an older ledger's new columns hold, once it has the tables of SCHEMA, by the version
+# that each begins with. Version 0, commit 022b995, had random numbers where the version is.
 FROM_VERSION_0 = """
-DROP TRIGGER opened; DROP TRIGGER resolved; DROP TABLE usage;
-CREATE TABLE usage(
-    account TEXT NOT NULL, day INTEGER NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL,
-    status INTEGER NOT NULL, requests INTEGER NOT NULL DEFAULT 0,
-    released INTEGER NOT NULL DEFAULT 0, refused INTEGER NOT NULL DEFAULT 0,
-    answered INTEGER NOT NULL DEFAULT 0, input INTEGER NOT NULL DEFAULT 0,
-    cached INTEGER NOT NULL DEFAULT 0, output INTEGER NOT NULL DEFAULT 0,
-    images INTEGER NOT NULL DEFAULT 0, cost INTEGER NOT NULL DEFAULT 0,
-    ttfb INTEGER NOT NULL DEFAULT 0, duration INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (account, day, key, model, status)
-) STRICT, WITHOUT ROWID;
-INSERT INTO usage
-    SELECT account, created / 86400000, key, model, status, sum(state = 1),
-        sum(state = 2), 0, count(ttfb), sum(input), sum(cached), sum(output),
-        sum(images), sum(cost), coalesce(sum(ttfb), 0), coalesce(sum(duration), 0)
+INSERT INTO usage SELECT account, created / 86400000, key, model, status, sum(state = 1),
+    sum(state = 2), 0, count(ttfb), sum(input), sum(cached), sum(output), sum(images),
+    sum(cost), coalesce(sum(ttfb), 0), coalesce(sum(duration), 0), 0, 0
     FROM requests WHERE state != 0 GROUP BY 1, 2, 3, 4, 5;
 INSERT INTO usage(account, day, key, model, status, refused)
     SELECT '', strftime('%s', 'now') / 86400, '', '', place, requests FROM tallies
@@ -1393,40 +1382,20 @@ INSERT INTO usage(account, day, key, model, status, refused)
 DROP TABLE tallies;
 INSERT INTO meta VALUES ('id', '{id}');
 """
-FROM_VERSION_1 = """
-DROP TRIGGER IF EXISTS opened; DROP TRIGGER IF EXISTS resolved;
-ALTER TABLE requests ADD COLUMN written INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE requests ADD COLUMN asked TEXT;
-ALTER TABLE usage ADD COLUMN written INTEGER NOT NULL DEFAULT 0;
-"""
 FROM_VERSION_2 = """
-ALTER TABLE accounts ADD COLUMN declared INTEGER NOT NULL DEFAULT 0;
 UPDATE accounts SET declared = max(0, spent + held - granted);
-ALTER TABLE keys ADD COLUMN former INTEGER NOT NULL DEFAULT 0;
 UPDATE keys SET former = 1
     WHERE created < (SELECT made FROM accounts WHERE id = account);
 INSERT INTO accounts(id, made, created) SELECT account, 0, created FROM keys
     WHERE created IS NOT NULL ON CONFLICT DO NOTHING;
-DROP INDEX keys_account; {keys_account};
 """
 FROM_VERSION_3 = """
-DROP TRIGGER IF EXISTS opened; DROP TRIGGER IF EXISTS resolved;
-CREATE TABLE former AS SELECT * FROM accounts; DROP TABLE accounts; {accounts};
-INSERT INTO accounts SELECT * FROM former; DROP TABLE former;
-ALTER TABLE keys ADD COLUMN terms TEXT;
-ALTER TABLE requests ADD COLUMN code TEXT;
-ALTER TABLE requests ADD COLUMN upstream TEXT;
-ALTER TABLE requests ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0;
-DROP INDEX requests_open; {requests_open};
-ALTER TABLE usage ADD COLUMN lost INTEGER NOT NULL DEFAULT 0;
 UPDATE usage SET lost = r.lost FROM (
     SELECT account AS a, created / 86400000 AS d, key AS k, model AS m, status AS s,
         sum(lost) AS lost FROM requests WHERE state != 0 AND lost GROUP BY 1, 2, 3, 4, 5
 ) r WHERE account = a AND day = d AND key = k AND model = m AND status = s;
-{usage_key}; {budgets}; {opened}; {resolved};
 """
-# By the version that each begins with.
-MIGRATIONS = FROM_VERSION_0, FROM_VERSION_1, FROM_VERSION_2, FROM_VERSION_3
+MIGRATIONS = FROM_VERSION_0, "", FROM_VERSION_2, FROM_VERSION_3
 
 MAX_WORKERS = 512  # worker slots: bytes 1 to 512 of the lock file
 WRITER, SPEAKER = 0, MAX_WORKERS + 1  # its other bytes
@@ -1467,6 +1436,29 @@ def expected_schema() -> dict[str, str]:
     with contextlib.closing(sqlite3.connect(":memory:")) as db:
         db.executescript(SCHEMA)
         return schema_of(db)
+
+
+def columns_of(db: sqlite3.Connection, table: str) -> list[str]:
+    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+
+
+def rebuilding(db: sqlite3.Connection) -> Iterator[str]:
+    """Statements that give an older ledger the schema of SCHEMA; its rows keep the
+    columns that both have. What is yielded is executed before the next one."""
+    found = schema_of(db)
+    for name, sql in found.items():
+        if kind := re.match("CREATE (INDEX|TRIGGER)", sql):
+            yield f"DROP {kind[1]} {name}"
+    for name, sql in expected_schema().items():
+        if found.get(name) == sql and sql.startswith("CREATE TABLE"):
+            continue
+        if old := columns_of(db, name):
+            yield f"ALTER TABLE {name} RENAME TO former"
+        yield sql
+        if old:
+            kept = ", ".join([each for each in columns_of(db, name) if each in old])
+            yield f"INSERT INTO {name}({kept}) SELECT {kept} FROM former"
+            yield "DROP TABLE former"
 
 
 def new_file(path: str) -> str:
@@ -1612,9 +1604,14 @@ class LedgerFile:
             with contextlib.closing(sqlite3.connect(new_file(backup))) as copy:
                 db.backup(copy)
             os.rename(backup + "-new", backup)
-            steps = [step.format(id=id, **expected_schema()) for step in MIGRATIONS]
-            number = f"PRAGMA user_version = {SCHEMA_VERSION};"
-            db.executescript(f"BEGIN; {''.join(steps[version:])} {number} COMMIT;")
+            db.execute("BEGIN")
+            if version == 0:
+                db.execute("DROP TABLE usage")  # it was of other things
+            steps = "".join(MIGRATIONS[version:]).format(id=id).split(";")
+            for sql in itertools.chain(rebuilding(db), steps):
+                db.execute(sql)
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            db.execute("COMMIT")
 
     def _in_use(self) -> bool:
         """Whether any process, this one too, has a connection to the file. None of

@@ -1901,7 +1901,8 @@ class Lease:
 class Charge:
     """How a request ended, as its row records it: settled for the cost of its usage
     (micro-credits), or released, free, where there is none. What the cost has above
-    `most` is a loss. Times in milliseconds."""
+    `most` is a loss. `code`: of a failure; `upstream`: the last one of `attempts` that
+    was asked. Times in milliseconds."""
 
     status: int
     usage: Usage | None = None
@@ -1909,6 +1910,9 @@ class Charge:
     most: int = MAX_HOLD
     ttfb: int | None = None
     duration: int | None = None
+    code: str | None = None
+    upstream: str | None = None
+    attempts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -2231,10 +2235,12 @@ class Ledger:
         db.execute(
             "UPDATE requests SET state = ?, cost = ?, lost = ?, input = ?, cached = ?,"
             " written = ?, output = ?, images = ?, estimated = ?, status = ?, ttfb = ?,"
-            " duration = ? WHERE account = ? AND id = ? AND state = 0",
+            " duration = ?, code = ?, upstream = ?, attempts = ?"
+            " WHERE account = ? AND id = ? AND state = 0",
             (SETTLED if charge.usage else RELEASED, cost, charge.cost - cost)
             + (usage.input, usage.cached, usage.written, usage.output, usage.images)
             + (usage.estimated, charge.status, charge.ttfb, charge.duration)
+            + (charge.code, charge.upstream, charge.attempts)
             + (lease.account, lease.id),
         )
         return charge.cost - cost
@@ -5182,6 +5188,8 @@ class Relay:
         self._charge: Charge | None = None  # how it ended, once the ledger was told
         self._begin = b""  # of the answer
         self._closed = False
+        self._upstream: str | None = None  # that was asked last
+        self._attempts = 0
 
     def respond(self) -> Response:
         """The response; whatever fails before its first byte is raised, and free."""
@@ -5199,7 +5207,8 @@ class Relay:
             self._give_up(ended.ending)
             raise ended.failure() from None
         except BaseException as error:
-            self._give_up(Ending.REFUSED, getattr(error, "status", 500))
+            told = error if isinstance(error, ProxyError) else ProxyError("")
+            self._give_up(Ending.REFUSED, told)
             raise
         self.watch.answers()
         length = {"Content-Length": str(len(self._begin))}
@@ -5221,6 +5230,7 @@ class Relay:
             except ProxyError as error:
                 refused = refused or error
                 continue
+            self._upstream, self._attempts = dialect.upstream.name, self._attempts + 1
             try:
                 self._answer = self._ask(dialect, id)
                 return self._open(dialect.upstream.secrets)
@@ -5346,14 +5356,15 @@ class Relay:
         if ending is not Ending.LEFT:
             note = {"request": self.lease.id, "reason": error.reason}
             self._services.log.note("stream", **note)
-        self._settle_anyhow(self._charged(ending))
+        self._settle_anyhow(self._charged(ending, error))
         if not self._answer.stream:  # it ends without its last chunk
             raise ConnectionAbortedError(error.reason)
         return error.events(self.call.path, self._meter.events)
 
     # The end
 
-    def _charged(self, ending: Ending, status: int | None = None) -> Charge:
+    def _charged(self, ending: Ending, error: ProxyError | None = None) -> Charge:
+        """How it ended; where a name of the ending tells less, with the `error`."""
         usage, finished, weight, price = self._usage, False, self._weight, self.model.price
         if meter := self._meter:
             usage, finished, weight = meter.usage, meter.finished, meter.relayed
@@ -5367,7 +5378,14 @@ class Relay:
             amount = min(amount, self.lease.hold)
         most = BELIEVED * self.lease.hold if self.call.bounded else MAX_HOLD
         duration = int((time.monotonic() - self._started) * 1000)
-        return Charge(status or ending.status, used, amount, most, self._ttfb, duration)
+        status, code = ending.status, None if ending is Ending.DONE else ending.reason
+        if error and ending in (Ending.REFUSED, Ending.CUT):
+            code = error.code
+            status = error.status if ending is Ending.REFUSED else status
+        return Charge(
+            status, used, amount, most, self._ttfb, duration, code, self._upstream,
+            self._attempts,
+        )  # fmt: skip
 
     def _settle(self, ending: Ending) -> None:
         """The charge, before the last byte; a ledger in trouble is waited for."""
@@ -5402,9 +5420,9 @@ class Relay:
             note = {"request": self.lease.id, "credits": f"{lost / MICRO:.6f}"}
             self._services.log.note("loss", **note)
 
-    def _give_up(self, ending: Ending, status: int | None = None) -> None:
+    def _give_up(self, ending: Ending, error: ProxyError | None = None) -> None:
         """Ends a request whose answer never began."""
-        self._settle_anyhow(self._charged(ending, status))
+        self._settle_anyhow(self._charged(ending, error))
         self.close()
 
     def close(self) -> None:
@@ -6022,7 +6040,8 @@ def describe_account(services: Services, id: str) -> dict[str, Any]:
 
 RECEIPT = (
     "id created account key model path state status stream input_tokens cached_tokens"
-    " written_tokens output_tokens images estimated credits ttfb_ms duration_ms"
+    " written_tokens output_tokens images estimated credits ttfb_ms duration_ms code"
+    " upstream attempts"
 ).split()
 
 
@@ -6053,7 +6072,7 @@ def receipts(
     sql = (
         "SELECT r.id, r.created, r.account, k.name, coalesce(asked, model), path, state,"
         " status, stream, input, cached, written, output, images, estimated, cost, ttfb,"
-        " duration FROM requests r LEFT JOIN keys k ON k.id = r.key WHERE r.account = ?"
+        " duration, code, upstream, attempts FROM requests r LEFT JOIN keys k ON k.id = r.key WHERE r.account = ?"
         f" AND r.id >= ? AND r.id < ?{where} ORDER BY r.id DESC LIMIT ?"
     )
     with ledger.snapshot() as db:  # a rare one is looked for in the whole history

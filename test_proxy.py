@@ -6522,6 +6522,28 @@ def test_an_upstream_that_cannot_be_asked_is_passed_over(stage, model):
     assert stage.chat(model).json["model"] == model and not stage.main.requests
 
 
+WHY = {  # answers of both upstreams, whether a stream: code, upstream and attempts
+    "whole": (json_answer(chat_json("a")), None, False, (None, "main", 1)),
+    "the next": (json_answer({}, 429), json_answer(chat_json("a")), False,
+                 (None, "spare", 2)),
+    "both busy": (json_answer({}, 429), json_answer({}, 503), False,
+                  ("provider_unavailable", "spare", 2)),
+    "a mistake": (json_answer({}, 400), None, False, ("invalid_request", "main", 1)),
+    "a cut stream": (sse(chat_chunks("a", finish=None), done=False), None, True,
+                     ("provider_unavailable", "main", 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHY)
+def test_a_receipt_tells_why_it_failed_and_who_was_asked(stage, name):
+    main, spare, stream, told = WHY[name]
+    stage.main.script, stage.spare.script = [main], [spare] if spare else []
+    response = stage.chat("two", stream=stream)
+    assert response.data
+    row = stage.row(response)
+    assert (row["code"], row["upstream"], row["attempts"]) == told
+
+
 def test_when_all_upstreams_are_busy_the_client_is_told_when_to_come_back(stage):
     stage.main.script = [json_answer({}, 429)]
     stage.spare.script = [json_answer({}, 503, [AFTER_7])]
@@ -8301,7 +8323,8 @@ def test_a_receipt_tells_what_became_of_a_request(api):
         "id": id, "account": "team", "key": "main", "model": "echo",
         "path": "chat/completions", "state": "settled", "status": 200, "stream": False,
         "input_tokens": 3, "cached_tokens": 0, "written_tokens": 0, "output_tokens": 3,
-        "images": 0, "estimated": False, "credits": 0.000006,
+        "images": 0, "estimated": False, "credits": 0.000006, "code": None,
+        "upstream": "echo", "attempts": 1,
     }  # fmt: skip
 
 

@@ -208,6 +208,11 @@ class ModelNotFound(NotFound):
     about = "There is no such model, or your account may not use it."
 
 
+class ReceiptExpired(NotFound):
+    code = "receipt_expired"
+    about = "The receipt was deleted: it was older than this server keeps them."
+
+
 class MethodNotAllowed(ProxyError):
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
     about = (
@@ -314,8 +319,8 @@ class Moderated(Refused):
 # What the documentation tells of, in its order.
 ERRORS = (
     BadRequest, Moderated, Unauthorized, InsufficientCredits, ModelNotFound, NotFound,
-    MethodNotAllowed, TooLarge, UnsupportedMediaType, RateLimited, ProxyError,
-    Unavailable, Overloaded, LedgerUnavailable,
+    ReceiptExpired, MethodNotAllowed, TooLarge, UnsupportedMediaType, RateLimited,
+    ProxyError, Unavailable, Overloaded, LedgerUnavailable,
 )  # fmt: skip
 PLAIN_ERRORS = {each.status: each for each in (
     BadRequest, NotFound, MethodNotAllowed, TooLarge, UnsupportedMediaType
@@ -1976,16 +1981,21 @@ SELECT a.id, declared, granted, coalesce(g.amount, 0), spent, coalesce(r.cost, 0
 FROM accounts a
 LEFT JOIN (SELECT account, sum(amount) AS amount FROM grants GROUP BY account) g
     ON g.account = a.id
-LEFT JOIN (SELECT account, sum(lost) AS lost, sum(iif(state = 1, cost, 0)) AS cost,
-    sum(iif(state = 0, hold, 0)) AS hold FROM requests GROUP BY account) r
-    ON r.account = a.id
+LEFT JOIN (SELECT account, sum(lost) AS lost, sum(cost) AS cost, sum(hold) AS hold FROM (
+    SELECT account, lost, iif(state = 1, cost, 0) AS cost, iif(state = 0, hold, 0) AS hold
+    FROM requests WHERE state = 0 OR created >= ?1 * 86400000
+    UNION ALL SELECT account, lost, cost, 0 FROM usage WHERE day < ?1
+) GROUP BY account) r ON r.account = a.id
 """
-# What usage has too much of a key and a day.
+# What usage has too much of a key and a day, from the day ?1 to before ?2, where ids of
+# requests are from ?3 to before ?4.
 USAGE_PROOF = """
 SELECT account, key, day, sum(requests), sum(released), sum(cost), sum(lost) FROM (
     SELECT account, key, day, requests, released, cost, lost FROM usage
+    WHERE day >= ?1 AND day < ?2
     UNION ALL SELECT account, key, created / 86400000, -(state = 1), -(state = 2),
-        -iif(state = 1, cost, 0), -lost FROM requests WHERE state != 0)
+        -iif(state = 1, cost, 0), -lost FROM requests WHERE state != 0
+        AND id >= ?3 AND id < ?4 AND created >= ?1 * 86400000 AND created < ?2 * 86400000)
 GROUP BY 1, 2, 3 HAVING sum(requests) OR sum(released) OR sum(cost) OR sum(lost)
 """
 # What a key has spent, and what it holds, in the days of a row `b` of budgets.
@@ -1995,6 +2005,12 @@ HELD = """(SELECT coalesce(sum(o.hold), 0) FROM requests o WHERE o.key = b.key
     AND o.state = 0 AND o.created >= b.since * 86400000
     AND o.created < b.until * 86400000)"""
 BUDGETS_PROOF = f"SELECT key, since, most, spent, {BILLED}, {HELD} FROM budgets b"
+# The first day whose receipts are kept.
+KEPT = "SELECT coalesce(max(CAST(value AS INTEGER)), 0) FROM meta WHERE name = 'kept'"
+EXPIRED = """
+DELETE FROM requests WHERE (account, id) IN (SELECT account, id FROM requests
+    WHERE account = ? AND id < ? AND state != 0 AND created < ? * 86400000 LIMIT 500)
+"""
 ORPHANS = """
 SELECT count(*) FROM (SELECT account FROM requests UNION ALL
     SELECT account FROM grants UNION ALL SELECT account FROM usage WHERE refused = 0)
@@ -2005,6 +2021,11 @@ WHERE account NOT IN (SELECT id FROM accounts)
 def new_request_id() -> str:
     """Unique, and sorted by time so that the ledger grows at its end."""
     return f"req_{time.time_ns() // 10**6:011x}{random.getrandbits(52):013x}"
+
+
+def id_of_day(day: int) -> str:
+    """No request of that day (since 1970) or a later one has a smaller id."""
+    return f"req_{max(0, day) * DAY * 1000:011x}"
 
 
 HOLD = """
@@ -2057,6 +2078,8 @@ class Ledger:
         self._refusals: deque[tuple] = deque()  # from any thread
         self._refused: Counter[tuple] = Counter()  # the same, in the writer's
         self._unsettled: deque[tuple[Lease, Charge]] = deque()
+        self.keep_days: int | None = None  # None: receipts are kept for ever
+        self._expired, self._expiring = 0, iter(())  # the day of the last look; its steps
         self._file = LedgerFile(path)
         self.path, self.read = self._file.path, self._file.read
         self.snapshot = self._file.snapshot
@@ -2086,12 +2109,48 @@ class Ledger:
                     self._run(functools.partial(self._resolve, lease, charge), True)
                     self._unsettled.popleft()
                 self._file.checkpoint()
+                self._forget()
             self.trouble = None
         except Exception as error:  # nothing may end this thread
             self.trouble = getattr(error, "reason", f"{type(error).__name__}: {error}")
 
-    def _run(self, operation: Operation, durable: bool = False) -> None:
-        self._file.transact([Job(operation, durable)])
+    def _run(self, operation: Operation, durable: bool = False) -> Any:
+        job = Job(operation, durable)
+        self._file.transact([job])
+        return job.result
+
+    def _forget(self) -> None:
+        """One step of deleting receipts that are too old, by one of all workers."""
+        today = int(time.time()) // DAY
+        if self.keep_days is not None and today != self._expired and self.speaks():
+            self._expired, self._expiring = today, self._expire(today - self.keep_days)
+        next(self._expiring, None)
+
+    def _expire(self, first: int) -> Iterator[None]:
+        """Deletes the receipts of the days before `first`: each day's usage is proved by
+        them, and from then on stands for them. A step is one short transaction."""
+        [(start,)] = self.read(f"SELECT max(coalesce(min(day), 0), ({KEPT})) FROM usage")
+        mark = "INSERT INTO meta VALUES ('kept', ?1) ON CONFLICT DO UPDATE SET value = ?1"
+        for day in range(start - 1, first):  # the last time may not have come to its end
+            with self.snapshot() as db:
+                days = (day, day + 1, id_of_day(day - 1), id_of_day(day + 1))
+                wrong = day >= start and db.execute(USAGE_PROOF, days).fetchone()
+                sql = "SELECT DISTINCT account FROM usage WHERE day = ?"
+                accounts = db.execute(sql, (day,)).fetchall()
+            if wrong:
+                return  # `check` tells
+            if day >= start:
+                self._run(lambda db: db.execute(mark, (str(day + 1),)))
+            for (account,) in accounts:
+                old = (account, id_of_day(day + 1), day + 1)
+                while self._run(lambda db: db.execute(EXPIRED, old).rowcount):
+                    yield
+                yield
+
+    def expired(self, id: str) -> bool:
+        """Whether a request with this id may have had a receipt that is deleted."""
+        [(kept,)] = self.read(KEPT)
+        return id < id_of_day(kept)
 
     def _claim(self) -> None:
         """Takes a free worker slot and clears what its former owner left."""
@@ -2381,8 +2440,9 @@ class Ledger:
         with self.snapshot() as db:
             db.row_factory = sqlite3.Row
             pages = db.execute("PRAGMA quick_check").fetchall()
-            rows, (orphans,) = db.execute(PROOF).fetchall(), db.execute(ORPHANS).fetchone()
-            usage = db.execute(USAGE_PROOF).fetchall()
+            (kept,), (orphans,) = db.execute(KEPT).fetchone(), db.execute(ORPHANS).fetchone()
+            rows = db.execute(PROOF, (kept,)).fetchall()
+            usage = db.execute(USAGE_PROOF, (kept, FOREVER, "", "s")).fetchall()
             budgets = db.execute(BUDGETS_PROOF).fetchall()
         wrong = [page[0] for page in pages if page[0] != "ok"]
         if orphans:
@@ -6173,6 +6233,9 @@ def add_account_routes(app: Flask, services: Services) -> None:
     def receipt(id: str, request_id: str) -> Response:
         # No id of a request begins with another's.
         rows = receipts(ledger, id, request_id, request_id + " ", 1)
+        if not rows and re.fullmatch("req_[0-9a-f]{24}", request_id):
+            if ledger.expired(request_id):
+                raise ReceiptExpired("Receipts of that time are kept no longer.")
         if not rows:
             raise NotFound("This account has made no such request.")
         return json_response(rows[0])
@@ -6575,13 +6638,17 @@ PARTS = (
 )  # fmt: skip
 
 
-def build_app(config_file: ConfigFile, db: str, capacity: float = math.inf) -> Flask:
+def build_app(
+    config_file: ConfigFile, db: str, capacity: float = math.inf,
+    keep_days: int | None = None,
+) -> Flask:  # fmt: skip
     """The application out of an opened keys.json; `capacity` bounds its relays at once.
 
     Without a good ledger it answers 503 until there is one. Its Services are the
     extension "proxy"; they are closed by whoever made it, if ever.
     """
     services = Services(config_file, db, capacity)
+    services.ledger.keep_days = keep_days
     app = Flask("proxy", static_folder=None)
     app.url_map.strict_slashes = app.url_map.merge_slashes = False
     app.url_map.converters["relayed"] = RelayedPath
@@ -6783,10 +6850,10 @@ class Server(BaseApplication):
 
     def __init__(
         self, keys: ConfigFile, db: str, bind: str, workers: int, threads: int,
-        greeting: str,
+        keep_days: int | None, greeting: str,
     ):  # fmt: skip
         self._files, self._bind, self.greeting = (keys, db), bind, greeting
-        self._workers, self._threads = workers, threads
+        self._workers, self._threads, self._keep_days = workers, threads, keep_days
         super().__init__()
 
     def load_config(self) -> None:
@@ -6813,7 +6880,7 @@ class Server(BaseApplication):
             self.cfg.set(name, value)
 
     def load(self) -> Flask:
-        app = build_app(*self._files, self._threads)
+        app = build_app(*self._files, self._threads, self._keep_days)
         atexit.register(app.extensions["proxy"].close)  # the last lines, too
         return app
 
@@ -6880,9 +6947,14 @@ def greeting(config: Config, ledger: Ledger, url: str) -> str:
     "--threads", envvar="PROXY_THREADS", type=click.IntRange(1, 10_000), default=1000,
     show_default=True, help="Requests that one worker relays at once.",
 )  # fmt: skip
+@click.option(
+    "--keep-days", envvar="PROXY_KEEP_DAYS", type=click.IntRange(1, 100_000),
+    help="Delete older receipts (default: never).",
+)  # fmt: skip
 def serve(
-    keys: str, db: str | None, host: str, port: int, workers: int | None, threads: int
-) -> None:
+    keys: str, db: str | None, host: str, port: int, workers: int | None, threads: int,
+    keep_days: int | None,
+) -> None:  # fmt: skip
     """Serves the API (also without naming the command)."""
     os.umask(0o077)
     secure_standard_files()
@@ -6892,7 +6964,7 @@ def serve(
     bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     with contextlib.closing(Ledger(db)) as ledger:
         text = greeting(config_file.current, ledger, f"http://{bind}")
-    Server(config_file, db, bind, workers, threads, text).run()
+    Server(config_file, db, bind, workers, threads, keep_days, text).run()
 
 
 @contextlib.contextmanager

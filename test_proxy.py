@@ -8412,6 +8412,39 @@ def test_usage_is_summed_by_day_and_model(api, monkeypatch):
     assert len(api.get("/v1/account/usage?days=90")["data"]) == 3
 
 
+def test_old_receipts_are_deleted_by_days_that_their_usage_stands_for(api, monkeypatch):
+    day, clock, ledger = 20_000, [0.0], api.services.ledger
+    monkeypatch.setattr(proxy.time, "time", lambda: clock[0])
+    monkeypatch.setattr(proxy.time, "time_ns", lambda: int(clock[0] * 10**9))
+    monkeypatch.setattr(ledger, "_upkeep", lambda: None)
+    made = []
+    for since in (9, 8, 3, 2, 0):
+        clock[0] = (day - since) * 86400.0 + 5
+        made.append(api.say("one two"))
+    ledger.keep_days = 3
+    wait_for(lambda: not (ledger._forget(), api.ids()[4:])[1], what="the oldest one's end")
+    assert ledger.check() == []  # in the middle of it, too
+    wait_for(lambda: not (ledger._forget(), api.ids()[3:])[1], what="the second one's")
+    for _ in range(20):
+        ledger._forget()
+    assert api.ids() == made[:1:-1] and ledger.check() == []
+    gone = api("GET", f"/v1/account/requests/{made[0]}")
+    assert code_of(gone) == (404, "receipt_expired")
+    assert api.refusal("GET", "/v1/account/requests/req_0") == (404, "not_found")
+    assert api.get("/v1/account")["credits"]["spent"] == 0.00002
+    assert sum(row["requests"] for row in api.get("/v1/account/usage")["data"]) == 5
+
+
+def test_a_day_that_does_not_add_up_keeps_its_receipts(api, monkeypatch):
+    ledger = api.services.ledger
+    monkeypatch.setattr(ledger, "_upkeep", lambda: None)
+    made = api.say("one two")
+    ledger.write(lambda db: db.execute("UPDATE usage SET cost = cost + 1"))
+    list(ledger._expire(10**5))
+    assert api.ids() == [made] and ledger.check()
+    ledger.write(lambda db: db.execute("UPDATE usage SET cost = cost - 1"))
+
+
 def test_usage_tells_who_spent_it_and_what_failed_or_was_refused(api):
     laptop = api.post("/v1/account/keys", name="laptop")
     api.say("one two", laptop["key"]), api.say("three", OTHER_KEY)

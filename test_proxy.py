@@ -12764,7 +12764,7 @@ HISTORIES = [  # requests, seconds between a client's two, between two acts, a r
 def disk(tmp_path):
     """A disk that can be filled, where one can be mounted."""
     filler = tmp_path / "filler"
-    with disk_of(tmp_path, "96m") as fill:
+    with disk_of(tmp_path, "24m") as fill:
         yield fill or (lambda: filler.touch() or filler)
 
 
@@ -12774,10 +12774,11 @@ def disk(tmp_path):
 def test_what_clients_saw_is_what_the_ledger_says(
     count, pause, gap, rate, acts, disk, gateway, tmp_path
 ):
-    player, waits = Player(), {"CLIENT_TIMEOUT": 3, "UPSTREAM_IDLE": 1, **QUICK_TERM}
+    waits = {"CLIENT_TIMEOUT": 3, "UPSTREAM_IDLE": 1, **QUICK_TERM}
+    player, constants = Player(), {"CHECKPOINT_JOBS": 50, **waits}
     with Upstream(player) as up:
-        more = {"accounts": limited(rate), "constants": waits, **played_models(up)}
-        server = gateway(up.url, workers=4, threads=64, **more)
+        more = {"accounts": limited(rate), **played_models(up)}
+        server = gateway(up.url, workers=4, constants=constants, **more)
         adversary = Adversary(server, tmp_path, disk, random.Random(5))
 
         def live(number):

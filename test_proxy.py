@@ -793,6 +793,12 @@ class FakeImages(Upstream):
         image_answer(*map(image_url, range(body.get("n", 1))))(request)
 
 
+def typed_events(*events: dict) -> list[bytes]:
+    """Events that are named by their types."""
+    lines = [(one["type"].encode(), json.dumps(one).encode()) for one in events]
+    return [b"event: %s\ndata: %s\n\n" % pair for pair in lines]
+
+
 def message_events(text: str = "Hello", model: str = "claude-id") -> list[bytes]:
     """Return the events of a stream of /v1/messages, as Anthropic writes them."""
     usage = {"input_tokens": 50, "output_tokens": 1}
@@ -809,8 +815,7 @@ def message_events(text: str = "Hello", model: str = "claude-id") -> list[bytes]
         {"type": "message_delta", "delta": stop, "usage": {"output_tokens": 30}},
         {"type": "message_stop"},
     ]
-    named = [(one["type"].encode(), json.dumps(one).encode()) for one in events]
-    return [b"event: %s\ndata: %s\n\n" % pair for pair in named]
+    return typed_events(*events)
 
 
 def message_json(**more: Any) -> dict:
@@ -6806,8 +6811,7 @@ def responses_events(last: str = "response.completed", **more: Any) -> list[byte
         {"type": "response.output_text.done", "text": "Hello"},
         {"type": last, "response": {**about, "usage": RESPONSES_USAGE, **more}},
     ]
-    named = [(one["type"].encode(), json.dumps(one).encode()) for one in events]
-    return [b"event: %s\ndata: %s\n\n" % pair for pair in named]
+    return typed_events(*events)
 
 
 HALF = chat_chunks("one two", finish=None, include_usage_chunk=False)
@@ -12468,12 +12472,6 @@ def played_models(up: Upstream) -> dict:
     return {"models": models, "upstreams": upstream}
 
 
-def typed_events(*events: dict) -> list[bytes]:
-    """Events that are named by their types."""
-    lines = [(one["type"].encode(), json.dumps(one).encode()) for one in events]
-    return [b"event: %s\ndata: %s\n\n" % pair for pair in lines]
-
-
 def played_answer(path: str, words: list[str], stream: bool) -> Any:
     """The document or the events of an answer that reports 5 tokens and its words."""
     text, usage = " ".join(words), {"input_tokens": 5, "output_tokens": len(words)}
@@ -12566,6 +12564,7 @@ def tell(server: Gateway, key: str, chance: random.Random) -> Record:
                 visit.leave()
         record.whole = record.status != 200 or visit.done
         visit.leave()
+    record.body = record.body.replace(STUFF, b"")
     return record
 
 

@@ -11087,13 +11087,14 @@ def test_a_budget_is_never_exceeded_over_four_workers(gateway, gate, tmp_path):
             gate.set()
             server.wait_workers(4)
             clock.to(day=2, before=1)
-            with ThreadPoolExecutor(8) as pool, kills(server, 4, random.Random(3)) as gone:
+            adversary = Adversary(server, tmp_path, random.Random(3))
+            with ThreadPoolExecutor(8) as pool, adversary.at_work(["kill"], 0.5):
                 end = time.monotonic() + 2
                 asks = [pool.submit(ask_until, server, end) for _ in range(8)]
                 paid = sum(one.result() for one in asks)
         wait_held(tmp_path, 0, 5)
     days = query(tmp_path, DAYS)
-    assert len(days) == 3 and gone and paid > 4
+    assert len(days) == 3 and adversary.done and paid > 4
     assert 2 * POOR_HOLD < max(used for _, used in days) <= most[0] <= budget
     assert proof(tmp_path) == []
 
@@ -12576,8 +12577,9 @@ class Adversary:
     """What befalls a server, one after the other; `done` counts it."""
 
     def __init__(
-        self, server: Gateway, folder: Path, disk: Callable, chance: random.Random
-    ) -> None:
+        self, server: Gateway, folder: Path, chance: random.Random,
+        disk: Callable[[], Path] | None = None,
+    ) -> None:  # fmt: skip
         self.server, self.folder, self.disk = server, folder, disk
         self.chance, self.done, self.pss = chance, Counter(), []
 
@@ -12778,7 +12780,7 @@ def test_what_clients_saw_is_what_the_ledger_says(
     with Upstream(player) as up:
         more = {"accounts": limited(rate), **played_models(up)}
         server = gateway(up.url, workers=4, constants=constants, **more)
-        adversary = Adversary(server, tmp_path, disk, random.Random(5))
+        adversary = Adversary(server, tmp_path, random.Random(5), disk)
 
         def live(number):
             chance, seen = random.Random(number), []

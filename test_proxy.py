@@ -793,6 +793,12 @@ class FakeImages(Upstream):
         image_answer(*map(image_url, range(body.get("n", 1))))(request)
 
 
+def typed_events(*events: dict) -> list[bytes]:
+    """Events that are named by their types."""
+    lines = [(one["type"].encode(), json.dumps(one).encode()) for one in events]
+    return [b"event: %s\ndata: %s\n\n" % pair for pair in lines]
+
+
 def message_events(text: str = "Hello", model: str = "claude-id") -> list[bytes]:
     """Return the events of a stream of /v1/messages, as Anthropic writes them."""
     usage = {"input_tokens": 50, "output_tokens": 1}
@@ -809,8 +815,7 @@ def message_events(text: str = "Hello", model: str = "claude-id") -> list[bytes]
         {"type": "message_delta", "delta": stop, "usage": {"output_tokens": 30}},
         {"type": "message_stop"},
     ]
-    named = [(one["type"].encode(), json.dumps(one).encode()) for one in events]
-    return [b"event: %s\ndata: %s\n\n" % pair for pair in named]
+    return typed_events(*events)
 
 
 def message_json(**more: Any) -> dict:
@@ -6806,8 +6811,7 @@ def responses_events(last: str = "response.completed", **more: Any) -> list[byte
         {"type": "response.output_text.done", "text": "Hello"},
         {"type": last, "response": {**about, "usage": RESPONSES_USAGE, **more}},
     ]
-    named = [(one["type"].encode(), json.dumps(one).encode()) for one in events]
-    return [b"event: %s\ndata: %s\n\n" % pair for pair in named]
+    return typed_events(*events)
 
 
 HALF = chat_chunks("one two", finish=None, include_usage_chunk=False)
@@ -11116,13 +11120,14 @@ def test_a_budget_is_never_exceeded_over_four_workers(gateway, gate, tmp_path):
             gate.set()
             server.wait_workers(4)
             clock.to(day=2, before=1)
-            with ThreadPoolExecutor(8) as pool, kills(server, 4, random.Random(3)) as gone:
+            adversary = Adversary(server, tmp_path, random.Random(3))
+            with ThreadPoolExecutor(8) as pool, adversary.at_work(["kill"], 0.5):
                 end = time.monotonic() + 2
                 asks = [pool.submit(ask_until, server, end) for _ in range(8)]
                 paid = sum(one.result() for one in asks)
         wait_held(tmp_path, 0, 5)
     days = query(tmp_path, DAYS)
-    assert len(days) == 3 and gone and paid > 4
+    assert len(days) == 3 and adversary.done and paid > 4
     assert 2 * POOR_HOLD < max(used for _, used in days) <= most[0] <= budget
     assert proof(tmp_path) == []
 
@@ -12501,12 +12506,6 @@ def played_models(up: Upstream) -> dict:
     return {"models": models, "upstreams": upstream}
 
 
-def typed_events(*events: dict) -> list[bytes]:
-    """Events that are named by their types."""
-    lines = [(one["type"].encode(), json.dumps(one).encode()) for one in events]
-    return [b"event: %s\ndata: %s\n\n" % pair for pair in lines]
-
-
 def played_answer(path: str, words: list[str], stream: bool) -> Any:
     """The document or the events of an answer that reports 5 tokens and its words."""
     text, usage = " ".join(words), {"input_tokens": 5, "output_tokens": len(words)}
@@ -12599,6 +12598,7 @@ def tell(server: Gateway, key: str, chance: random.Random) -> Record:
                 visit.leave()
         record.whole = record.status != 200 or visit.done
         visit.leave()
+    record.body = record.body.replace(STUFF, b"")
     return record
 
 
@@ -12610,8 +12610,9 @@ class Adversary:
     """What befalls a server, one after the other; `done` counts it."""
 
     def __init__(
-        self, server: Gateway, folder: Path, disk: Callable, chance: random.Random
-    ) -> None:
+        self, server: Gateway, folder: Path, chance: random.Random,
+        disk: Callable[[], Path] | None = None,
+    ) -> None:  # fmt: skip
         self.server, self.folder, self.disk = server, folder, disk
         self.chance, self.done, self.pss = chance, Counter(), []
 
@@ -12797,7 +12798,7 @@ HISTORIES = [  # requests, seconds between a client's two, between two acts, a r
 def disk(tmp_path):
     """A disk that can be filled, where one can be mounted."""
     filler = tmp_path / "filler"
-    with disk_of(tmp_path, "96m") as fill:
+    with disk_of(tmp_path, "24m") as fill:
         yield fill or (lambda: filler.touch() or filler)
 
 
@@ -12807,11 +12808,12 @@ def disk(tmp_path):
 def test_what_clients_saw_is_what_the_ledger_says(
     count, pause, gap, rate, acts, disk, gateway, tmp_path
 ):
-    player, waits = Player(), {"CLIENT_TIMEOUT": 3, "UPSTREAM_IDLE": 1, **QUICK_TERM}
+    waits = {"CLIENT_TIMEOUT": 3, "UPSTREAM_IDLE": 1, **QUICK_TERM}
+    player, constants = Player(), {"CHECKPOINT_JOBS": 50, **waits}
     with Upstream(player) as up:
-        more = {"accounts": limited(rate), "constants": waits, **played_models(up)}
-        server = gateway(up.url, workers=4, threads=64, **more)
-        adversary = Adversary(server, tmp_path, disk, random.Random(5))
+        more = {"accounts": limited(rate), **played_models(up)}
+        server = gateway(up.url, workers=4, constants=constants, **more)
+        adversary = Adversary(server, tmp_path, random.Random(5), disk)
 
         def live(number):
             chance, seen = random.Random(number), []

@@ -32,6 +32,15 @@ Relay, Application, Command line, Pages. Operators edit keys.json; the program a
 writes proxy.db. See README.md.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "flask==3.1.3", "gunicorn==27.0.1", "requests==2.34.2", "flask-limiter==4.1.1",
+#     "certifi==2026.10.19.post1", "click==8.5.1", "jinja2==3.1.6", "limits==5.8.0",
+#     "werkzeug==3.1.9",
+# ]
+# ///
+
 from __future__ import annotations
 
 import atexit
@@ -69,6 +78,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import zlib
 from array import array
 from bisect import bisect_right
@@ -713,6 +723,7 @@ def whole(value: Any, path: str, low: int, high: int) -> int:
 
 
 MOST_CREDITS = 10**9
+UNLIMITED = 2**61  # micro-credits of an account that is metered, and not bounded
 
 
 def to_micro(value: Any, path: str, low: int = 0) -> int:
@@ -1024,10 +1035,13 @@ def parse_allow(value: Any, path: str) -> frozenset[str]:
     return frozenset(value)
 
 
+LOOPBACK = re.compile(r"localhost|::1|127\.[0-9.]+|")
+
+
 def parse_model(
     id: str, value: Any, path: str, upstreams: dict[str, UpstreamConfig]
 ) -> Model:
-    value = fields(value, path, "about allow defaults max_output", needed="upstream price")
+    value = fields(value, path, "about allow defaults max_output price", needed="upstream")
     names = value["upstream"]
     names = names if isinstance(names, list) and names else [names]
     routes = []
@@ -1044,7 +1058,9 @@ def parse_model(
     if not isinstance(defaults, dict) or {"model", "n", "best_of"} & {*defaults}:
         raise ConfigError(f"{path}.defaults: must be an object without 'model' or 'n'")
     longest = value.get("max_output", DEFAULT_MAX_OUTPUT)
-    price, hours = parse_prices(value["price"], f"{path}.price")
+    if "price" in value or not all([LOOPBACK.fullmatch(up.host) for up, _ in routes]):
+        fields(value, path, " ".join(value), needed="price")
+    price, hours = parse_prices(value.get("price", {"input": 0}), f"{path}.price")
     return Model(
         printable_name(id, path, 200),
         tuple(routes),
@@ -1163,6 +1179,7 @@ def parse_account(
     id: str, value: Any, path: str, limits: Limits, models: dict[str, Model]
 ) -> Account:
     value = fields(value, path, "credits keys models limits admin demo")
+    credits = value.get("credits", 0)
     allowed = value.get("models")
     if allowed is not None:
         allowed = parse_names(allowed, f"{path}.models", models)
@@ -1178,7 +1195,7 @@ def parse_account(
     account = Account(
         account_name(id, path),
         parse_limits(value.get("limits", {}), f"{path}.limits", limits),
-        to_micro(value.get("credits", 0), f"{path}.credits"),
+        UNLIMITED if credits == "unlimited" else to_micro(credits, f"{path}.credits"),
         allowed, admin, demo,
     )  # fmt: skip
     keys = typed(value.get("keys", {}), f"{path}.keys", dict, "an object")
@@ -1275,11 +1292,14 @@ class ConfigFile:
         except UnicodeDecodeError:
             reason = "is not UTF-8"
         except json.JSONDecodeError as error:
-            reason = f"line {error.lineno}: {error.msg}"
+            reason = f"line {error.lineno}, column {error.colno}: {error.msg}"
         except (ValueError, RecursionError) as error:
             reason = str(error)
         else:
-            return parse_config(document)
+            try:
+                return parse_config(document)
+            except ConfigError as error:
+                reason = str(error)
         raise ConfigError(f"{self.path.name}: {reason}")
 
 
@@ -1404,6 +1424,7 @@ MIGRATIONS = FROM_VERSION_0, "", FROM_VERSION_2, FROM_VERSION_3
 
 MAX_WORKERS = 512  # worker slots: bytes 1 to 512 of the lock file
 WRITER, SPEAKER = 0, MAX_WORKERS + 1  # its other bytes
+KEYS_FILE = 1024  # where, behind its id, the server's keys file is named
 FLOCK = struct.Struct("hhqqi")  # struct flock of fcntl(2)
 SHARED_BYTES = 0x40000002, 510  # that each connection in WAL mode has a read lock on
 LEDGER_TIMEOUT = 5.0  # seconds that a write waits for other writers
@@ -1628,6 +1649,18 @@ class LedgerFile:
         finally:
             os.close(file)
         return FLOCK.unpack(found)[0] != fcntl.F_UNLCK
+
+    @property
+    def keys_file(self) -> str:
+        """The keys file of the server that used it last, as its lock file tells."""
+        text = os.pread(self._lock, 4096, KEYS_FILE).rstrip(b"\0")
+        return text.decode("utf-8", "replace")
+
+    @keys_file.setter
+    def keys_file(self, path: str) -> None:
+        text = os.fsencode(path)[:4096].ljust(4096, b"\0")
+        with ledger_errors():
+            os.pwrite(self._lock, text, KEYS_FILE)
 
     # Locks
 
@@ -2023,6 +2056,9 @@ def new_request_id() -> str:
     return f"req_{time.time_ns() // 10**6:011x}{random.getrandbits(52):013x}"
 
 
+CHECKS = 6  # queries of a proof
+
+
 def id_of_day(day: int) -> str:
     """No request of that day (since 1970) or a later one has a smaller id."""
     return f"req_{max(0, day) * DAY * 1000:011x}"
@@ -2081,7 +2117,7 @@ class Ledger:
         self.keep_days: int | None = None  # None: receipts are kept for ever
         self._expired, self._expiring = 0, iter(())  # the day of the last look; its steps
         self._file = LedgerFile(path)
-        self.path, self.read = self._file.path, self._file.read
+        self.path, self.read, self.file = self._file.path, self._file.read, self._file
         self.snapshot = self._file.snapshot
         self._worker = worker
         if not worker:
@@ -2434,16 +2470,21 @@ class Ledger:
 
     # Proof
 
-    def check(self) -> list[str]:
+    def check(self, done: Callable[[], None] = lambda: None) -> list[str]:
         """Re-sums everything in one read transaction; what does not add up, or exceeds
-        what was granted when it was held."""
+        what was granted when it was held. `done` is called after each of CHECKS steps."""
+
+        def all_of(sql: str, *values: Any) -> list[sqlite3.Row]:
+            rows = db.execute(sql, values).fetchall()
+            done()
+            return rows
+
         with self.snapshot() as db:
             db.row_factory = sqlite3.Row
-            pages = db.execute("PRAGMA quick_check").fetchall()
-            (kept,), (orphans,) = db.execute(KEPT).fetchone(), db.execute(ORPHANS).fetchone()
-            rows = db.execute(PROOF, (kept,)).fetchall()
-            usage = db.execute(USAGE_PROOF, (kept, FOREVER, "", "s")).fetchall()
-            budgets = db.execute(BUDGETS_PROOF).fetchall()
+            pages = all_of("PRAGMA quick_check")
+            [(kept,)], [(orphans,)] = all_of(KEPT), all_of(ORPHANS)
+            rows, budgets = all_of(PROOF, kept), all_of(BUDGETS_PROOF)
+            usage = all_of(USAGE_PROOF, kept, FOREVER, "", "s")
         wrong = [page[0] for page in pages if page[0] != "ok"]
         if orphans:
             wrong.append(f"{orphans} rows belong to no account")
@@ -5440,7 +5481,7 @@ class Relay:
         duration = int((time.monotonic() - self._started) * 1000)
         status, code = ending.status, None if ending is Ending.DONE else ending.reason
         if error and ending in (Ending.REFUSED, Ending.CUT):
-            code = error.code
+            code = type(error).code  # an upstream's own may be anything
             status = error.status if ending is Ending.REFUSED else status
         return Charge(
             status, used, amount, most, self._ttfb, duration, code, self._upstream,
@@ -5623,8 +5664,8 @@ def log_unrelayed(log: RequestLog, status: int) -> None:
     account, name = (key.account, key.name) if key else (None, None)
     note = {"account": account, "key": name, "route": rule, "status": status}
     if code := g.get("code"):  # of a refusal
-        asked = g.get("asked") or None
-        note |= {"code": code, "model": asked, "client": request.remote_addr}
+        # A name that no model has may be anything.
+        note |= {"code": code, "model": g.get("model"), "client": request.remote_addr}
     log.note("request", request=g.get("request_id"), **note)
 
 
@@ -5682,7 +5723,7 @@ def add_hooks(app: Flask, services: Services) -> None:
 
 def tell(error: ProxyError) -> Response:
     """The one place where an error becomes a response."""
-    g.code, body = error.code, error.envelope(request.path)
+    g.code, body = type(error).code, error.envelope(request.path)
     return Response(body, error.status, error.headers, None, "application/json")
 
 
@@ -5800,7 +5841,6 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
         form = environ["CONTENT_TYPE"] if media_type(environ) == FORM else ""
         call = parse_call(path, data, passed_headers(path, environ), form)
         del data
-        here.asked = call.model
         model = find_model(services, call.model).at(time.time())
         here.model = model.id
         refuse_unpriced(call.body | dear_betas(call.headers), model)
@@ -6015,13 +6055,16 @@ SELECT account, count(*) FROM keys WHERE account IN (SELECT value FROM json_each
 def balances(
     config: Config, ledger: Ledger, ids: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """The credits of these accounts: granted, spent, held, available."""
-    out = {}
+    """The credits of these accounts: granted, spent, held, available; None for what an
+    unlimited one has without end."""
+    out: dict[str, dict[str, Any]] = {}
     for id, granted, spent, held in ledger.read(BALANCES, json.dumps(ids)):
         granted += config.account(id).credits
         parts = {"granted": granted, "spent": spent, "held": held}
         parts["available"] = max(0, granted - spent - held)
         out[id] = {name: to_credits(micro) for name, micro in parts.items()}
+        if config.account(id).credits == UNLIMITED:
+            out[id] |= {"granted": None, "available": None}
     return out
 
 
@@ -6431,7 +6474,8 @@ def metric_lines(services: Services, db: sqlite3.Connection) -> Iterator[str]:
     for id, own in db.execute("SELECT id, granted - spent - held FROM accounts"):
         left[id] = left.get(id, 0) + own
     for id, micro in sorted(left.items()):
-        yield f"{name}{{account={label(id)}}} {micro / MICRO:.6f}\n"
+        shown = "+Inf" if micro > UNLIMITED // 2 else f"{micro / MICRO:.6f}"
+        yield f"{name}{{account={label(id)}}} {shown}\n"
 
 
 def history(id: str, spent: int) -> str:
@@ -6669,11 +6713,37 @@ def build_app(
     return app
 
 
+ENV_LINE = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(.*)")
+
+
+def read_env(keys: str | os.PathLike) -> None:
+    """Sets what the .env beside the keys file names and the environment does not, but
+    for PROXY_KEYS, which tells where that is; or ConfigError."""
+    path = Path(keys).parent / ".env"
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8") from None
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        if not (match := ENV_LINE.fullmatch(line)):
+            raise ConfigError(f"{path}: line {number}: must read like NAME=value")
+        name, value = match.groups()
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+            value = value[1:-1]
+        if name != "PROXY_KEYS":
+            os.environ.setdefault(name, value)
+
+
 def default_files(
     keys: str | os.PathLike | None, db: str | os.PathLike | None
 ) -> tuple[str, str]:
     """keys.json and, beside it, proxy.db; unless the environment names others."""
     keys = os.fspath(keys or os.environ.get("PROXY_KEYS") or "keys.json")
+    read_env(keys)
     beside = os.path.join(os.path.dirname(keys), "proxy.db")
     return keys, os.fspath(db or os.environ.get("PROXY_DB") or beside)
 
@@ -6887,16 +6957,27 @@ class Server(BaseApplication):
 
 def file_options(command: Callable) -> Callable:
     """--keys and --db, of every command."""
+
+    def find_env(context: click.Context, option: click.Parameter, keys: str) -> str:
+        read_env(keys)  # before the other options look into the environment
+        return keys
+
     shown = {"show_default": True, "help": "The operator's file."}
+    shown |= {"is_eager": True, "callback": find_env}
     keys = click.option("--keys", envvar="PROXY_KEYS", default="keys.json", **shown)
     db = click.option("--db", envvar="PROXY_DB", help="The ledger (beside --keys).")
     return keys(db(command))
 
 
+VERSION = "1.0"
 json_option = click.option("--json", "as_json", is_flag=True, help="For scripts.")
 
 
-@click.group(context_settings={"max_content_width": 88})
+NAMES = {"max_content_width": 88, "help_option_names": ["-h", "--help"]}
+
+
+@click.group(context_settings=NAMES)
+@click.version_option(VERSION, "--version", message="proxy.py %(version)s")
 def cli() -> None:
     """A small team's API gateway for language and image models."""
 
@@ -6912,9 +6993,6 @@ def secure_standard_files() -> None:
             continue
         if fd == 2 and (stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind)):
             os.set_blocking(fd, False)
-
-
-LOOPBACK = re.compile(r"localhost|::1|127\.[0-9.]+")
 
 
 def greeting(config: Config, ledger: Ledger, url: str) -> str:
@@ -6933,6 +7011,34 @@ def greeting(config: Config, ledger: Ledger, url: str) -> str:
             told = "anyone who can reach this server may use it"
             lines.append(f"Warning: {key} is a public key: {told}.\n")
     return "\n".join(lines)
+
+
+def is_free(host: str, port: int) -> bool:
+    kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(kind) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            raise OSError(error.errno, error.strerror, f"{host}:{port}") from None
+    return True
+
+
+ORPHANS_END = 3.0  # seconds for a server's workers to close its port after it was killed
+
+
+def refuse_taken(host: str, port: int, patience: float) -> None:
+    """Raises ConfigError for a port that another server has: gunicorn would try it for
+    five seconds. `patience`: seconds, for a server of the same ledger that is ending."""
+    deadline = time.monotonic() + patience
+    while not (free := is_free(host, port)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if not free:
+        others = range(port + 1, min(port + 100, 65536))
+        other = next((each for each in others if is_free(host, each)), None)
+        raise ConfigError(f"port {port} is taken" + (f": --port {other}" if other else ""))
 
 
 @cli.command()
@@ -6963,6 +7069,9 @@ def serve(
     workers = workers or max(2, os.cpu_count() or 2)
     bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     with contextlib.closing(Ledger(db)) as ledger:
+        if "LISTEN_FDS" not in os.environ:  # else systemd has the port, and keeps it
+            refuse_taken(host, port, patience=0 if ledger.speaks() else ORPHANS_END)
+        ledger.file.keys_file = os.path.realpath(keys)
         text = greeting(config_file.current, ledger, f"http://{bind}")
     Server(config_file, db, bind, workers, threads, keep_days, text).run()
 
@@ -6980,7 +7089,11 @@ def opened(
             os.stat(os.path.dirname(path) or ".")  # OSError: it could not be made
             click.echo(f"{path}: there is no ledger yet.", err=True)
             path = stack.enter_context(tempfile.TemporaryDirectory()) + "/proxy.db"
-        yield config, stack.enter_context(contextlib.closing(Ledger(path)))
+        ledger = stack.enter_context(contextlib.closing(Ledger(path)))
+        if ledger.file.keys_file not in ("", os.path.realpath(keys)):
+            told = f"the server of this ledger reads {ledger.file.keys_file}"
+            click.echo(f"warning: {told}, this is {os.path.realpath(keys)}", err=True)
+        yield config, ledger
 
 
 def existing(config: Config, ledger: Ledger, account: str) -> str:
@@ -7069,6 +7182,12 @@ def keys_add(
         click.echo(ledger.make_key(account, name, admin, terms)[0])
 
 
+def columns(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    wide = sum([unicodedata.east_asian_width(sign) in "WF" for sign in text])
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:
     """Rows as an aligned table for people, or as JSON for scripts."""
     if as_json:
@@ -7076,9 +7195,9 @@ def show(rows: list[dict[str, Any]], as_json: bool) -> None:
     if not rows:
         return click.echo("Nothing yet.")
     table = [list(rows[0])] + [[cell(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table)]
+    widths = [max(map(columns, column)) for column in zip(*table)]
     for line in table:
-        cells = (text.ljust(width) for text, width in zip(line, widths))
+        cells = (text + " " * (width - columns(text)) for text, width in zip(line, widths))
         click.echo("  ".join(cells).rstrip())
 
 
@@ -7317,11 +7436,16 @@ def warnings(config: Config, ledger: Ledger, keys: str) -> Iterator[str]:
 @click.option("--online", is_flag=True, help="Ask the providers; spends nothing.")
 def check(keys: str, db: str | None, online: bool) -> None:
     """Proves the ledger, validates keys.json, warns of what would fail."""
+    there = os.path.exists(default_files(keys, db)[1])
     with opened(keys, db) as (config, ledger):
         show(list(provider_rows(config, online)), False)
         for line in warnings(config, ledger, keys):
             click.echo(f"warning: {line}")
-        wrong = ledger.check()
+        if not there:
+            return
+        quiet = {"file": sys.stderr, "hidden": not sys.stderr.isatty()}
+        with click.progressbar(length=CHECKS, label="Adding up", **quiet) as bar:
+            wrong = ledger.check(lambda: bar.update(1))
         for line in wrong:
             click.echo(f"wrong: {line}")
         click.echo(f"The ledger's schema is version {SCHEMA_VERSION}.")
@@ -7329,15 +7453,34 @@ def check(keys: str, db: str | None, online: bool) -> None:
         click.get_current_context().exit(1 if wrong else 0)
 
 
+def named_first(arguments: list[str]) -> list[str]:
+    """The command's name, `serve` if there is none, then what was typed before it."""
+    files, rest = [], list(arguments)
+    while rest and rest[0].partition("=")[0] in ("--keys", "--db"):
+        files += rest[: 1 if "=" in rest[0] else 2]
+        rest = rest[1 if "=" in rest[0] else 2 :]
+    if not rest or (rest[0][:1] == "-" and rest[0] not in ("-h", "--help", "--version")):
+        rest.insert(0, "serve")
+    return rest + files
+
+
+def mistake(error: click.ClickException) -> str:
+    """What is wrong with a command's line, in one line."""
+    option = getattr(error, "option_name", "")
+    if re.fullmatch("-[0-9.]+", option or ""):
+        return f"{option}: an amount is never negative; `credits take` takes credits back"
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context else "proxy.py"
+    return f"{error.format_message()} (`{where} -h` tells what there is.)"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit status; failures are one line."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = named_first(sys.argv[1:] if arguments is None else arguments)
     try:
-        if not arguments or arguments[0][:1] == "-" and arguments[0] != "--help":
-            arguments = ["serve", *arguments]
         return cli.main(arguments, standalone_mode=False) or 0
     except click.ClickException as error:
-        error.show()
+        click.echo(mistake(error), err=True)
         return error.exit_code
     except click.Abort:
         return 130

@@ -1498,7 +1498,7 @@ def test_a_refused_value_is_named_by_its_path(
 ) -> None:
     with pytest.raises(proxy.ConfigError) as refused:
         load(planted(path, value))
-    assert str(refused.value).startswith((f"{path}:", f"{path} ("))
+    assert str(refused.value).startswith((f"keys.json: {path}:", f"keys.json: {path} ("))
 
 
 NO_TERMS = {  # of a key: values that are refused, in keys.json and at run time
@@ -3732,6 +3732,19 @@ def test_a_size_is_free_only_where_the_vendor_has_one_price(url, id, passes) -> 
 def test_an_allowed_value_is_one_value(allow: str, body: dict, passes: bool) -> None:
     with nullcontext() if passes else pytest.raises(proxy.BadRequest):
         proxy.refuse_unpriced(body, make_model({"input": 1}, allow=[allow]))
+
+
+@pytest.mark.parametrize(
+    "url, free",
+    [("http://127.0.0.1:11434/v1", True), ("http://localhost:1/v1", True),
+     ("http://[::1]:1/v1", True), ("echo:", True), ("https://localhost.example/v1", False),
+     ("http://192.168.1.2/v1", False)],
+)  # fmt: skip
+def test_a_model_without_a_price_is_one_on_loopback(url: str, free: bool) -> None:
+    upstream = proxy.parse_upstream("u", {"url": url}, "u")
+    with nullcontext() if free else pytest.raises(proxy.ConfigError, match="m.price: is"):
+        model = proxy.parse_model("m", {"upstream": "u/m"}, "m", {"u": upstream})
+        assert model.price == proxy.Price()
 
 
 @pytest.mark.parametrize("value", [None, "default", "fast"])
@@ -8084,7 +8097,7 @@ def test_a_mistyped_account_path_is_no_relay(api, path, status):
     [
         (CHAT, None, HELLO, '401 code=unauthorized model=""', '"" key=""'),
         (CHAT, TEAM_KEY, {}, '400 code=invalid_request model=""', "team key=main"),
-        (CHAT, TEAM_KEY, HELLO | {"model": "x y"}, '404 code=model_not_found model="x y"',
+        (CHAT, TEAM_KEY, HELLO | {"model": "x y"}, '404 code=model_not_found model=""',
          "team key=main"),
         (CHAT, POOR_KEY, HELLO, "402 code=insufficient_credits model=echo",
          "poor key=main"),
@@ -8447,6 +8460,16 @@ def test_a_day_that_does_not_add_up_keeps_its_receipts(api, monkeypatch):
     list(ledger._expire(10**5))
     assert api.ids() == [made] and ledger.check()
     ledger.write(lambda db: db.execute("UPDATE usage SET cost = cost - 1"))
+
+
+def test_an_unlimited_account_is_metered_and_not_bounded(app):
+    api = Api(app(accounts={"team": {"credits": "unlimited"}}))
+    api.say("one two three")
+    spent = {"granted": None, "spent": 0.000006, "held": 0, "available": None}
+    assert api.get("/v1/account")["credits"] == spent
+    assert api.services.ledger.check() == []
+    line = 'proxy_balance_credits{account="team"} +Inf'
+    assert line in api("GET", "/metrics", ADMIN_KEY).text
 
 
 def test_usage_tells_who_spent_it_and_what_failed_or_was_refused(api):
@@ -9631,7 +9654,7 @@ def test_what_is_wrong_with_a_new_key_makes_no_account(run, option, value):
 @pytest.mark.parametrize(
     "words, told",
     [
-        ("credits add team -5", "Error: "),
+        ("credits add team -5", "-5: an amount is never negative"),
         ("nonsense", "No such command 'nonsense'"),
         ("key list", "No such command 'key'"),
         ("serve --port 0", "'--port': 0"),
@@ -9652,6 +9675,7 @@ def test_check_passes_a_good_ledger_with_warnings(run, monkeypatch):
     whole["upstreams"]["main"]["key"] = "$PROXY_TEST_UNSET"
     run.keys.write_text(json.dumps(whole))
     run.keys.chmod(0o644)
+    proxy.Ledger(run.db).close()
     status, out, _ = run("check")
     assert status == 0
     assert out.endswith("The ledger's schema is version 4.\nThe ledger adds up.\n")
@@ -9862,9 +9886,8 @@ def test_a_server_greets_only_once_its_port_is_bound(files):
         command += ["--port", str(taken.getsockname()[1])]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with subprocess.Popen(command, cwd=PROJECT, **pipes) as server:
-            assert b"in use" in server.stderr.readline()
-            server.kill()
-            assert server.stdout.read() == b""
+            assert b"is taken" in server.stderr.readline()
+            assert server.stdout.read() == b"" and server.wait() == 1
 
 
 def test_without_a_command_it_serves_as_the_environment_says(files, gate):
@@ -9905,6 +9928,85 @@ def test_the_greetings_curl_line_has_the_demo_key_only_and_works_as_it_stands(pl
 
 
 # -- Tables --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("credits add team -5", "-5: an amount is never negative; `credits take` takes"),
+        ("keyz list", "No such command 'keyz'. Did you mean 'keys'?"),
+        ("usage --dayz 3", "No such option '--dayz'."),
+        ("serve --port 99999", "Invalid value for '--port': 99999"),
+    ],
+)
+def test_a_mistyped_command_gets_one_line(words, told, run):
+    status, out, err = run(*words.split())
+    assert status == 2 and not out and err.startswith(told) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["-h"], ["--version"], ["keys", "-h"]])
+def test_help_and_version_are_there(words, capsys):
+    assert proxy.main(words) == 0 and capsys.readouterr().out
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_files_are_named_before_or_after_the_command(before, files, capsys):
+    keys, _ = files()
+    named = ["--keys", str(keys), f"--db={keys.parent / 'other.db'}"]
+    words = ["credits", "show", "team", "--json"]
+    assert proxy.main([*named, *words] if before else [*words, *named]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)[0]["account"] == "team" and "other.db" in err
+
+
+def test_every_command_reads_the_env_file_beside_the_keys_file(files, monkeypatch, capsys):
+    keys, _ = files()
+    lines = ["# ours", "export PROXY_DB='" + str(keys.parent / "named.db") + "'", ""]
+    lines += ["PROXY_KEYS=/nowhere", "UPSTREAM_KEY = from the file", "HOME=/nowhere"]
+    (keys.parent / ".env").write_text("\n".join(lines))
+    names = ("PROXY_DB", "PROXY_KEYS", "UPSTREAM_KEY")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    assert proxy.main(["credits", "show", "--keys", str(keys)]) == 0
+    assert "named.db" in capsys.readouterr().err
+    assert os.environ["UPSTREAM_KEY"] == "from the file"
+    assert "PROXY_KEYS" not in os.environ and os.environ["HOME"] != "/nowhere"
+    (keys.parent / ".env").write_text("A=1\nnonsense\n")
+    assert proxy.main(["credits", "show", "--keys", str(keys)]) == 1
+    assert ".env: line 2: must read like NAME=value" in capsys.readouterr().err
+
+
+def test_a_command_with_other_keys_than_the_servers_is_warned(plain, capsys, tmp_path):
+    other = tmp_path / "keys.json"
+    other.write_text("{}")
+    folder = plain.log_file.parent
+    db = ["--db", str(folder / "proxy.db")]
+    assert proxy.main(["credits", "show", "--keys", str(other), *db]) == 0
+    server = str(folder / "keys.json")
+    assert f"the server of this ledger reads {server}" in capsys.readouterr().err
+    assert proxy.main(["credits", "show", "--keys", server, *db]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_taken_port_is_told_at_once(run):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, out, err = run("serve", "--port", str(port))
+        more = re.fullmatch(f"Refused: port {port} is taken: --port (\\d+)\n", err)
+        assert status == 1 and int(more[1]) > port
+
+
+def test_tables_align_wide_characters(capsys):
+    proxy.show([{"name": "团队", "n": 1}, {"name": "e\u0301", "n": 0.000068}], False)
+    assert capsys.readouterr().out == "name  n\n团队  1\ne\u0301     0.000068\n"
+
+
+def test_the_file_itself_names_what_it_needs():
+    block = re.search("# /// script\n(.*?)# ///", Path(proxy.__file__).read_text(), re.S)
+    named = {*re.findall('"([^"]+==[^"]+)"', block[1])}
+    pinned = {line for line in REQUIREMENTS.splitlines() if "==" in line}
+    assert named == {line for line in pinned if not line.startswith("pytest")}
 
 
 def test_the_commands_say_what_the_api_says(api, run, monkeypatch):

@@ -184,7 +184,7 @@ class BadRequest(ProxyError):
 
 class Unauthorized(ProxyError):
     status, type, code = 401, "authentication_error", "unauthorized"
-    about = "Missing or invalid API key; a revoked one too."
+    about = "Missing or invalid API key; a revoked or expired one too."
 
     def __init__(self) -> None:
         super().__init__(
@@ -195,7 +195,9 @@ class Unauthorized(ProxyError):
 
 class InsufficientCredits(ProxyError):
     status, type, code = 402, "insufficient_quota", "insufficient_credits"
-    about = "The account has too few credits left for this request."
+    about = (
+        "The account, or the budget of the key, has too few credits left for this request."
+    )
 
 
 class NotFound(ProxyError):

@@ -2053,7 +2053,8 @@ FROM (SELECT ?1 AS key, ?2 AS since, ?3 AS until) b
 """
 # Of the windows that a day is in only that of the budget in force is kept.
 FORMER = """
-DELETE FROM budgets WHERE key = ?1 AND until > ?4 AND (since, until) != (?2, ?3)
+DELETE FROM budgets WHERE key = ?1 AND until > ?4 AND since <= ?4
+    AND (since, until) != (?2, ?3)
 """
 FIRST = "INSERT INTO budgets VALUES (?1, ?3, ?2, ?4, ?5) ON CONFLICT DO NOTHING"
 BUDGET = "UPDATE budgets SET most = ?4 WHERE key = ?1 AND until = ?3 AND since = ?2"
@@ -7013,7 +7014,9 @@ def typed_terms(
     rate: str | None, concurrent: str | None, metrics: bool | None,
 ) -> dict[str, Any]:  # fmt: skip
     """What was typed of a key's terms, as a merge patch."""
-    most = concurrent and (int(concurrent) if concurrent.isdecimal() else concurrent)
+    most = concurrent
+    if concurrent and re.fullmatch("[0-9]{1,9}", concurrent):
+        most = int(concurrent)
     parts = {
         "expires": expires, "models": models and models.split(","), "metrics": metrics,
         "budget": {"credits": budget and number(budget), "per": per},

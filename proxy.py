@@ -5443,7 +5443,7 @@ class Relay:
         duration = int((time.monotonic() - self._started) * 1000)
         status, code = ending.status, None if ending is Ending.DONE else ending.reason
         if error and ending in (Ending.REFUSED, Ending.CUT):
-            code = error.code
+            code = type(error).code  # ours: a provider's own may quote the prompt
             status = error.status if ending is Ending.REFUSED else status
         return Charge(
             status, used, amount, most, self._ttfb, duration, code, self._upstream,

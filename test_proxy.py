@@ -9008,12 +9008,15 @@ GET /metrics
 GET /v1/accounts
 POST /v1/accounts
 GET /v1/accounts/<account>
+DELETE /v1/accounts/<account>
+GET /v1/accounts/<account>/grants
 POST /v1/accounts/<account>/grants
 GET /v1/accounts/<account>/usage
 GET /v1/accounts/<account>/requests
 GET /v1/accounts/<account>/requests/<request_id>
 GET /v1/accounts/<account>/keys
 POST /v1/accounts/<account>/keys
+PATCH /v1/accounts/<account>/keys/<key_id>
 DELETE /v1/accounts/<account>/keys/<key_id>
 """.strip().split("\n")
 

@@ -194,7 +194,7 @@ class BadRequest(ProxyError):
 
 class Unauthorized(ProxyError):
     status, type, code = 401, "authentication_error", "unauthorized"
-    about = "Missing or invalid API key; a revoked one too."
+    about = "Missing or invalid API key; a revoked or expired one too."
 
     def __init__(self) -> None:
         super().__init__(
@@ -205,7 +205,9 @@ class Unauthorized(ProxyError):
 
 class InsufficientCredits(ProxyError):
     status, type, code = 402, "insufficient_quota", "insufficient_credits"
-    about = "The account has too few credits left for this request."
+    about = (
+        "The account, or the budget of the key, has too few credits left for this request."
+    )
 
 
 class NotFound(ProxyError):
@@ -2087,7 +2089,8 @@ FROM (SELECT ?1 AS key, ?2 AS since, ?3 AS until) b
 """
 # Of the windows that a day is in only that of the budget in force is kept.
 FORMER = """
-DELETE FROM budgets WHERE key = ?1 AND until > ?4 AND (since, until) != (?2, ?3)
+DELETE FROM budgets WHERE key = ?1 AND until > ?4 AND since <= ?4
+    AND (since, until) != (?2, ?3)
 """
 FIRST = "INSERT INTO budgets VALUES (?1, ?3, ?2, ?4, ?5) ON CONFLICT DO NOTHING"
 BUDGET = "UPDATE budgets SET most = ?4 WHERE key = ?1 AND until = ?3 AND since = ?2"
@@ -5481,7 +5484,7 @@ class Relay:
         duration = int((time.monotonic() - self._started) * 1000)
         status, code = ending.status, None if ending is Ending.DONE else ending.reason
         if error and ending in (Ending.REFUSED, Ending.CUT):
-            code = type(error).code  # an upstream's own may be anything
+            code = type(error).code  # ours: a provider's own may quote the prompt
             status = error.status if ending is Ending.REFUSED else status
         return Charge(
             status, used, amount, most, self._ttfb, duration, code, self._upstream,
@@ -7124,7 +7127,9 @@ def typed_terms(
     rate: str | None, concurrent: str | None, metrics: bool | None,
 ) -> dict[str, Any]:  # fmt: skip
     """What was typed of a key's terms, as a merge patch."""
-    most = concurrent and (int(concurrent) if concurrent.isdecimal() else concurrent)
+    most = concurrent
+    if concurrent and re.fullmatch("[0-9]{1,9}", concurrent):
+        most = int(concurrent)
     parts = {
         "expires": expires, "models": models and models.split(","), "metrics": metrics,
         "budget": {"credits": budget and number(budget), "per": per},

@@ -2936,12 +2936,10 @@ def message_text(message: dict[str, Any]) -> str:
     return "\n".join(text for text in texts if isinstance(text, str))
 
 
-def last_user_text(body: dict[str, Any]) -> str:
-    """The text of the last user message, its text parts joined."""
-    for message in reversed(body.get("messages", [])):
-        if message.get("role") == "user":
-            return message_text(message)
-    return ""
+def last_user_message(body: dict[str, Any]) -> dict[str, Any]:
+    """The last message of the user; an empty one if there is none."""
+    users = [each for each in body.get("messages", []) if each.get("role") == "user"]
+    return users[-1] if users else {}
 
 
 def sse(document: Any) -> bytes:
@@ -2972,7 +2970,7 @@ class EventReader:
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []  # of the event that is not complete yet
-        self._size, self._tail = 0, b""
+        self.size, self._tail = 0, b""
 
     def feed(self, data: bytes) -> list[bytes]:
         """What is complete now; raises UpstreamFailed for over MAX_EVENT bytes."""
@@ -2983,7 +2981,7 @@ class EventReader:
             if not end.search(self._tail + data):
                 return self._keep(data)
             data = b"".join([*self._pieces, data])
-            self._pieces, self._size, self._tail = [], 0, b""
+            self._pieces, self.size, self._tail = [], 0, b""
         elif data.endswith(b"\n\n") and data.find(b"\n\n") == len(data) - 2:
             return [data]  # one event, as nearly always
         events, start = [], 0
@@ -3000,8 +2998,8 @@ class EventReader:
     def _keep(self, data: bytes) -> list[bytes]:
         self._pieces.append(data)
         self._tail = (self._tail + data)[-3:]
-        self._size += len(data)
-        if self._size > MAX_EVENT:
+        self.size += len(data)
+        if self.size > MAX_EVENT:
             raise UpstreamFailed(f"an event over {MAX_EVENT} bytes")
         return []
 
@@ -3020,6 +3018,11 @@ PICTURES = {"images/generations", "images/edits", "images/variations"}
 FORMS = TRANSCRIPTS | PICTURES - {"images/generations"}  # JSON is taken as well
 FREE = {"messages/count_tokens", "responses/input_tokens"}  # they only count
 NO_OUTPUT = {"embeddings", "moderations", "rerank"} | FREE
+# The relayed paths that are listed; others below /v1 may be relayed as well.
+ENDPOINTS = set(
+    "chat/completions completions embeddings responses messages messages/count_tokens"
+    " moderations rerank".split()
+) | {SPEECH} | TRANSCRIPTS | PICTURES
 # Parts of a prompt that are no text: the tokens that one is estimated at, and the most
 # that it is held for (OpenAI's and Anthropic's pictures have at most 4,784 tokens, a
 # minute of audio 600 to 1,920, a page of a PDF 1,500 to 3,000).
@@ -3055,14 +3058,14 @@ class Call:
     cap: int
     weight: int | None = None  # of the prompt, where the body was dropped
     headers: dict[str, str] = field(default_factory=dict)  # that pass to the upstream
-    files: tuple[FilePart, ...] = ()  # of a form, whose fields are the body
+    files: tuple[FilePart, ...] | None = None  # of a form, whose fields are the body
     characters: int = 0  # to be spoken
 
 
-def file_tokens(file: FilePart) -> tuple[int, int]:
-    """The tokens of a form's file: estimated, and at the most. Sound at 16 kbit/s has a
-    token for every hundred bytes."""
-    if file.kind.startswith("image/"):
+def file_tokens(path: str, file: FilePart) -> tuple[int, int]:
+    """The tokens of a form's file: estimated, and at the most; what it is the path
+    tells, not its sender. Sound at 16 kbit/s has a token for every hundred bytes."""
+    if path in PICTURES:
         return PICTURE
     return AUDIO[0], max(AUDIO[1], len(file.data) // 100)
 
@@ -3177,15 +3180,17 @@ def parse_call(
     content type of one that is a form."""
     first, *rest = path.split("/")
     if not PATH.fullmatch(path) or first in UNMETERED or (rest and first in SOLE):
-        if path not in FREE | TRANSCRIPTS | {SPEECH}:
+        if path not in ENDPOINTS | FREE:
             raise NotFound("There is no such path.")
-    body, files = parse_form(data, form) if form else (parse_json(data), ())
+    body, files = parse_form(data, form) if form else (parse_json(data), None)
     body = form_call(body) if form else body
     for name in body:
-        if name not in GUARDED and name.casefold() in GUARDED:
-            # To some servers (Go's) names in another case are the same.
-            told = f"The field must be written '{name.casefold()}'."
-            raise BadRequest(told, param=name.casefold())
+        plain = name.partition("[")[0].casefold()
+        if name not in GUARDED and plain in GUARDED:
+            # To some servers names in another case (Go's), or of a form with brackets
+            # (PHP's), are the same.
+            told = f"The field must be written '{plain}'."
+            raise BadRequest(told, param=plain)
     model, stream = body.get("model"), body.get("stream")
     if not isinstance(model, str) or not 1 <= len(model) <= 200:
         raise BadRequest("'model' must be the name of a model.", param="model")
@@ -3219,9 +3224,9 @@ def parse_call(
         if path != "chat/completions" and not isinstance(prompt[0], int):
             prompts = len(prompt)  # a list of token numbers is one, others are a batch
     size, bounded = prompt_size(body, size if form else max(size, len(data)))
-    size += sum([file_tokens(file)[1] for file in files])
+    size += sum([file_tokens(path, file)[1] for file in files or ()])
     spoken = body.get("input") if path == SPEECH else ""
-    if not isinstance(spoken, str):
+    if path == SPEECH and not (isinstance(spoken, str) and spoken):
         raise BadRequest("'input' must be the text to be spoken.", param="input")
     return Call(
         path, body, model, bool(stream), wants_usage, size, bounded,
@@ -3259,6 +3264,9 @@ def refuse_unpriced(body: dict[str, Any], model: Model) -> None:
                 raise BadRequest(f"'{name}' may not be {shown} here.", param=name)
 
 
+TOLD_FORMATS = (None, "json", "diarized_json")  # of transcripts that tell their tokens
+
+
 def refuse_priceless(call: Call, price: Price) -> None:
     """Raises BadRequest where a price has nothing that this call's answer tells of."""
     if price == Price() or price.request or call.path in FREE:
@@ -3267,7 +3275,7 @@ def refuse_priceless(call: Call, price: Price) -> None:
     if call.path == SPEECH:
         priced = price.characters or (tokens and call.body.get("stream_format") == "sse")
     elif call.path in TRANSCRIPTS:
-        priced = tokens and asked in (None, "json")  # other formats tell no tokens
+        priced = tokens and asked in TOLD_FORMATS
     else:
         priced = tokens or price.image
     if not priced:
@@ -3349,7 +3357,7 @@ def prompt_weight(call: Call) -> int:
         texts = [call.body[name] for name in call.body.keys() - SCHEMAS - {"model"}]
         weight = weigh([text for text in texts if type(text) is not int], True)
         schemas = [call.body[name] for name in SCHEMAS if call.body.get(name)]
-        weight += sum([BYTES_PER_TOKEN * file_tokens(file)[0] for file in call.files])
+        weight += sum([BYTES_PER_TOKEN * file_tokens(call.path, file)[0] for file in call.files or ()])
         return weight + sum([len(to_json(schema)) for schema in schemas])
     except (RecursionError, BadRequest):  # nested too deeply
         return BYTES_PER_TOKEN * call.size
@@ -3357,7 +3365,7 @@ def prompt_weight(call: Call) -> int:
 
 def without_body(call: Call) -> Call:
     """What is left to know of a request when its answer has begun."""
-    return replace(call, body={}, files=(), weight=prompt_weight(call))
+    return replace(call, body={}, files=None, weight=prompt_weight(call))
 
 
 def estimate(call: Call, relayed: int, price: Price, images: int = 0) -> Usage:
@@ -3371,7 +3379,7 @@ def estimate(call: Call, relayed: int, price: Price, images: int = 0) -> Usage:
     if spoken:  # which is all that is charged
         input = output = 0
     images = images if price.image else 0
-    return Usage(input, 0, output, images, estimated=not spoken, characters=spoken)
+    return Usage(input, 0, output, images, estimated=not spoken)
 
 
 def settled_usage(
@@ -3513,6 +3521,7 @@ def written(document: dict[str, Any]) -> int:
     """
     size = 0
     try:
+        size += "audio" in document  # it counts as relayed, its bytes are no text
         for choice in objects(document.get("choices")):
             size += weigh(choice.get("delta") or choice.get("message") or {})
             size += weigh(choice.get("text"))
@@ -4025,12 +4034,16 @@ class Answer:
             self.pieces.close()
 
 
-def read_some(answer: Iterator[bytes], limit: int) -> bytes:
-    """The body, or its beginning once that has more than `limit` bytes."""
+def read_some(
+    answer: Iterator[bytes], limit: int, held: Callable[[int], Any] = int
+) -> bytes:
+    """The body, or its beginning once that has more than `limit` bytes; `held` is told
+    how many are."""
     pieces, size = [], 0
     for data in answer:
         pieces.append(data)
         size += len(data)
+        held(size)
         if size > limit:
             break
     return b"".join(pieces)
@@ -4464,13 +4477,11 @@ class OpenAI(Dialect):
         self._query = f"?{upstream.query}" if upstream.query else ""
 
     def send(self, call: Call, body: dict[str, Any], watch: Watch) -> Answer:
-        more, data = call.headers, None
-        if call.files:
-            kind, data = to_form(body, call.files)
-            more = more | {"Content-Type": kind}
-        elif call.path == SPEECH or call.path in TRANSCRIPTS:
-            more = more | {"Accept": "*/*"}
-        data = data or to_json(body)
+        more = call.headers | ({"Accept": "*/*"} if call.path in OTHER_KINDS else {})
+        if call.files is None:
+            data = to_json(body)
+        else:
+            more["Content-Type"], data = to_form(body, call.files)
         return self.finish(self.start(call.path, data, watch, more), call.path)
 
     def start(
@@ -4604,6 +4615,7 @@ def image_url(entry: Any) -> str | None:
     return None
 
 
+PICTURE_URL = re.compile("https?://|data:image/[a-z0-9.+-]+;base64,", re.I)
 COMMENT_INTERVAL = 10.0  # seconds between the comments of a stream that waits
 
 
@@ -4618,14 +4630,37 @@ class ImageDialect(Dialect):
             raise BadRequest("Only one image a request: 'n' must be 1.", param="n")
         if not self.prompt(call).strip():
             raise BadRequest("There is no text to make an image of.", param="messages")
+        self.pictures(call)
 
     @staticmethod
     def prompt(call: Call) -> str:
         """The prompt; through chat, the text of the last user message."""
         if call.path == "chat/completions":
-            return last_user_text(call.body)
+            return message_text(last_user_message(call.body))
         prompt = call.body.get("prompt")
         return prompt if isinstance(prompt, str) else ""
+
+    @staticmethod
+    def pictures(call: Call) -> list[str]:
+        """The URLs of the pictures to work on, attached to the last user message or
+        named by a field; BadRequest for what an image model cannot be given."""
+        content = last_user_message(call.body).get("content")
+        found: list[Any] = []
+        for part in objects(content):
+            held = part.get("image_url")
+            if part.get("type", "image_url") == "image_url" and medium(part):
+                found.append(held.get("url") if isinstance(held, dict) else held)
+            elif medium(part):
+                told = "An image model takes text and 'image_url' parts only."
+                raise BadRequest(told, param="messages")
+        for name in ("image", "image_urls"):
+            value = call.body.get(name) or []
+            found += value if isinstance(value, list) else [value]
+        for url in found:
+            if not isinstance(url, str) or not PICTURE_URL.match(url):
+                told = "A picture must be a URL (https://…) or a data URL of base64."
+                raise BadRequest(told, param="image")
+        return found
 
     def make(self, call: Call, body: dict[str, Any], watch: Watch) -> Steps:
         """Asks for images, once; its last step are OpenAI's entries.
@@ -4687,7 +4722,7 @@ class Images(ImageDialect):
     options = "auth headers query proxy timeout without"
     members = (
         "n size seed watermark quality style background user"
-        " guidance_scale image response_format output_format"
+        " guidance_scale response_format output_format"
     ).split()
 
     @classmethod
@@ -4706,6 +4741,8 @@ class Images(ImageDialect):
         if call.path == "chat/completions":
             asked.pop("response_format", None)
         asked |= {"model": body["model"], "prompt": self.prompt(call)}
+        if pictures := self.pictures(call):
+            asked["image"] = pictures[0] if len(pictures) == 1 else pictures
         if "seedream" in body["model"]:
             self._level(asked)
         exchange = self._api.start("images/generations", to_json(asked), watch)
@@ -4792,15 +4829,24 @@ class JiMeng(ImageDialect):
             raise BadRequest("This model makes one image a request.", param="n")
         if len(self.prompt(call)) > 800:
             raise BadRequest("The prompt may have at most 800 characters.")
-        if call.body.get("response_format") == "b64_json":
-            raise BadRequest("Only URLs are answered.", param="response_format")
+        kinds = {url[:4].lower() for url in self.pictures(call)}
+        if len(kinds) > 1:
+            told = "This model takes pictures as URLs or as data, not both at once."
+            raise BadRequest(told, param="image")
 
     def make(self, call: Call, body: dict[str, Any], watch: Watch) -> Steps:
         # Without force_single one call can make, and bill, fifteen images.
         task = {"req_key": body["model"], "prompt": self.prompt(call)}
         task |= {"force_single": True} | self._options(body)
+        if pictures := self.pictures(call):
+            if "t2i_v3" in body["model"]:
+                raise BadRequest("This model takes no pictures.", param="image")
+            linked = pictures[0][:4].lower() == "http"
+            name = "image_urls" if linked else "binary_data_base64"
+            task[name] = [url if linked else url.partition(",")[2] for url in pictures]
         data, model = self._call("CVSync2AsyncSubmitTask", task, watch), body["model"]
-        del call, body, task  # they may hold a picture
+        inline = call.body.get("response_format") == "b64_json"
+        del call, body, task, pictures  # they may be large
         id = data.get("task_id")
         if not isinstance(id, str) or not re.fullmatch(r"[\w-]{1,64}", id):
             raise UpstreamFailed("no task id")
@@ -4810,7 +4856,7 @@ class JiMeng(ImageDialect):
             yield None
             watch.sleep(pause)
             pause = JIMENG_POLL
-            if images := self._poll(model, id, watch):
+            if images := self._poll(model, id, inline, watch):
                 yield images
                 return
             watch.hears()
@@ -4819,7 +4865,7 @@ class JiMeng(ImageDialect):
     @staticmethod
     def _options(body: dict[str, Any]) -> dict[str, Any]:
         """What the vendor takes besides the prompt; OpenAI's size as width, height."""
-        names = ("width", "height", "scale", "seed", "image_urls")
+        names = ("width", "height", "scale", "seed")
         options = {name: body[name] for name in names if body.get(name) is not None}
         size = body.get("size")
         if size not in (None, "auto"):
@@ -4829,13 +4875,16 @@ class JiMeng(ImageDialect):
             options |= {"width": int(match[1]), "height": int(match[2])}
         return options
 
-    def _poll(self, model: str, id: str, watch: Watch) -> list[dict] | None:
-        """The task's image, None while it is being made.
+    def _poll(
+        self, model: str, id: str, inline: bool, watch: Watch
+    ) -> list[dict] | None:
+        """The task's image, as base64 or as its URL; None while it is being made.
 
         The submitted task may still be billed: whatever fails now must not be
         repeated by the client.
         """
-        query = {"req_key": model, "task_id": id, "req_json": '{"return_url":true}'}
+        options = to_json({"return_url": not inline}).decode()
+        query = {"req_key": model, "task_id": id, "req_json": options}
         try:
             data = self._call("CVSync2AsyncGetResult", query, watch)
         except UpstreamFailed as error:
@@ -4844,14 +4893,14 @@ class JiMeng(ImageDialect):
             raise UpstreamFailed(f"task {id}: {error.reason}") from None
         if (status := data.get("status")) in ("in_queue", "generating"):
             return None
-        urls = data.get("image_urls")
+        urls = data.get("binary_data_base64" if inline else "image_urls")
         if status != "done" or not isinstance(urls, list):
             known = status if status in ("not_found", "expired", "done") else "unknown"
             raise UpstreamFailed(f"task {id}: {known}")
         urls = [url for url in urls if isinstance(url, str) and url]
         if not urls:
             raise UpstreamFailed(f"task {id}: no image")
-        return [{"url": urls[0]}]
+        return [{"b64_json" if inline else "url": urls[0]}]
 
     def _call(self, action: str, document: dict[str, Any], watch: Watch) -> dict:
         """`data` of a successful call; raises Refused or UpstreamFailed."""
@@ -4860,7 +4909,7 @@ class JiMeng(ImageDialect):
         exchange.send(path, body, header_lines(headers))
         try:
             answer = exchange.receive()
-            return self._data(answer.status, read_all(answer, 1 << 20))
+            return self._data(answer.status, read_all(answer))
         finally:
             exchange.close()
 
@@ -4928,7 +4977,7 @@ class Echo(Dialect):
     def send(self, call: Call, body: dict[str, Any], watch: Watch) -> Answer:
         limit = min((body[name] for name in CAPS if body.get(name)), default=None)
         # Behind the last word the blanks would be searched from each of them on.
-        words = re.findall(r"\s*\S+", last_user_text(body).rstrip())
+        words = re.findall(r"\s*\S+", message_text(last_user_message(body)).rstrip())
         finish = "length" if limit is not None and len(words) > limit else "stop"
         words, choices = words[:limit], body.get("n") or 1
         asked = sum(len(message_text(each).split()) for each in body["messages"])
@@ -5029,6 +5078,11 @@ class Meter:
         self._rename = Renaming(call.model)
 
     @property
+    def held(self) -> int:
+        """Bytes of an event that is not complete yet."""
+        return self._reader.size
+
+    @property
     def finished(self) -> bool:
         """Whether each choice has its finish, or the last event was read."""
         if self.ending in (Ending.DONE, Ending.FAILED):
@@ -5099,7 +5153,7 @@ class Meter:
 
 
 REPORT_END = 64 << 10  # bytes at both ends of a long answer, where it tells its usage
-USAGE = re.compile(rb'"usage"\s*:\s*(\{(?:[^{}]|\{[^{}]*\})*\})')
+USAGE = re.compile(rb'"usage"\s*:\s*(\{(?:[^{}]++|\{[^{}]*+\})*+\})')
 
 
 class Passage:
@@ -5110,6 +5164,7 @@ class Passage:
 
     error: dict[str, Any] = {}
     report_due = False
+    held = 0
 
     def __init__(self, call: Call, price: Price, kind: str):
         self._call, self._json = call, kind == "application/json"
@@ -5138,6 +5193,8 @@ class Passage:
     def end(self) -> bytes:
         if not self.events:
             raise UpstreamFailed("an empty answer")
+        if self._json and not self._tail.rstrip().endswith(b"}"):
+            raise UpstreamFailed("no whole JSON object")
         self.ending = Ending.DONE
         self.last = self._read(self._tail) if self._json else self._tail
         return b""
@@ -5291,6 +5348,7 @@ class Relay:
         self._ttfb: int | None = None  # milliseconds
         self._charge: Charge | None = None  # how it ended, once the ledger was told
         self._begin = b""  # of the answer
+        self._body = share.size  # bytes of it that the body takes, until it is dropped
         self._closed = False
         self._upstream: str | None = None  # that was asked last
         self._attempts = 0
@@ -5301,6 +5359,9 @@ class Relay:
             self._begin = self._send()
             self._drop_body()
             if self._meter is not None:
+                if not self._answer.stream:  # what fails by now is told with a status
+                    self._begin = next(self._pieces, b"")
+                    self._share.keep(len(self._begin))
                 kind = STREAM_TYPE if self._answer.stream else self._answer.kind
                 kind += "; charset=utf-8" if kind.startswith("text/") else ""
                 return Response(self, 200, STREAM_HEADERS, None, kind, True)
@@ -5360,14 +5421,14 @@ class Relay:
         call, pieces = self.call, iter(answer)
         data = b""
         if answer.kind == "application/json":
-            data = read_some(pieces, MAX_ANSWER)
+            data = read_some(pieces, MAX_ANSWER, self._hold)
             if len(data) > MAX_ANSWER and call.path not in NO_OUTPUT | PICTURES:
                 raise UpstreamFailed(f"an answer over {MAX_ANSWER} bytes")
         if len(data) > MAX_ANSWER or answer.kind != "application/json":
             self.watch.streams()
             self._meter = Passage(call, price, answer.kind)
             self._pieces = self._passed(itertools.chain([data], pieces), secrets)
-            return next(self._pieces, b"")  # what fails by now is told with a status
+            return b""
         document, usage = read_whole(data, self.call, price, answer.images)
         if document.get("error"):
             error = unwrapped(document)
@@ -5380,7 +5441,13 @@ class Relay:
         """A stream may last for half an hour, an answer is read slowly."""
         if self._share.size > KEPT_BODY:
             self.call = without_body(self.call)
+        self._body = 0
         self._share.keep(len(self._begin))
+
+    def _hold(self, size: int) -> None:
+        """So many bytes of an answer wait here."""
+        if max(size, self._share.size - self._body) > KEPT_BODY:
+            self._share.keep(self._body + size)
 
     def _note_failure(self, upstream: UpstreamConfig, error: UpstreamFailed) -> None:
         note = {"upstream": upstream.name, "reason": error.reason}
@@ -5415,9 +5482,11 @@ class Relay:
                     yield self._begin[:-1]
                     self._begin = self._begin[-1:]
                 self.close()
-            yield self._begin
+            begin, self._begin = self._begin, b""
+            yield begin
             if self._meter is None:
                 return
+            del begin
             yield from self._pieces
             self._settle(self._meter.ending)
             yield self._meter.last
@@ -5434,6 +5503,7 @@ class Relay:
         for data in pieces:
             self.watch.due = math.inf  # what takes long from here on is the client
             out = meter.feed(data)
+            self._hold(meter.held)
             self.watch.finished = meter.report_due
             if meter.events and self._ttfb is None:
                 self._hear()
@@ -5477,6 +5547,7 @@ class Relay:
         used = settled_usage(
             ending, finished, self.watch.sent, usage, weight, self.call, price
         )
+        used = used and replace(used, characters=self.call.characters)
         amount = cost(used, price) if used else 0
         if used and used.estimated:
             amount = min(amount, self.lease.hold)
@@ -5558,11 +5629,6 @@ class Relay:
 # Application -------------------------------------------------------------------------
 
 PUBLIC = {"healthz", "documentation", "dashboard", "asset"}
-# The relayed paths that are listed; others below /v1 may be relayed as well.
-ENDPOINTS = set(
-    "chat/completions completions embeddings responses messages messages/count_tokens"
-    " moderations rerank".split()
-) | {SPEECH} | TRANSCRIPTS | PICTURES
 BASES = {path.partition("/")[0] for path in ENDPOINTS} | {"models"}
 
 

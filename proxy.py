@@ -2838,7 +2838,7 @@ def read_body(
     return data
 
 
-MAX_PARTS = 100  # of a form
+MAX_PARTS, MAX_FIELD = 100, 1 << 20  # of a form; bytes of each that is no file
 
 
 class FilePart(NamedTuple):
@@ -2857,8 +2857,8 @@ def parse_form(
     more than once is a list of texts."""
     _, options = parse_options_header(content_type)
     parser = MultiPartParser(
-        stream_factory=lambda *_, **__: io.BytesIO(), max_form_memory_size=None,
-        max_form_parts=MAX_PARTS,
+        stream_factory=lambda *_, **__: io.BytesIO(),  # nothing on the disk
+        max_form_memory_size=MAX_FIELD, max_form_parts=MAX_PARTS,
     )  # fmt: skip
     try:
         boundary = options.get("boundary", "").encode("ascii")
@@ -2881,15 +2881,16 @@ def parse_form(
     return body, tuple(parts)
 
 
-def to_form(
-    body: dict[str, Any], files: tuple[FilePart, ...]
-) -> tuple[str, bytes]:
+SIGNS = re.compile(r'[\x00-\x1f\x7f"\\]')  # that no quoted name may hold
+
+
+def to_form(body: dict[str, Any], files: tuple[FilePart, ...]) -> tuple[str, bytes]:
     """(content type, bytes) of a form with these fields and files (RFC 7578)."""
     boundary, pieces = secrets.token_hex(16), []
 
     def add(name: str, more: str, data: bytes) -> None:
-        # As browsers escape it (WHATWG HTML, multipart form data).
-        quoted = re.sub('[\r\n"]', lambda sign: f"%{ord(sign[0]):02X}", name)
+        # As browsers escape it (WHATWG HTML, multipart form data), and more.
+        quoted = SIGNS.sub(lambda sign: f"%{ord(sign[0]):02X}", name)
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="{quoted}"{more}'
         pieces.extend([head.encode("utf-8", "replace"), b"\r\n\r\n", data, b"\r\n"])
 
@@ -2898,8 +2899,9 @@ def to_form(
             text = each if isinstance(each, str) else json.dumps(each)
             add(name, "", text.encode("utf-8", "replace"))
     for name, filename, kind, data in files:
-        filename = re.sub(r'[\x00-\x1f"\\]', "_", filename)
-        kind = kind if re.fullmatch(r"[\w.+-]+/[\w.+-]+", kind) else "application/octet-stream"
+        filename = SIGNS.sub("_", filename)
+        if not re.fullmatch(r"[\w.+-]+/[\w.+-]+", kind):
+            kind = "application/octet-stream"
         add(name, f'; filename="{filename}"\r\nContent-Type: {kind}', data)
     pieces.append(f"--{boundary}--\r\n".encode())
     return f"{FORM}; boundary={boundary}", b"".join(pieces)
@@ -3413,7 +3415,7 @@ def settled_usage(
     told = replace(reported or guess, images=guess.images)
     if reported and reported.output >= guess.output:
         return told
-    return replace(told, output=guess.output, estimated=True)
+    return replace(told, output=guess.output, estimated=guess.estimated)
 
 
 # What holds the report where it is not at the top: OpenAI's /responses, Anthropic's
@@ -5427,7 +5429,8 @@ class Relay:
         if len(data) > MAX_ANSWER or answer.kind != "application/json":
             self.watch.streams()
             self._meter = Passage(call, price, answer.kind)
-            self._pieces = self._passed(itertools.chain([data], pieces), secrets)
+            pieces = itertools.chain([data], pieces) if data else pieces
+            self._pieces = self._passed(pieces, secrets)
             return b""
         document, usage = read_whole(data, self.call, price, answer.images)
         if document.get("error"):
@@ -7670,7 +7673,10 @@ left cannot pay for so much, the answer is cut to what they can pay.</p>
 <p>A reasoning model puts its chain of thought into <code>reasoning_content</code>, beside
 <code>content</code>. Any other <code>POST /v1/…</code> of the OpenAI API whose JSON body names a
 <code>model</code> (completions, embeddings, responses) goes to the same path of that model's
-provider, if the provider has it; audio, files and batches are not relayed. Anthropic's SDKs and Claude Code use
+provider, if the provider has it; so do <code>/v1/audio/speech</code> and the forms
+(multipart) of <code>/v1/audio/transcriptions</code>, <code>/v1/audio/translations</code> and
+<code>/v1/images/edits</code>. Stored files and batches are not relayed. A picture attached to
+a chat with an image model is what that model works on. Anthropic's SDKs and Claude Code use
 <code>{{ root_url }}</code> and <code>/v1/messages</code>, with models that speak it.</p></section>
 <section id="streaming" class="card"><h2>Streaming</h2>
 <p>With <code>"stream": true</code> the answer comes as server-sent events while it is being

@@ -11,6 +11,7 @@ import ast
 import base64
 import asyncio
 import contextlib
+import email
 import errno
 import fcntl
 import functools
@@ -3323,7 +3324,8 @@ def test_a_strange_path_is_not_found(path: str) -> None:
 @pytest.mark.parametrize(
     "path",
     ["realtime/sessions", "files", "organization/api_keys", "responses/resp_1/cancel",
-     "messages/batches", "conversations", "audio/voices", "client/sessions"],
+     "messages/batches", "conversations", "audio/voices", "audio/speech/x",
+     "client/sessions"],
 )  # fmt: skip
 def test_what_cannot_be_metered_is_not_relayed(path):
     with pytest.raises(proxy.NotFound):
@@ -4300,6 +4302,10 @@ class Stage:
                 "thinker": {"upstream": "main/o", **TOKENS, "defaults": THOUGHTFUL},
                 "unset-image": {"upstream": ["unset/x", "volc/x"], **IMAGE},
                 "picture": {"upstream": "main/dall-e", **IMAGE},
+                "voice": {"upstream": "main/tts-1", "price": {"characters": 15}},
+                "whisper": {"upstream": "main/whisper-1", "price": {"request": 0.006}},
+                "draw": {"upstream": "ark/doubao-seedream-4-0-20260415", **IMAGE},
+                "old-jimeng": {"upstream": "volc/jimeng_t2i_v31", **IMAGE},
                 "deepseek-chat": {"upstream": "deep/deepseek-flash"},
                 "deepseek-r1": {"upstream": "deep/deepseek-v4-pro"},
                 "deepseek-coder": {"upstream": "deep/deepseek-flash", **TOKENS},
@@ -5118,7 +5124,7 @@ def test_jimeng_answers_openais_image_shape(stage):
 
 
 CATS, LONG = "猫" * 800, "x" * 801
-PARTS = [{"type": "text", "text": "A"}, {"type": "image_url"}, {"text": "cat"}]
+PARTS = [{"type": "text", "text": "A"}, {"text": "cat"}, {"type": "refusal"}]
 
 
 @pytest.mark.parametrize(
@@ -5143,6 +5149,60 @@ def test_a_task_asks_for_one_image_of_the_last_user_message(stage, body, task):
     assert sent == {**always, **task}
 
 
+CAT, INLINE_CAT = "https://x.example/cat.png", "data:image/png;base64,iVBO"
+
+
+def linked(url: str) -> dict:
+    """Return the part of a message that attaches a picture."""
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def audio_part() -> dict:
+    return {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+
+
+def said_with(*parts: dict) -> dict:
+    """Return a chat whose last user message is a text and these parts."""
+    content = [{"type": "text", "text": "As a dog"}, *parts]
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+@pytest.mark.parametrize(
+    "model, path, body, sent",
+    [
+        ("jimeng-image", "chat", said_with(linked(CAT)), {"image_urls": [CAT]}),
+        ("jimeng-image", "chat", said_with(linked(INLINE_CAT), linked(INLINE_CAT)),
+         {"binary_data_base64": ["iVBO", "iVBO"]}),
+        ("jimeng-image", "images", {"image": CAT}, {"image_urls": [CAT]}),
+        ("jimeng-image", "images", {"image_urls": [CAT]}, {"image_urls": [CAT]}),
+        ("seedream", "chat", said_with(linked(INLINE_CAT)), {"image": INLINE_CAT}),
+        ("draw", "chat", said_with(linked(CAT), linked(INLINE_CAT)),
+         {"image": [CAT, INLINE_CAT]}),
+        ("draw", "images", {"image_urls": [CAT]}, {"image": CAT}),
+        ("any-image", "chat", said_with({"image_url": CAT}), {"image": CAT}),
+    ],
+)  # fmt: skip
+def test_an_attached_picture_goes_to_the_image_model(stage, model, path, body, sent):
+    path = {"chat": "chat/completions", "images": "images/generations"}[path]
+    response = stage.post(path, {"model": model, "prompt": "As a dog", **body})
+    assert_image(stage, response, GOOD, 1)
+    got = (stage.volc.requests + stage.ark.requests)[0].json
+    names = {"image", "image_urls", "binary_data_base64"}
+    assert {name: got[name] for name in names & got.keys()} == sent
+    assert got["prompt"] == "As a dog"
+
+
+def test_jimeng_answers_base64_where_it_is_asked_for(stage):
+    data = {"status": "done", "image_urls": None, "binary_data_base64": ["iVBO"]}
+    stage.volc.script = [None, json_answer(volc_body(10000, data, "ok"))]
+    ask = {"model": "jimeng-image", "prompt": "A", "response_format": "b64_json"}
+    response = stage.post("images/generations", ask)
+    assert_image(stage, response, GOOD, 1)
+    assert response.json["data"] == [{"b64_json": "iVBO"}]
+    query = stage.volc.requests[1].json
+    assert json.loads(query["req_json"]) == {"return_url": False}
+
+
 JIMENG, ARK, ANY = "jimeng-image", "seedream", "any-image"
 CHATS, IMAGES = "chat/completions", "images/generations"
 
@@ -5160,7 +5220,14 @@ CHATS, IMAGES = "chat/completions", "images/generations"
         (JIMENG, CHATS, {"messages": [{"role": "system", "content": "x"}]}, "messages"),
         (JIMENG, CHATS, {"size": "huge"}, "size"),
         (JIMENG, IMAGES, {"prompt": ""}, "messages"),
-        (JIMENG, IMAGES, {"response_format": "b64_json"}, "response_format"),
+        (JIMENG, CHATS, said_with(audio_part()), "messages"),
+        (ARK, CHATS, said_with({"type": "file", "file": {"file_id": "x"}}), "messages"),
+        (ARK, CHATS, said_with({"type": "image_url"}), "image"),
+        (ARK, CHATS, said_with(linked("file:///etc/passwd")), "image"),
+        (ARK, IMAGES, {"image": ["ftp://a/b"]}, "image"),
+        (JIMENG, IMAGES, {"image": 5}, "image"),
+        (JIMENG, CHATS, said_with(linked(CAT), linked(INLINE_CAT)), "image"),
+        ("old-jimeng", CHATS, said_with(linked(CAT)), "image"),
     ],
 )
 def test_what_an_image_model_cannot_do_is_refused_before_it_is_asked(
@@ -5691,6 +5758,302 @@ def test_an_answer_waits_for_its_charge_and_is_not_to_be_made_again(
     response = stage.chat()
     assert (response.status_code, retry_of(response)) == (status, repeat)
     assert (stage.row(response)["cost"] > 0) == (status == 200)
+
+
+# -- Audio and forms -----------------------------------------------------------------
+
+MP3 = bytes(range(256)) * 300
+SPEAK = {"model": "voice", "input": "Grüß Gott", "voice": "alloy"}  # nine characters
+SPEAKING = [
+    {"type": "speech.audio.delta", "audio": "AAAA"},
+    {"type": "speech.audio.done", "usage": {"input_tokens": 14, "output_tokens": 101}},
+]
+HEARING = [
+    {"type": "transcript.text.delta", "delta": "Hello"},
+    {"type": "transcript.text.done", "text": "Hello", "usage": {
+        "type": "tokens", "input_tokens": 14, "output_tokens": 45, "total_tokens": 59}},
+]  # fmt: skip
+SECONDS = {"text": "Hello", "usage": {"type": "duration", "seconds": 9}}
+
+
+def post_form(stage: Stage, path: str, model: str, name: str = "file", **more: Any):
+    """Post a form with a file of these bytes that are no text; `more` are fields."""
+    files = [(BytesIO(MP3), "grüße.mp3", "audio/mpeg")]
+    fields = {"model": model, **more, name: files}
+    post = stage.app.test_client(use_cookies=False).post
+    where = {"headers": bearer(TEAM_KEY), "content_type": "multipart/form-data"}
+    return post(f"/v1/{path}", data=fields, buffered=True, **where)
+
+
+def form_parts(request: Request) -> list[tuple[str, str | None, bytes]]:
+    """Return (name, filename, data) of each part that an upstream got."""
+    kind = f"Content-Type: {request.header('Content-Type')}\r\n\r\n".encode()
+    parts = email.message_from_bytes(kind + request.body).get_payload()
+    return [
+        (part.get_param("name", header="content-disposition"), part.get_filename(),
+         part.get_payload(decode=True))
+        for part in parts
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", ["audio/mpeg", "audio/x-wav", "application/octet-stream"]
+)
+@pytest.mark.parametrize("length", [b"Content-Length: %d\r\n" % len(MP3), b""])
+def test_speech_passes_as_it_comes_and_is_charged_by_the_character(stage, kind, length):
+    start = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: " + kind.encode()
+    stage.main.script = [raw(start + b"\r\n" + length + b"\r\n" + MP3)]
+    response = stage.post("audio/speech", SPEAK)
+    assert (response.data, response.mimetype) == (MP3, kind)
+    assert stage.main.requests[0].json == SPEAK | {"model": "tts-1"}
+    row = stage.row(response)
+    assert (row["cost"], row["hold"], row["estimated"]) == (9 * 15, 9 * 15, 0)
+
+
+@pytest.mark.parametrize(
+    "model, cost", [("voice", 9 * 15), ("chat", 14 + 2 * 101), ("flat", 10_000)]
+)
+def test_speech_as_events_is_charged_by_the_character_or_its_report(stage, model, cost):
+    stage.main.script = [sse(SPEAKING, done=False)]
+    ask = SPEAK | {"model": model, "stream_format": "sse"}
+    response = stage.post("audio/speech", ask)
+    assert response.data == sse_bytes(SPEAKING, done=False)
+    row = stage.row(response)
+    assert (row["cost"], row["estimated"]) == (cost, 0)
+
+
+@pytest.mark.parametrize(
+    "answer", [typed(b"<html>", "text/html"), typed(b"", "audio/mpeg"),
+               typed(b'{"x": 1', "application/json"), typed(b"hi", "text/plain")],
+)  # fmt: skip
+def test_speech_that_is_none_is_a_free_503(stage, answer):
+    stage.main.script = [answer]
+    assert_unavailable(stage, stage.post("audio/speech", SPEAK), "no")
+
+
+@pytest.mark.parametrize(
+    "path, answer, data, kind, cost",
+    [
+        ("transcriptions", json_answer(SECONDS), SECONDS, "application/json", 6000),
+        ("translations", typed(b"Hello", "text/plain"), b"Hello", "text/plain", 6000),
+        ("transcriptions", typed(b"WEBVTT", "text/vtt"), b"WEBVTT", "text/vtt", 6000),
+        ("transcriptions", typed(b"1\n", "application/x-subrip"), b"1\n",
+         "application/x-subrip", 6000),
+    ],
+)  # fmt: skip
+def test_a_transcription_in_any_form_is_charged_by_the_request(
+    stage, path, answer, data, kind, cost
+):
+    stage.main.script = [answer]
+    response = post_form(stage, f"audio/{path}", "whisper", response_format="vtt")
+    got = response.json if kind == "application/json" else response.data
+    assert (got, response.mimetype, stage.row(response)["cost"]) == (data, kind, cost)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_transcription_is_charged_by_its_report(stage, stream):
+    whole = {"text": "Hello", "usage": HEARING[1]["usage"]}
+    stage.main.script = [sse(HEARING, done=False) if stream else json_answer(whole)]
+    more = {"stream": "true"} if stream else {}
+    response = post_form(stage, "audio/transcriptions", "chat", **more)
+    assert response.mimetype == ("text/event-stream" if stream else "application/json")
+    row = stage.row(response)
+    assert (row["cost"], row["estimated"], row["stream"]) == (14 + 2 * 45, 0, stream)
+
+
+def test_a_form_passes_with_the_upstreams_model_and_else_as_it_came(stage):
+    stage.main.script = [json_answer(SECONDS)]
+    field = "timestamp_granularities[]"
+    more = {"language": "de", field: ["word", "segment"], "prompt": "Grüße\r\n--x"}
+    post_form(stage, "audio/transcriptions", "whisper", **more)
+    (request,) = stage.main.requests
+    fields = {"model": "whisper-1", "language": "de", "prompt": more["prompt"]}
+    expected = {(name, None, text.encode()) for name, text in fields.items()}
+    expected |= {(field, None, b"word"), (field, None, b"segment")}
+    parts = form_parts(request)
+    assert {part for part in parts if part[0] != "file"} == expected
+    assert [data for name, _, data in parts if name == "file"] == [MP3]
+    assert 'filename="grüße.mp3"'.encode() in request.body and len(parts) == 6
+    assert TEAM_KEY.encode() not in request.body
+
+
+def test_an_edit_of_pictures_is_charged_by_the_image(stage):
+    stage.main.script = [json_answer(PICTURES)]
+    response = post_form(stage, "images/edits", "picture", "image[]", n="2", prompt="x")
+    row = stage.row(response)
+    assert (row["cost"], row["hold"], row["images"]) == (80_000, 80_000, 2)
+
+
+@pytest.mark.parametrize("name", ["a", "ü b", "a;b=c", "a'b"])
+def test_a_form_that_is_sent_says_what_was_read(name):
+    body = {name: "x\r\n--y", "more": ["1", "2"]}
+    files = (proxy.FilePart(name + "2", f"{name}.wav", "audio/wav", MP3),)
+    kind, data = proxy.to_form(body, files)
+    assert proxy.parse_form(data, kind) == (body, files)
+
+
+@pytest.mark.parametrize("name", ['a"; x="y', "a\\", "a\r\nX-Evil: 1", "a\x00"])
+def test_no_name_of_a_form_writes_a_header(name):
+    files = (proxy.FilePart(name, name, f"text/plain\r\n{name}", b""),)
+    kind, data = proxy.to_form({name: "x"}, files)
+    parts = data.split(b"--" + kind.partition("=")[2].encode())
+    lines = [line for part in parts for line in part.split(b"\r\n\r\n")[0].split(b"\r\n")]
+    assert {line.partition(b":")[0] for line in lines} <= {
+        b"", b"--", b"Content-Disposition", b"Content-Type"}  # fmt: skip
+    assert data.count(b'"') == 6 and b"\\" not in data
+
+
+BOUND = "multipart/form-data; boundary=b"
+
+
+def form_of(*parts: tuple[str, bytes], end: bytes = b"--b--\r\n") -> bytes:
+    """Return a form of the boundary `b`."""
+    head = '--b\r\nContent-Disposition: form-data; name="%s"\r\n\r\n'
+    pieces = [(head % name).encode() + data + b"\r\n" for name, data in parts]
+    return b"".join(pieces) + end
+
+
+MODEL = ("model", b"whisper")
+
+
+@pytest.mark.parametrize(
+    "data, kind",
+    [
+        (b"", BOUND), (b"{}", BOUND), (form_of(MODEL, end=b""), BOUND),
+        (form_of(MODEL), "multipart/form-data"), (form_of(MODEL), f"{BOUND}x"),
+        (form_of(MODEL, MODEL), BOUND), (form_of(("prompt", b"x")), BOUND),
+        (form_of(MODEL, ("n[]", b"9")), BOUND), (form_of(MODEL, ("N", b"9")), BOUND),
+        (form_of(MODEL, ("n", b"0")), BOUND), (form_of(MODEL, ("n", b"x")), BOUND),
+        (form_of(MODEL, ("stream", b"yes")), BOUND), (form_of(*[MODEL] * 101), BOUND),
+        (form_of(MODEL, ("prompt", b"x" * (1 << 20) + b"x")), BOUND),
+        (form_of(MODEL)[:-20], BOUND), (b"--b\r\n\r\nx\r\n--b--\r\n", BOUND),
+    ],
+)  # fmt: skip
+def test_a_form_that_is_no_good_is_a_bad_request(data, kind):
+    with pytest.raises(proxy.BadRequest):
+        proxy.parse_call("audio/transcriptions", data, None, kind)
+
+
+@pytest.mark.parametrize(
+    "path, model, more",
+    [
+        ("audio/speech", "whisper-tokens", {}), ("audio/speech", "picture", {}),
+        ("audio/speech", "chat", {}), ("audio/speech", "voice", {"input": ""}),
+        ("audio/speech", "voice", {"input": ["a"]}), ("chat/completions", "voice", {}),
+        ("embeddings", "voice", {}), ("audio/transcriptions", "voice", {}),
+        ("audio/transcriptions", "chat", {"response_format": "srt"}),
+        ("audio/translations", "picture", {}),
+    ],
+)
+def test_what_cannot_be_priced_is_refused_before_the_provider_is_asked(
+    stage, path, model, more
+):
+    ask = SPEAK | {"model": model, "messages": SAY_HELLO} | more
+    response = stage.post(path, ask)
+    assert response.status_code in (400, 404) and error_of(response)["message"]
+    id = response.headers["x-request-id"]
+    assert not stage.main.requests and not stage.rows("id = ?", id)
+
+
+def test_other_paths_take_no_form(stage):
+    response = post_form(stage, "chat/completions", "chat")
+    assert response.status_code == 415 and not stage.main.requests
+
+
+def test_a_form_leaves_nothing_on_the_disk_and_frees_its_room(stage, monkeypatch):
+    def no_file(*_: Any, **__: Any) -> None:
+        raise AssertionError("a temporary file")
+
+    for name in ("TemporaryFile", "SpooledTemporaryFile", "NamedTemporaryFile"):
+        monkeypatch.setattr(tempfile, name, no_file)
+    monkeypatch.setattr(sys.modules[__name__], "MP3", b"x" * (2 << 20))
+    room = stage.app.extensions["proxy"].room
+    before, seen = room.free, []
+
+    def answer(request: Request) -> None:
+        seen.append(room.free)
+        json_answer(SECONDS)(request)
+
+    stage.main.script = [answer]
+    assert post_form(stage, "audio/transcriptions", "whisper").status_code == 200
+    assert before - seen[0] >= 3 * len(MP3) and room.free == before
+
+
+CUT_LONG = head(200, JSON, ("Content-Length", "999999"))
+
+
+@pytest.mark.parametrize(
+    "answer, path, body",
+    [
+        (raw(head(200, ("Content-Type", "audio/mpeg"), CHUNKED) + chunk(MP3)),
+         "audio/speech", SPEAK),
+        (raw(CUT_LONG + b'{"data": [' + b"0," * 90_000), "embeddings",
+         {"model": "embed", "input": "x"}),
+    ],
+)  # fmt: skip
+def test_what_is_cut_in_pieces_ends_without_its_last_chunk(gateway, answer, path, body):
+    models = {"voice": {"upstream": "main/tts-1", "price": {"characters": 15}}}
+    with Upstream([answer]) as upstream:
+        made = gateway(upstream.url, constants={"MAX_ANSWER": 10_000}, models=models)
+        with pytest.raises(requests.exceptions.ChunkedEncodingError):
+            url, auth = f"{made.url}/v1/{path}", bearer(TEAM_KEY)
+            requests.post(url, json=body, headers=auth, timeout=10)
+        assert "Traceback" not in made.log()
+
+
+LONG_DATA = [{"object": "embedding", "index": n, "embedding": [0.5] * 50}
+             for n in range(900)]  # fmt: skip
+LONG_VECTOR = {"object": "list", "data": LONG_DATA, "model": "theirs"}
+LONG_VECTOR |= {"usage": {"prompt_tokens": 50_000, "total_tokens": 50_000}}
+
+
+def test_a_long_answer_passes_in_pieces_for_its_report(stage, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_ANSWER", 20_000)
+    monkeypatch.setattr(proxy, "KEPT_BODY", 10_000)
+    stage.main.script = [json_answer(LONG_VECTOR)]
+    ask = {"model": "embed", "input": "x" * 60_000}
+    response = stage.post("embeddings", ask)
+    assert response.json == LONG_VECTOR | {"model": "embed"}
+    row = stage.row(response)
+    assert (row["input"], row["cost"], row["estimated"]) == (50_000, 1_000, 0)
+    assert "Content-Length" not in response.headers
+
+
+def test_a_long_answer_of_images_is_charged_by_the_image(stage, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_ANSWER", 20_000)
+    images = {"created": 1, "data": [{"b64_json": "eA" * 90_000}] * 2}
+    stage.main.script = [json_answer(images)]
+    ask = {"model": "picture", "prompt": "x", "n": 2}
+    response = stage.post("images/generations", ask)
+    assert response.json == images and stage.row(response)["cost"] == 80_000
+
+
+def test_a_long_answer_that_ends_too_early_is_no_answer(stage, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_ANSWER", 20_000)
+    data = json.dumps(LONG_VECTOR).encode()[:-9]
+    stage.main.script = [raw(head(200, JSON, CLOSE) + data)]
+    with pytest.raises(ConnectionError):
+        stage.post("embeddings", {"model": "embed", "input": "x"})
+
+
+def test_what_of_an_answer_waits_counts_in_the_room(stage):
+    room = stage.app.extensions["proxy"].room
+    free, half = room.free, b'data: {"choices": [], "x": "' + b"x" * (2 << 20)
+
+    def answer(request: Request) -> None:
+        whole = request.path.endswith("embeddings")
+        body = json.dumps({"x": "x" * (2 << 20), "usage": usage_of(1, 0)}).encode()
+        body = body if whole else half + b'"}\n\n' + sse_bytes(chat_chunks("hi"))
+        start = head(200, JSON if whole else EVENTS, ("Content-Length", str(len(body))))
+        request.send(start + body[:-99] if whole else start + body[: len(half)])
+        wait_for(lambda: free - room.free >= 1.5 * 2**20, what="its room")
+        request.send(body[-99:] if whole else body[len(half) :])
+
+    stage.main.script = [answer, answer]
+    ask = {"model": "embed", "input": "x"}
+    assert stage.post("embeddings", ask).status_code == 200
+    assert stage.chat(stream=True).data.endswith(b"[DONE]\n\n")
+    assert room.free == free
 
 
 # -- Headers -------------------------------------------------------------------------
@@ -7420,6 +7783,27 @@ def test_the_sdk_gets_what_was_thought_and_the_requests_id(sdk, real):
     assert answer.choices[0].message.reasoning_content == real.deep.thought
     assert answer.model == "deepseek-r1" and answer.usage.prompt_tokens == 20
     assert real.rows("id = ?", answer._request_id)
+
+
+def test_the_sdk_speaks_transcribes_and_edits(sdk, real):
+    client, form = sdk(), ("a.mp3", MP3, "audio/mpeg")
+    sound = typed(MP3, "audio/mpeg")
+    said = {"model": "voice", "voice": "alloy", "input": "Hi"}
+    real.main.script = [
+        sound, sound, json_answer(SECONDS), typed(b"Hello", "text/plain"),
+        sse(HEARING, done=False), json_answer(PICTURES),
+    ]  # fmt: skip
+    assert client.audio.speech.create(**said).content == MP3
+    with client.audio.speech.with_streaming_response.create(**said) as answer:
+        assert b"".join(answer.iter_bytes()) == MP3
+    listen = client.audio.transcriptions.create
+    assert listen(model="whisper", file=form).text == "Hello"
+    assert listen(model="whisper", file=form, response_format="text") == "Hello"
+    events = listen(model="chat", file=form, stream=True)
+    assert [event.type for event in events] == [event["type"] for event in HEARING]
+    picture = ("a.png", MP3, "image/png")
+    edited = client.images.edit(model="picture", image=[picture, picture], prompt="x")
+    assert edited.data[0].url == "https://a"
 
 
 def promised(stage: Stage) -> str:

@@ -5521,6 +5521,23 @@ def test_a_long_name_is_searched_in_little_memory() -> None:
     assert peak < 1 << 20
 
 
+@pytest.mark.parametrize("kind", ["audio/mpeg", "application/json"])
+@pytest.mark.parametrize("size", [1, 7, 1000, 10**6])
+def test_an_answer_in_pieces_of_any_size_is_the_same_and_keeps_its_end(kind, size):
+    call, price = make_call("embeddings", input="x"), proxy.Price(input=1)
+    data = json.dumps({"data": ["x" * 5_000], "model": "theirs", "usage": {
+        "prompt_tokens": 7}}).encode()  # fmt: skip
+    meter = proxy.Passage(call, price, kind)
+    out = [meter.feed(piece) for piece in split(data, size)]
+    assert meter.ending is None and not meter.finished
+    assert meter.end() == b"" and meter.last and meter.finished
+    whole = b"".join(out) + meter.last
+    if kind == "application/json":
+        data = data.replace(b'"model": "theirs"', b'"model":"chat"')
+        assert meter.usage == proxy.Usage(7)
+    assert whole == data
+
+
 # Relay -------------------------------------------------------------------------------
 
 
@@ -5897,7 +5914,8 @@ def test_no_name_of_a_form_writes_a_header(name):
     files = (proxy.FilePart(name, name, f"text/plain\r\n{name}", b""),)
     kind, data = proxy.to_form({name: "x"}, files)
     parts = data.split(b"--" + kind.partition("=")[2].encode())
-    lines = [line for part in parts for line in part.split(b"\r\n\r\n")[0].split(b"\r\n")]
+    heads = [part.partition(b"\r\n\r\n")[0] for part in parts]
+    lines = [line for head in heads for line in head.split(b"\r\n")]
     assert {line.partition(b":")[0] for line in lines} <= {
         b"", b"--", b"Content-Disposition", b"Content-Type"}  # fmt: skip
     assert data.count(b'"') == 6 and b"\\" not in data
@@ -5991,7 +6009,9 @@ CUT_LONG = head(200, JSON, ("Content-Length", "999999"))
          {"model": "embed", "input": "x"}),
     ],
 )  # fmt: skip
-def test_what_is_cut_in_pieces_ends_without_its_last_chunk(gateway, answer, path, body):
+def test_what_is_cut_in_pieces_ends_without_its_last_chunk(
+    gateway, tmp_path, answer, path, body
+):
     models = {"voice": {"upstream": "main/tts-1", "price": {"characters": 15}}}
     with Upstream([answer]) as upstream:
         made = gateway(upstream.url, constants={"MAX_ANSWER": 10_000}, models=models)
@@ -5999,6 +6019,40 @@ def test_what_is_cut_in_pieces_ends_without_its_last_chunk(gateway, answer, path
             url, auth = f"{made.url}/v1/{path}", bearer(TEAM_KEY)
             requests.post(url, json=body, headers=auth, timeout=10)
         assert "Traceback" not in made.log()
+        ((cost, state),) = query(tmp_path, "SELECT cost, state FROM requests")
+        assert cost > 0 and state == proxy.SETTLED  # for what was relayed
+
+
+def test_a_sound_waits_for_no_other(real):
+    gate, start = threading.Event(), head(200, ("Content-Type", "audio/mpeg"), CHUNKED)
+
+    def answer(request: Request) -> None:
+        request.send(start + chunk(MP3))
+        request.wait(gate)
+        request.send(chunk(MP3) + chunk(b""))
+
+    real.main.script = [answer]
+    url, more = f"{real.url}/v1/audio/speech", {"headers": bearer(TEAM_KEY), "timeout": 9}
+    with requests.post(url, json=SPEAK, stream=True, **more) as response:
+        assert response.raw.read(len(MP3) - 1) == MP3[:-1]
+        gate.set()
+        assert response.raw.read() == MP3[-1:] + MP3
+
+
+def test_speech_that_its_client_leaves_is_charged_by_the_character(real):
+    gate, start = threading.Event(), head(200, ("Content-Type", "audio/mpeg"), CHUNKED)
+
+    def answer(request: Request) -> None:
+        request.send(start + chunk(MP3))
+        request.wait(gate)
+
+    real.main.script = [answer]
+    url, more = f"{real.url}/v1/audio/speech", {"headers": bearer(TEAM_KEY), "timeout": 9}
+    with requests.post(url, json=SPEAK, stream=True, **more) as response:
+        assert next(response.iter_content(10))
+    real.wait_idle(5)
+    row = real.row(response)
+    assert (row["cost"], row["estimated"], row["status"]) == (135, 0, 499)
 
 
 LONG_DATA = [{"object": "embedding", "index": n, "embedding": [0.5] * 50}

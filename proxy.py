@@ -1008,7 +1008,8 @@ PRICED = {
     "inference_geo": ("global",),  # Anthropic
     "anthropic-beta": (),  # of the header: DEAR_BETAS
     "modalities": ("text",),
-    "background": (False,),  # answered when nobody listens
+    # True: answered when nobody listens; pictures have one, too.
+    "background": (False, "auto", "opaque", "transparent"),
     "deferred": (False,),  # xAI, the same
     "n_cmpl": (1,),  # llama.cpp's `n`
     "extra_body": (),  # other fields, to some servers

@@ -5896,7 +5896,8 @@ def test_a_form_passes_with_the_upstreams_model_and_else_as_it_came(stage):
 
 def test_an_edit_of_pictures_is_charged_by_the_image(stage):
     stage.main.script = [json_answer(PICTURES)]
-    response = post_form(stage, "images/edits", "picture", "image[]", n="2", prompt="x")
+    more = {"n": "2", "prompt": "x", "background": "transparent", "quality": "low"}
+    response = post_form(stage, "images/edits", "picture", "image[]", **more)
     row = stage.row(response)
     assert (row["cost"], row["hold"], row["images"]) == (80_000, 80_000, 2)
 

@@ -3360,7 +3360,8 @@ def prompt_weight(call: Call) -> int:
         texts = [call.body[name] for name in call.body.keys() - SCHEMAS - {"model"}]
         weight = weigh([text for text in texts if type(text) is not int], True)
         schemas = [call.body[name] for name in SCHEMAS if call.body.get(name)]
-        weight += sum([BYTES_PER_TOKEN * file_tokens(call.path, file)[0] for file in call.files or ()])
+        tokens = [file_tokens(call.path, file)[0] for file in call.files or ()]
+        weight += BYTES_PER_TOKEN * sum(tokens)
         return weight + sum([len(to_json(schema)) for schema in schemas])
     except (RecursionError, BadRequest):  # nested too deeply
         return BYTES_PER_TOKEN * call.size

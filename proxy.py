@@ -5405,7 +5405,10 @@ class Relay:
                 if self._answer is not None:
                     self._answer.close()
                     self._answer = self._meter = None
-        raise failed or refused or lacking
+        try:
+            raise failed or refused or lacking
+        finally:  # a frame that names its exception keeps what it read until the next gc
+            failed = refused = lacking = None
 
     def _open(self, secrets: tuple[str, ...]) -> bytes:
         """A JSON answer, or the beginning of a stream; an error that an upstream tells

@@ -13240,12 +13240,12 @@ UPSTREAMS = {  # what comes, of a stream or not, how that ends, micro-credits
     "hangs, stream": (stall(), True, GAVE_UP, NOTHING),
     "trickles its head": (trickle(PLAIN * 9, 0.05, b""), False, GAVE_UP, NOTHING),
     "trickles": (trickle(b" " * 999, 0.05), False, GAVE_UP, NOTHING),
-    "trickles a stream": (trickle(b"data: " * 99, 0.05, STREAM), True, ENDED, NOTHING),
-    "stalls": (stall(False), True, ENDED, NOTHING),
+    "trickles a stream": (trickle(b"data: " * 99, 0.05, STREAM), True, GAVE_UP, NOTHING),
+    "stalls": (stall(False), True, GAVE_UP, NOTHING),
     "stalls after text": (SILENT, True, ENDED, ESTIMATE),
     "gzip bomb": (BOMB, False, GAVE_UP, NOTHING),
-    "300 MB line": (repeated(LINE, MB, 300), True, ENDED, NOTHING),
-    "300 MB chunk": (repeated(HUGE_CHUNK, MB, 300), True, ENDED, NOTHING),
+    "300 MB line": (repeated(LINE, MB, 300), True, GAVE_UP, NOTHING),
+    "300 MB chunk": (repeated(HUGE_CHUNK, MB, 300), True, GAVE_UP, NOTHING),
     "300 MB answer": (repeated(PLAIN + b'{"x":"', MB, 300), False, GAVE_UP, NOTHING),
     "300 MB chunk size": (
         repeated(head(200, JSON, CHUNKED), b"0" * 4096, 76800), False, GAVE_UP, NOTHING

@@ -4153,7 +4153,7 @@ STATUS_OF = {
     "billing_error": 402, "permission_error": 403, "not_found_error": 404,
     "request_too_large": 413, "rate_limit_exceeded": 429, "rate_limit_error": 429,
     "RESOURCE_EXHAUSTED": 429, "api_error": 500, "server_error": 500, "INTERNAL": 500,
-    "UNAVAILABLE": 503, "overloaded_error": 529,
+    "UNAVAILABLE": 503, "server_is_overloaded": 503, "overloaded_error": 529,
 }  # fmt: skip
 DONE_PATHS = ("chat/completions", "completions")  # whose streams end in [DONE]
 FINISH_PATHS = (*DONE_PATHS, "messages", "responses")  # whose streams tell a finish
@@ -4999,7 +4999,8 @@ def read_whole(
 
 
 # Texts of a delta that come in parts; what else comes again is the same.
-DELTA_TEXTS = {"content", "text", "refusal", "arguments", "reasoning", "reasoning_content"}
+DELTA_TEXTS = {"content", "text", "refusal", "arguments"}
+DELTA_TEXTS |= {"reasoning", "reasoning_content"}
 
 
 def joined(one: Any, other: Any, name: str = "") -> Any:
@@ -5009,11 +5010,12 @@ def joined(one: Any, other: Any, name: str = "") -> Any:
     if isinstance(one, list) and isinstance(other, list):
         for item in other:
             index = item.get("index") if isinstance(item, dict) else None
-            known = [at for at, each in enumerate(objects(one)) if each.get("index") == index]
-            if index is None or not known:
+            indices = [each.get("index") for each in objects(one)]
+            if index is None or index not in indices:
                 one = [*one, item]
             else:
-                one = [*one[: known[0]], joined(one[known[0]], item), *one[known[0] + 1 :]]
+                at = indices.index(index)
+                one = [*one[:at], joined(one[at], item), *one[at + 1 :]]
         return one
     if name in DELTA_TEXTS and isinstance(one, str) and isinstance(other, str):
         return one + other
@@ -5048,7 +5050,7 @@ def in_chunks(document: dict[str, Any], path: str) -> bytes:
     a path that has no such form."""
     if path not in DONE_PATHS:
         raise UpstreamFailed("no stream, which was asked for")
-    head = {name: document[name] for name in document if name not in ("choices", "usage")}
+    head = {name: document[name] for name in document.keys() - {"choices", "usage"}}
     if path == "chat/completions":
         head["object"] = "chat.completion.chunk"
     choices = objects(document.get("choices"))
@@ -5139,7 +5141,8 @@ class Meter:
         choices = document.get("choices")
         if type(choices) is list:
             for choice in choices:
-                if type(choice) is dict and choice.get("finish_reason") not in NO_FINISH:
+                finish = choice.get("finish_reason") if type(choice) is dict else None
+                if finish not in NO_FINISH:
                     index = choice.get("index")
                     self._finishes.add(index if type(index) is int else 0)
             if not choices and "usage" in document and not self._call.wants_usage:
@@ -5512,7 +5515,7 @@ class Relay:
             self.watch.due = math.inf  # what takes long from here on is the client
             out = meter.feed(data)
             self.watch.finished = meter.report_due
-            if meter.events and self._ttfb is None and not (meter.error and not meter.relayed):
+            if self._ttfb is None and meter.events and (meter.relayed or not meter.error):
                 self._hear()
             if out:
                 yield out

@@ -4393,7 +4393,7 @@ def documents(data: bytes) -> list[Any]:
 def stream_text(data: bytes, part: str = "content") -> str:
     """Return a stream's text."""
     choices = [one["choices"] for one in documents(data)[:-1]]
-    return "".join(c[0]["delta"].get(part) or "" for c in choices if c)
+    return "".join(c[0].get("delta", {}).get(part) or "" for c in choices if c)
 
 
 def retry_of(response: Any) -> str | None:
@@ -6689,6 +6689,79 @@ def test_a_form_that_cannot_be_made_of_what_came_is_told_as_an_error(
     response = stage.post(path, asked | {"input": "x"})
     assert response.status_code == 503 and "error" in response.json
     assert stage.row(response)["cost"] == 0
+
+
+def streamed(*choices: dict, **last: Any) -> list[dict]:
+    """Return chunks of these choices; `last`: more members of the last one."""
+    kind = "chat.completion.chunk"
+    events = [completion("theirs", kind, [{"index": 0, **one}]) for one in choices]
+    return [*events[:-1], events[-1] | last]
+
+
+ONE, TWO = {"delta": {"role": "assistant", "content": "one "}}, {"delta": {"content": "two"}}
+END = {"delta": {"content": " three"}, "finish_reason": "stop"}
+FILTERED = {"hate": {"filtered": False, "severity": "safe"}}
+KEPT = {"prompt_tokens_details": {"cached_tokens": 4}}
+USAGE_CHUNK = completion("theirs", "chat.completion.chunk", [], usage=USED)
+GEMINI_TOOL = {"id": "", "type": "function", "extra_content": {"google": {}}, **TOOL}
+STAND_INS = {  # events as the provider's documentation and reports show them; the charge
+    "Azure": ([
+        {"id": "", "object": "", "created": 0, "model": "", "choices": [],
+         "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": FILTERED}]},
+        *streamed(ONE, TWO, END),
+        {"id": "", "model": "", "choices": [{"index": 0, "finish_reason": None,
+         "content_filter_results": FILTERED, "content_filter_offsets": {"start_offset": 0}}]},
+        USAGE_CHUNK,
+    ], 11),
+    "OpenRouter": ([
+        b": OPENROUTER PROCESSING\n\n", b": OPENROUTER PROCESSING\n\n",
+        *streamed(ONE, TWO, END | {"native_finish_reason": "STOP"}),
+        *streamed({"delta": {"content": ""}, "finish_reason": None},
+                  usage={**USED, **KEPT, "cost": 0.1, "is_byok": False}),
+    ], 8),
+    "Groq": ([
+        *streamed(ONE, x_groq={"id": "req_1"}), *streamed(TWO),
+        *streamed(END, x_groq={"id": "req_1", "usage": {**USED, "queue_time": 0.1}}),
+    ], 11),
+    "Gemini": ([
+        *streamed(ONE, usage=usage_of(5, 1)), *streamed(TWO, usage=usage_of(5, 2)),
+        *streamed({"delta": {"tool_calls": [GEMINI_TOOL]}}), *streamed(END, usage=USED),
+    ], 11),
+    "Mistral": ([*streamed(ONE, TWO, END, usage={**USED, "num_cached_tokens": 4}, p="ab")], 8),
+    "Moonshot": ([*streamed(ONE, TWO, END | {"usage": {**USED, "cached_tokens": 4}})], 8),
+    "vLLM": ([
+        *streamed({"delta": {"role": "assistant", "content": ""}}, ONE, TWO,
+                  END | {"stop_reason": None, "token_ids": None}),
+        {**USAGE_CHUNK, "usage": {**USED, "prompt_tokens_details": None}},
+    ], 11),
+    "Ollama": ([
+        *streamed(ONE | {"finish_reason": ""}, TWO | {"finish_reason": ""}, END), USAGE_CHUNK,
+    ], 11),
+    "llama.cpp": ([
+        *streamed(ONE, TWO, END), {**USAGE_CHUNK, "timings": {"prompt_n": 5}},
+    ], 11),
+    "TensorX": ([
+        *streamed(ONE, TWO, END), *streamed({"delta": {}}, usage={**USED, **KEPT}),
+    ], 8),
+    "SGLang": ([
+        *streamed(ONE | {"finish_reason": "", "matched_stop": None}, TWO, END, usage=USED),
+    ], 11),
+    "KoboldCpp": ([*streamed(ONE | {"finish_reason": "null"}, TWO, END, usage=USED)], 11),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("done", [True, False])
+@pytest.mark.parametrize("name", STAND_INS)
+def test_what_providers_stream_is_whole_and_charged_as_they_report_it(stage, name, done):
+    events, micro = STAND_INS[name]
+    stage.main.script = [sse(events, done=done)] * 2
+    response = stage.chat(stream=True)
+    assert stream_text(response.data) == "one two three"
+    assert response.data.endswith(b"data: [DONE]\n\n") and b"theirs" not in response.data
+    row = stage.row(response)
+    assert (row["cost"], row["estimated"]) == (micro, 0)
+    response = stage.chat()  # and in the other form, which some of them mistake it for
+    assert said(response) == "one two three" and stage.row(response)["cost"] == micro
 
 
 def test_a_finish_that_is_no_word_is_none(stage):

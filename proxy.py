@@ -5217,7 +5217,7 @@ class Passage:
 # Relay -------------------------------------------------------------------------------
 
 STREAM_HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
-COMMENTS_WAIT = 5.0  # seconds for a first event, where comments come before it
+COMMENTS_WAIT = 5.0  # seconds that comments before the first event may be held back
 BELIEVED = 4  # times its hold may be charged for a prompt that its body shows whole
 SETTLE_PATIENCE = 10.0  # seconds that an answer's end waits for a ledger in trouble
 KEPT_BODY = 512 << 10  # bytes of memory; what is smaller is not worth its counting

@@ -4350,7 +4350,8 @@ def stage(in_process: InProcess, monkeypatch: pytest.MonkeyPatch):
     in_process.end_test()
 
 
-SHORT_WAITS = {"JIMENG_FIRST_POLL": 0.02, "JIMENG_POLL": 0.02, "COMMENT_INTERVAL": 0.05}
+SHORT_WAITS = {"JIMENG_FIRST_POLL": 0.02, "JIMENG_POLL": 0.02}
+SHORT_WAITS |= {"COMMENT_INTERVAL": 0.05, "COMMENTS_WAIT": 0.02}
 
 
 @pytest.fixture(scope="module")
@@ -5162,12 +5163,12 @@ def test_a_submit_that_fails_has_a_status_also_in_a_stream(stage, fault, outcome
     "fault, code",
     [(volc_error(50511), POLICY), (volc_error(50500), DOWN), (DONE_EMPTY, DOWN)],
 )
-def test_an_image_that_fails_later_ends_the_stream_in_an_error_event(
+def test_an_image_that_fails_later_is_told_by_a_status_while_nothing_has_left(
     stage, fault, code
 ):
     stage.volc.script = [None, None, fault]
     response = stage.chat("jimeng-image", stream=True)
-    assert ends_in_error(stage, response)["code"] == code
+    assert error_of(response)["code"] == code
     assert (stage.row(response)["cost"], stage.volc.submits) == (0, 1)
 
 
@@ -6609,18 +6610,18 @@ def test_when_all_upstreams_are_busy_the_client_is_told_when_to_come_back(stage)
 
 
 def test_a_stream_that_was_cut_is_not_asked_for_elsewhere(stage):
-    stage.main.script = [sse(chat_chunks("a b c"), cut=200)]
+    stage.main.script = [sse(chat_chunks("a b c"), cut=450)]
     assert "error" in documents(stage.chat("two", stream=True).data)[-1]
     assert not stage.spare.requests
 
 
 # -- Forms ---------------------------------------------------------------------------
 
-TOOL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-AS_TOOL = [{"index": 0, **TOOL, "function": {"name": "f", "arguments": "{"}}]
+CALL_OF_F = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+AS_TOOL = [{"index": 0, **CALL_OF_F, "function": {"name": "f", "arguments": "{"}}]
 AS_REST = [{"index": 0, "function": {"arguments": "}"}}]
 USED = usage_of(5, 3)
-CALLED = chat_json("one two three", usage=USED, tool_calls=[TOOL], reasoning_content="ab")
+CALLED = chat_json("one two three", usage=USED, tool_calls=[CALL_OF_F], reasoning_content="ab")
 CALLS = [  # the same, as a stream
     {"role": "assistant", "content": "", "reasoning_content": "a"},
     {"reasoning_content": "b"}, {"content": "one "}, {"content": "two three"},
@@ -6629,18 +6630,18 @@ CALLS = [  # the same, as a stream
 CALLING = [chat_chunk("gpt-test", one) for one in CALLS]
 CALLING += [chat_chunk("gpt-test", {}, "stop")]
 CALLING += [completion("gpt-test", "chat.completion.chunk", [], usage=USED)]
-AS_JSON, AS_EVENTS = json.dumps(CALLED).encode(), sse_bytes(CALLING)
+FORM_JSON, FORM_EVENTS = json.dumps(CALLED).encode(), sse_bytes(CALLING)
 SLOPPY = {  # bytes and their type
-    "JSON": (AS_JSON, JSON[1]),
-    "JSON without a type": (AS_JSON, ""),
-    "JSON as text": (b"\xef\xbb\xbf\n " + AS_JSON, "text/plain; charset=utf-8"),
-    "JSON as HTML": (AS_JSON, "text/html"),
-    "JSON as a stream": (AS_JSON, EVENTS[1]),
-    "events": (AS_EVENTS, EVENTS[1]),
-    "events as JSON": (AS_EVENTS, JSON[1]),
-    "events as text": (b"\n: hello\n\n" + AS_EVENTS, "text/plain"),
-    "events as lines": (AS_EVENTS, "application/x-ndjson"),
-    "events as bytes": (AS_EVENTS, "application/octet-stream"),
+    "JSON": (FORM_JSON, JSON[1]),
+    "JSON without a type": (FORM_JSON, ""),
+    "JSON as text": (b"\xef\xbb\xbf\n " + FORM_JSON, "text/plain; charset=utf-8"),
+    "JSON as HTML": (FORM_JSON, "text/html"),
+    "JSON as a stream": (FORM_JSON, EVENTS[1]),
+    "events": (FORM_EVENTS, EVENTS[1]),
+    "events as JSON": (FORM_EVENTS, JSON[1]),
+    "events as text": (b"\n: hello\n\n" + FORM_EVENTS, "text/plain"),
+    "events as lines": (FORM_EVENTS, "application/x-ndjson"),
+    "events as bytes": (FORM_EVENTS, "application/octet-stream"),
 }
 
 
@@ -6653,7 +6654,7 @@ def test_an_answer_has_the_form_that_was_asked_for_whatever_came(stage, name, st
     if not stream:
         (choice,) = response.json["choices"]
         message, calls = choice["message"], choice["message"]["tool_calls"]
-        assert [call["function"] for call in calls] == [TOOL["function"]]
+        assert [call["function"] for call in calls] == [CALL_OF_F["function"]]
         assert (message["content"], message["reasoning_content"]) == ("one two three", "ab")
         assert (choice["finish_reason"], response.json["usage"]) == ("stop", USED)
         assert response.json["object"] == "chat.completion"
@@ -6698,55 +6699,55 @@ def streamed(*choices: dict, **last: Any) -> list[dict]:
     return [*events[:-1], events[-1] | last]
 
 
-ONE, TWO = {"delta": {"role": "assistant", "content": "one "}}, {"delta": {"content": "two"}}
-END = {"delta": {"content": " three"}, "finish_reason": "stop"}
+ONE_TEXT, TWO_TEXT = {"delta": {"role": "assistant", "content": "one "}}, {"delta": {"content": "two"}}
+THREE = {"delta": {"content": " three"}, "finish_reason": "stop"}
 FILTERED = {"hate": {"filtered": False, "severity": "safe"}}
-KEPT = {"prompt_tokens_details": {"cached_tokens": 4}}
+FOUR_CACHED = {"prompt_tokens_details": {"cached_tokens": 4}}
 USAGE_CHUNK = completion("theirs", "chat.completion.chunk", [], usage=USED)
-GEMINI_TOOL = {"id": "", "type": "function", "extra_content": {"google": {}}, **TOOL}
+GEMINI_TOOL = {"id": "", "type": "function", "extra_content": {"google": {}}, **CALL_OF_F}
 STAND_INS = {  # events as the provider's documentation and reports show them; the charge
     "Azure": ([
         {"id": "", "object": "", "created": 0, "model": "", "choices": [],
          "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": FILTERED}]},
-        *streamed(ONE, TWO, END),
+        *streamed(ONE_TEXT, TWO_TEXT, THREE),
         {"id": "", "model": "", "choices": [{"index": 0, "finish_reason": None,
          "content_filter_results": FILTERED, "content_filter_offsets": {"start_offset": 0}}]},
         USAGE_CHUNK,
     ], 11),
     "OpenRouter": ([
         b": OPENROUTER PROCESSING\n\n", b": OPENROUTER PROCESSING\n\n",
-        *streamed(ONE, TWO, END | {"native_finish_reason": "STOP"}),
+        *streamed(ONE_TEXT, TWO_TEXT, THREE | {"native_finish_reason": "STOP"}),
         *streamed({"delta": {"content": ""}, "finish_reason": None},
-                  usage={**USED, **KEPT, "cost": 0.1, "is_byok": False}),
+                  usage={**USED, **FOUR_CACHED, "cost": 0.1, "is_byok": False}),
     ], 8),
     "Groq": ([
-        *streamed(ONE, x_groq={"id": "req_1"}), *streamed(TWO),
-        *streamed(END, x_groq={"id": "req_1", "usage": {**USED, "queue_time": 0.1}}),
+        *streamed(ONE_TEXT, x_groq={"id": "req_1"}), *streamed(TWO_TEXT),
+        *streamed(THREE, x_groq={"id": "req_1", "usage": {**USED, "queue_time": 0.1}}),
     ], 11),
     "Gemini": ([
-        *streamed(ONE, usage=usage_of(5, 1)), *streamed(TWO, usage=usage_of(5, 2)),
-        *streamed({"delta": {"tool_calls": [GEMINI_TOOL]}}), *streamed(END, usage=USED),
+        *streamed(ONE_TEXT, usage=usage_of(5, 1)), *streamed(TWO_TEXT, usage=usage_of(5, 2)),
+        *streamed({"delta": {"tool_calls": [GEMINI_TOOL]}}), *streamed(THREE, usage=USED),
     ], 11),
-    "Mistral": ([*streamed(ONE, TWO, END, usage={**USED, "num_cached_tokens": 4}, p="ab")], 8),
-    "Moonshot": ([*streamed(ONE, TWO, END | {"usage": {**USED, "cached_tokens": 4}})], 8),
+    "Mistral": ([*streamed(ONE_TEXT, TWO_TEXT, THREE, usage={**USED, "num_cached_tokens": 4}, p="ab")], 8),
+    "Moonshot": ([*streamed(ONE_TEXT, TWO_TEXT, THREE | {"usage": {**USED, "cached_tokens": 4}})], 8),
     "vLLM": ([
-        *streamed({"delta": {"role": "assistant", "content": ""}}, ONE, TWO,
-                  END | {"stop_reason": None, "token_ids": None}),
+        *streamed({"delta": {"role": "assistant", "content": ""}}, ONE_TEXT, TWO_TEXT,
+                  THREE | {"stop_reason": None, "token_ids": None}),
         {**USAGE_CHUNK, "usage": {**USED, "prompt_tokens_details": None}},
     ], 11),
     "Ollama": ([
-        *streamed(ONE | {"finish_reason": ""}, TWO | {"finish_reason": ""}, END), USAGE_CHUNK,
+        *streamed(ONE_TEXT | {"finish_reason": ""}, TWO_TEXT | {"finish_reason": ""}, THREE), USAGE_CHUNK,
     ], 11),
     "llama.cpp": ([
-        *streamed(ONE, TWO, END), {**USAGE_CHUNK, "timings": {"prompt_n": 5}},
+        *streamed(ONE_TEXT, TWO_TEXT, THREE), {**USAGE_CHUNK, "timings": {"prompt_n": 5}},
     ], 11),
     "TensorX": ([
-        *streamed(ONE, TWO, END), *streamed({"delta": {}}, usage={**USED, **KEPT}),
+        *streamed(ONE_TEXT, TWO_TEXT, THREE), *streamed({"delta": {}}, usage={**USED, **FOUR_CACHED}),
     ], 8),
     "SGLang": ([
-        *streamed(ONE | {"finish_reason": "", "matched_stop": None}, TWO, END, usage=USED),
+        *streamed(ONE_TEXT | {"finish_reason": "", "matched_stop": None}, TWO_TEXT, THREE, usage=USED),
     ], 11),
-    "KoboldCpp": ([*streamed(ONE | {"finish_reason": "null"}, TWO, END, usage=USED)], 11),
+    "KoboldCpp": ([*streamed(ONE_TEXT | {"finish_reason": "null"}, TWO_TEXT, THREE, usage=USED)], 11),
 }  # fmt: skip
 
 
@@ -6802,6 +6803,12 @@ def visible(data: bytes) -> list[Any]:
     return [json.loads(e) for e in ours if e != "[DONE]" and '"choices":[],' not in e]
 
 
+def told(response: Any) -> bytes:
+    """Return a stream's bytes; an error that a status told instead, as its event."""
+    whole = response.data
+    return whole if response.status_code == 200 else b"data: %s\n\n" % whole.strip()
+
+
 def assert_no_silent_half(got: bytes, sent: bytes, whole: bytes) -> None:
     """Assert that all events of `sent` came, and then an end or an error event."""
     ideal, complete = visible(whole), visible(sent)
@@ -6834,7 +6841,10 @@ def relayed(in_process):
         call = proxy.parse_call("chat/completions", body)
         share = proxy.Share(proxy.Room(10**6))
         one = proxy.Relay(services, call, model, lease, proxy.Watch(), share)
-        one.respond()
+        try:
+            one.respond()
+        except proxy.ProxyError as error:  # nothing had left
+            return error.events("chat/completions", 0)
         with closing(one):
             return b"".join(one)
 
@@ -6860,7 +6870,7 @@ def test_a_connection_cut_anywhere_is_never_a_silent_half(stage, chunked):
     cuts = range(len(whole))
     stage.main.script = [sse([whole], done=False, cut=n, chunked=chunked) for n in cuts]
     for end in cuts:
-        got = stage.chat(stream=True).data
+        got = told(stage.chat(stream=True))
         assert_no_silent_half(got, whole[:end], whole)
 
 
@@ -7281,14 +7291,14 @@ FAILED = ("error", "response.failed")
         (trickle(HALF_BYTES, 0.03, STREAM), "STREAM_TIMEOUT"),
     ],
 )
-def test_a_stream_that_takes_too_long_ends_in_an_error_event(
+def test_a_stream_that_takes_too_long_ends_in_an_error(
     stage, monkeypatch, answer, limit
 ):
     monkeypatch.setattr(proxy, limit, 0.2)
     stage.main.script = [answer]
     started = time.monotonic()
     response = stage.chat(stream=True)
-    assert ends_in_error(stage, response)["code"] == "provider_unavailable"
+    assert documents(told(response))[-1]["error"]["code"] == "provider_unavailable"
     assert 0.15 < time.monotonic() - started < 5
     assert stage.main.requests[0].closed.wait(2)
     assert stage.row(response)["status"] == 503

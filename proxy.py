@@ -4061,6 +4061,25 @@ def read_all(answer: Iterable[bytes], limit: int = MAX_ANSWER) -> bytes:
     return data
 
 
+# Server-sent events, whatever the content type says; JSON starts with a brace.
+STREAM_BEGIN = re.compile(rb":|data:|event:|id:|retry:")
+BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark, and what keeps a connection alive
+
+
+def begun(answer: Iterable[bytes]) -> tuple[bool, Iterator[bytes]]:
+    """(whether these are server-sent events, the body): judged by its first bytes, of
+    which blanks are dropped."""
+    pieces, begin = iter(answer), b""
+    while len(begin) < len(b"event:") and not begin.startswith((b":", b"{")):
+        data = next(pieces, b"")
+        if not data:
+            break
+        begin = (begin + data).lstrip(BLANK)
+    if not begin:
+        raise UpstreamFailed("an empty answer")
+    return bool(STREAM_BEGIN.match(begin)), itertools.chain([begin], pieces)
+
+
 class Exchange:
     """One request on a connection, and its answer: an Answer by its form.
 
@@ -4176,6 +4195,18 @@ BUSY_STATUS = {408, 429, 503, 529}
 REFUSED_STATUS = {401, 402, 403, 407}
 CLIENT_STATUS = {400, 404, 413, 422, 424}  # the client's own mistakes: passed on
 FLAGGED = re.compile("flagged|moderat|safety|sensitive|(content|usage) polic", re.I)
+# How providers say, by codes or in words, that the operator's account cannot pay or
+# that its key is wrong, whatever status they give it.
+UNPAID_CODES = {
+    "insufficient_quota", "billing_hard_limit_reached", "billing_not_active",
+    "insufficient_balance", "exceeded_current_quota_error", "account_deactivated",
+    "Arrearage", "AccountOverdueError", "1113", "30001",
+}  # fmt: skip
+UNPAID = re.compile(
+    "credit balance is too low|(insufficient|not enough) (account )?(balance|credits?)"
+    "|balance is insufficient|exceeded your current quota|billing hard limit"
+    "|account is in good standing|have any credits|API key (not valid|expired)", re.I
+)  # fmt: skip
 # What an error inside an answer means where its `code` is no number.
 STATUS_OF = {
     "invalid_request_error": 400, "context_length_exceeded": 400, "INVALID_ARGUMENT": 400,
@@ -4183,7 +4214,7 @@ STATUS_OF = {
     "billing_error": 402, "permission_error": 403, "not_found_error": 404,
     "request_too_large": 413, "rate_limit_exceeded": 429, "rate_limit_error": 429,
     "RESOURCE_EXHAUSTED": 429, "api_error": 500, "server_error": 500, "INTERNAL": 500,
-    "UNAVAILABLE": 503, "overloaded_error": 529,
+    "UNAVAILABLE": 503, "server_is_overloaded": 503, "overloaded_error": 529,
 }  # fmt: skip
 DONE_PATHS = ("chat/completions", "completions")  # whose streams end in [DONE]
 FINISH_PATHS = (*DONE_PATHS, "messages", "responses")  # whose streams tell a finish
@@ -4324,7 +4355,8 @@ def failure_of(
     message, param = error.get("message"), error.get("param")
     if isinstance(param, list):
         param = ".".join(map(str, param))
-    if "insufficient_quota" in (error.get("code"), error.get("type")):
+    operators = UNPAID_CODES & {str(error.get(name)) for name in ("code", "type")}
+    if operators or (status in {*CLIENT_STATUS, 403} and UNPAID.search(str(message))):
         status = 402
     reason = f"status {status}" if status else "an error without a status"
     if status in CLIENT_STATUS or (status == 403 and FLAGGED.search(str(message))):
@@ -4503,7 +4535,9 @@ class OpenAI(Dialect):
         """The answer; one that is no success is raised as what it means."""
         answer = exchange.receive()
         known = "|".join(["application/json", STREAM_TYPE, *OTHER_KINDS.get(path, ())])
-        if answer.status == 200 and re.fullmatch(known, answer.kind):
+        # Elsewhere the form is judged by the first bytes.
+        judged = path not in OTHER_KINDS or re.fullmatch(known, answer.kind)
+        if answer.status == 200 and judged:
             return answer
         try:
             raise self.failure(answer)
@@ -5003,6 +5037,7 @@ LAST_EVENTS = {  # of streams that have no [DONE]: /v1/responses, /v1/messages, 
     "transcript.text.done": Ending.DONE,
     "speech.audio.done": Ending.DONE,
 }
+NO_FINISH = (None, "", "null")  # as servers write it
 # After which they may tell what was used.
 ENDS_OF_PARTS = (
     "response.output_text.done", "response.content_part.done", "content_block_stop",
@@ -5060,6 +5095,72 @@ def read_whole(
     return document, replace(usage, images=images) if images and usage else usage
 
 
+# Texts of a delta that come in parts; what else comes again is the same.
+DELTA_TEXTS = {"content", "text", "refusal", "arguments"}
+DELTA_TEXTS |= {"reasoning", "reasoning_content"}
+
+
+def joined(one: Any, other: Any, name: str = "") -> Any:
+    """Two chunks as one; `name`: the member that they are."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one | {key: joined(one.get(key), other[key], key) for key in other}
+    if isinstance(one, list) and isinstance(other, list):
+        for item in other:
+            index = item.get("index") if isinstance(item, dict) else None
+            indices = [each.get("index") for each in objects(one)]
+            if index is None or index not in indices:
+                one = [*one, item]
+            else:
+                at = indices.index(index)
+                one = [*one[:at], joined(one[at], item), *one[at + 1 :]]
+        return one
+    if name in DELTA_TEXTS and isinstance(one, str) and isinstance(other, str):
+        return one + other
+    return one if other is None else other
+
+
+def assembled(data: bytes, path: str) -> bytes:
+    """The JSON answer that a stream tells which nobody asked for, or its error; raises
+    UpstreamFailed for one that is not whole, or of a path that has no such form."""
+    reader, whole = EventReader(), {}
+    for event in [*reader.feed(data), *reader.flush()]:
+        document = json_object(event_data(event))
+        if document.get("error"):
+            return to_json(document)
+        if path == "responses" and document.get("type") in LAST_EVENTS:
+            whole = document.get("response")
+        elif path in DONE_PATHS:
+            for choice in objects(document.get("choices")):
+                if "delta" in choice:
+                    choice["message"] = choice.pop("delta")
+            whole = joined(whole, document)
+    ends = [one.get("finish_reason") for one in objects((whole or {}).get("choices"))]
+    if not whole or (path in DONE_PATHS and not (ends and all(ends))):
+        raise UpstreamFailed("a stream that nobody asked for, and not whole")
+    if path == "chat/completions":
+        whole["object"] = "chat.completion"
+    return to_json(whole)
+
+
+def in_chunks(document: dict[str, Any], path: str) -> bytes:
+    """The stream that was asked for where a JSON answer came; raises UpstreamFailed for
+    a path that has no such form."""
+    if path not in DONE_PATHS:
+        raise UpstreamFailed("no stream, which was asked for")
+    head = {name: document[name] for name in document.keys() - {"choices", "usage"}}
+    if path == "chat/completions":
+        head["object"] = "chat.completion.chunk"
+    choices = objects(document.get("choices"))
+    for choice in choices:
+        choice["finish_reason"] = choice.get("finish_reason") or "stop"
+        if "message" in choice:
+            delta = choice["delta"] = choice.pop("message") or {}
+            for index, call in enumerate(objects(delta.get("tool_calls"))):
+                call.setdefault("index", index)
+    usage = {"choices": [], "usage": document.get("usage")}
+    return sse(head | {"choices": choices}) + sse(head | usage) + DONE
+
+
 class Meter:
     """Reads each event of one stream once: bytes in, bytes out, what was counted.
 
@@ -5067,6 +5168,8 @@ class Meter:
     bytes passed on, since it must not leave before the charge is on disk. CUT: the
     upstream told an error instead.
     """
+
+    kind = STREAM_TYPE
 
     def __init__(self, call: Call):
         self._call = call
@@ -5140,7 +5243,8 @@ class Meter:
         choices = document.get("choices")
         if type(choices) is list:
             for choice in choices:
-                if type(choice) is dict and choice.get("finish_reason"):
+                finish = choice.get("finish_reason") if type(choice) is dict else None
+                if finish not in NO_FINISH:
                     index = choice.get("index")
                     self._finishes.add(index if type(index) is int else 0)
             if not choices and "usage" in document and not self._call.wants_usage:
@@ -5171,6 +5275,7 @@ class Passage:
     held = 0
 
     def __init__(self, call: Call, price: Price, kind: str):
+        self.kind = kind
         self._call, self._json = call, kind == "application/json"
         pictures = call.answers if price.image and call.path in PICTURES else 0
         self.usage = Usage(images=pictures) if pictures else None
@@ -5217,6 +5322,7 @@ class Passage:
 # Relay -------------------------------------------------------------------------------
 
 STREAM_HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
+COMMENTS_WAIT = 5.0  # seconds that comments before the first event may be held back
 BELIEVED = 4  # times its hold may be charged for a prompt that its body shows whole
 SETTLE_PATIENCE = 10.0  # seconds that an answer's end waits for a ledger in trouble
 KEPT_BODY = 512 << 10  # bytes of memory; what is smaller is not worth its counting
@@ -5363,10 +5469,7 @@ class Relay:
             self._begin = self._send()
             self._drop_body()
             if self._meter is not None:
-                if not self._answer.stream:  # what fails by now is told with a status
-                    self._begin = next(self._pieces, b"")
-                    self._share.keep(len(self._begin))
-                kind = STREAM_TYPE if self._answer.stream else self._answer.kind
+                kind = self._meter.kind
                 kind += "; charset=utf-8" if kind.startswith("text/") else ""
                 return Response(self, 200, STREAM_HEADERS, None, kind, True)
             self._answer.close()
@@ -5411,36 +5514,53 @@ class Relay:
                 if self._answer is not None:
                     self._answer.close()
                     self._answer = self._meter = None
-        raise failed or refused or lacking
+        try:
+            raise failed or refused or lacking
+        finally:  # a frame that names its exception keeps what it read until the next gc
+            failed = refused = lacking = None
 
     def _open(self, secrets: tuple[str, ...]) -> bytes:
         """A JSON answer, or the beginning of a stream; an error that an upstream tells
         inside of a success is raised as if it were told by a status."""
-        answer, price = self._answer, self.model.price
-        if answer.stream:
-            self.watch.streams()
-            self._meter = Meter(self.call)
-            self._pieces = self._passed(answer, secrets)
-            return b""  # the headers leave before the first event
-        call, pieces = self.call, iter(answer)
-        data = b""
-        if answer.kind == "application/json":
-            data = read_some(pieces, MAX_ANSWER, self._hold)
-            if len(data) > MAX_ANSWER and call.path not in NO_OUTPUT | PICTURES:
+        answer, call, price = self._answer, self.call, self.model.price
+        if answer.stream and call.stream:
+            self.watch.streams()  # it must not fall silent from here on
+        if call.path in OTHER_KINDS and answer.kind not in ("application/json", STREAM_TYPE):
+            return self._pass_on(Passage(call, price, answer.kind), answer, secrets)
+        streams, pieces = begun(answer)
+        if streams and (call.stream or call.path not in FINISH_PATHS):
+            return self._pass_on(Meter(call), pieces, secrets)
+        data = read_some(pieces, MAX_ANSWER, self._hold)
+        if len(data) > MAX_ANSWER:
+            if streams or call.path not in NO_OUTPUT | PICTURES:
                 raise UpstreamFailed(f"an answer over {MAX_ANSWER} bytes")
-        if len(data) > MAX_ANSWER or answer.kind != "application/json":
-            self.watch.streams()
-            self._meter = Passage(call, price, answer.kind)
-            pieces = itertools.chain([data], pieces) if data else pieces
-            self._pieces = self._passed(pieces, secrets)
-            return b""
-        document, usage = read_whole(data, self.call, price, answer.images)
+            pieces = itertools.chain([data], pieces)
+            return self._pass_on(Passage(call, price, "application/json"), pieces, secrets)
+        if streams:
+            data = assembled(data, call.path)
+        document, usage = read_whole(data, call, price, answer.images)
         if document.get("error"):
             error = unwrapped(document)
             raise failure_of(told_status(error), error, secrets)
+        if call.stream and call.path in FINISH_PATHS:
+            return self._pass_on(Meter(call), [in_chunks(document, call.path)], secrets)
         self._hear()
         self._usage, self._weight = usage, written(document)
         return Renaming(self.call.model).apply(data, document)
+
+    def _pass_on(
+        self, meter: Meter | Passage, pieces: Iterable[bytes], secrets: tuple[str, ...]
+    ) -> bytes:
+        """What a stream begins with, its first event for one: an error there is still
+        told by a status. Comments before it leave after COMMENTS_WAIT."""
+        self.watch.streams()
+        self._meter, self._pieces = meter, self._passed(pieces, secrets)
+        begin, late = b"", time.monotonic() + COMMENTS_WAIT
+        for data in self._pieces:
+            begin += data
+            if self._ttfb is not None or time.monotonic() > late:
+                break
+        return begin
 
     def _drop_body(self) -> None:
         """A stream may last for half an hour, an answer is read slowly."""
@@ -5510,7 +5630,7 @@ class Relay:
             out = meter.feed(data)
             self._hold(meter.held)
             self.watch.finished = meter.report_due
-            if meter.events and self._ttfb is None:
+            if self._ttfb is None and meter.events and (meter.relayed or not meter.error):
                 self._hear()
             if out:
                 yield out

@@ -960,12 +960,22 @@ class Gateway:
         options |= {"workers": workers, "threads": threads}
         words = [word for name, v in options.items() for word in (f"--{name}", str(v))]
         self.command = [sys.executable, "-c", "\n".join(code), "serve", *words]
+        self.passed: tuple[int, ...] = ()  # descriptors
+
+    def keep(self, sock: socket.socket) -> None:
+        """Let the server have this listening socket as systemd hands it over."""
+        self.port, self.passed = sock.getsockname()[1], (sock.fileno(),)
+        self.url = f"http://127.0.0.1:{self.port}"
+        named = "LISTEN_FDS='1', LISTEN_PID=str(os.getpid())"
+        hand_over = f"os.dup2({sock.fileno()}, 3); os.environ.update({named})"
+        self.command[2] = f"import os; {hand_over}\n{self.command[2]}"
 
     def start(self) -> Self:
         """Start the server and wait until /healthz answers."""
         with self.log_file.open("ab") as log:
             files = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
             where = {"cwd": self.project, "env": self.env, "start_new_session": True}
+            where["pass_fds"] = self.passed
             self.process = subprocess.Popen(self.command, **files, **where)
         try:
             wait_for(self._healthy, 20, f"{self.url}/healthz")
@@ -11380,6 +11390,30 @@ def test_draining_finishes_short_streams_and_settles_long_ones(sig, gateway, tmp
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
+
+
+def test_a_restart_under_a_kept_socket_refuses_nobody(files, gate):
+    """As systemd does with `proxy.socket`: its socket outlives the service."""
+    script = [sse(WORDS, gate=gate), *[json_answer(chat_json("hi"))] * 100]
+    kept = socket.create_server(("127.0.0.1", 0), backlog=512)
+    with Upstream(script) as up, kept:
+        server = Gateway(*files(up.url, limits={"concurrent": 200}), workers=2, threads=64)
+        server.keep(kept)
+        with server, ThreadPoolExecutor(100) as pool:
+            stream = Visit(server, TEAM_KEY, stream=True).start()
+
+            def ask(number: int) -> int:
+                time.sleep(number / 100)  # a hundred, all over the restart
+                return status(server)
+
+            asked = [pool.submit(ask, number) for number in range(100)]
+            wait_for(lambda: sum(each.done() for each in asked) > 10)
+            server.kill(server.master_pid, signal.SIGTERM)
+            threading.Timer(0.5, gate.set).start()
+            server.process.wait(15)
+            server.start()
+            assert Counter(each.result(20) for each in asked) == {200: 100}
+            assert stream.finish().done
 
 
 @pytest.mark.parametrize(

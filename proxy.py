@@ -3681,7 +3681,7 @@ class Watcher:
         """Watches it, unless that makes more than `capacity` at once, or a quarter of
         them waits for bodies of its account."""
         with self._lock:
-            if self._drain < math.inf or len(self._watches) >= capacity:
+            if time.monotonic() >= self._drain or len(self._watches) >= capacity:
                 return False
             if len(self._watches) > capacity / 4:
                 alike = [each for each in self._watches if each.account == watch.account]
@@ -5627,8 +5627,21 @@ def windows_of(relayed: bool) -> Callable[[sqlite3.Connection], list[Window]]:
 
 
 def count_request(services: Services, hit: Callable) -> None:
-    """Counts a request in a transaction of its own, or raises RateLimited."""
-    g.windows = services.ledger.write(hit)
+    """Counts a request in a transaction of its own, in which its key's `last_used` is
+    kept right to a minute, or raises RateLimited."""
+    key, now = g.key, int(time.time())
+    sql = (
+        "INSERT INTO keys(id, account, name, hint, admin, used) VALUES (?, ?, ?, ?, 0, ?)"
+        " ON CONFLICT DO UPDATE SET used = excluded.used"
+        " WHERE coalesce(used, 0) < excluded.used - 59"
+    )
+    row = (key.id, key.account, key.name, key.hint, now)
+
+    def operation(db: sqlite3.Connection) -> list[Window]:
+        db.execute(sql, row)
+        return hit(db)
+
+    g.windows = services.ledger.write(operation)
     if not g.windows[-1].fits:
         raise g.windows[-1].refusal()
 

@@ -8799,6 +8799,17 @@ def test_a_metrics_key_reads_metrics_and_nothing_else(app):
     assert api("GET", "/metrics", made["key"]).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/metrics", "/v1/models", "/v1/account", "/v1/usage"])
+def test_a_keys_last_use_is_told_to_a_minute_on_every_route(path, api):
+    sql = "UPDATE keys SET used = 1000"
+    for _ in "of keys.json, without a row", "with one":
+        assert api("GET", path, ADMIN_KEY).status_code == 200
+        ask = "SELECT used FROM keys WHERE account = 'boss'"
+        [(used,)] = api.services.ledger.read(ask)
+        assert 0 <= time.time() - used < 60
+        api.services.ledger.write(lambda db: db.execute(sql))
+
+
 def test_a_budget_follows_a_key_through_edits_of_keys_json(app, tmp_path):
     api = Api(app(accounts=bound_key(budget={"credits": 0.01, "per": "week"})))
     api.say("one two", BOUND_KEY)

@@ -10066,6 +10066,28 @@ def test_tables_align_wide_characters(capsys):
     assert capsys.readouterr().out == "name  n\n团队  1\ne\u0301     0.000068\n"
 
 
+RECIPES = re.findall(r'^\| (\w+).*? \| `("\w+": \{"url".*)` \| `(.*)` \|$', README, re.M)
+
+
+@pytest.mark.parametrize("upstream, model", [each[1:] for each in RECIPES])
+def test_the_recipes_of_the_readme_serve(upstream, model, app, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_KEY", "sk-one")
+    monkeypatch.setenv("OPENROUTER_API_KEY", "sk-two")
+    upstreams, models = json.loads(f"{{{upstream}}}"), json.loads(f"{{{model}}}")
+    proxy.ConfigFile(str(keys_file(tmp_path, "echo:", upstreams=upstreams, models=models)))
+    with Upstream(json_answer(chat_json("Hello!"))) as up:
+        [each] = upstreams.values()
+        each["url"] = up.url
+        api = Api(app(up.url, upstreams=upstreams, models=models))
+        name = [*models][0].replace("*", "some/model")
+        body = {"model": name, "messages": SAY_HELLO}
+        assert api("POST", CHAT, **body).json["model"] == name
+
+
+def test_the_readme_has_four_recipes():
+    assert [each[0] for each in RECIPES] == ["Ollama", "vLLM", "OpenAI", "OpenRouter"]
+
+
 def test_the_file_itself_names_what_it_needs():
     block = re.search("# /// script\n(.*?)# ///", Path(proxy.__file__).read_text(), re.S)
     named = {*re.findall('"([^"]+==[^"]+)"', block[1])}

@@ -1546,7 +1546,7 @@ def test_refused_terms_of_a_key_are_named_by_their_path(
     key = {"key": "sk-key", **terms_with(path, value)}
     with pytest.raises(proxy.ConfigError) as refused:
         load(planted("accounts.team.keys.bound", key))
-    assert str(refused.value).startswith(f"accounts.team.keys.bound.{path}:")
+    assert str(refused.value).startswith(f"keys.json: accounts.team.keys.bound.{path}:")
 
 
 @pytest.mark.parametrize(
@@ -11439,6 +11439,7 @@ def test_a_restart_under_a_kept_socket_refuses_nobody(files, gate):
                 time.sleep(number / 100)  # a hundred, all over the restart
                 return status(server)
 
+            assert f"Serving {server.url}/v1" in server.log()
             asked = [pool.submit(ask, number) for number in range(100)]
             wait_for(lambda: sum(each.done() for each in asked) > 10)
             server.kill(server.master_pid, signal.SIGTERM)

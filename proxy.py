@@ -1490,6 +1490,12 @@ def rebuilding(db: sqlite3.Connection) -> Iterator[str]:
             yield "DROP TABLE former"
 
 
+def progress(label: str, **steps: Any) -> Any:
+    """A bar on the standard error of a terminal, and nothing elsewhere."""
+    where = {"file": sys.stderr, "hidden": not sys.stderr.isatty()}
+    return click.progressbar(label=label, **where, **steps)
+
+
 def new_file(path: str) -> str:
     """The name of an empty file beside `path`, for its owner alone; what an earlier
     attempt has left there is gone, journals too."""
@@ -1637,8 +1643,10 @@ class LedgerFile:
             if version == 0:
                 db.execute("DROP TABLE usage")  # it was of other things
             steps = "".join(MIGRATIONS[version:]).format(id=id).split(";")
-            for sql in itertools.chain(rebuilding(db), steps):
-                db.execute(sql)
+            every = itertools.chain(rebuilding(db), steps)
+            with progress("Migrating", iterable=every, length=2 * len(schema_of(db))) as bar:
+                for sql in bar:
+                    db.execute(sql)
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             db.execute("COMMIT")
 
@@ -3694,7 +3702,7 @@ class Watcher:
         """Watches it, unless that makes more than `capacity` at once, or a quarter of
         them waits for bodies of its account."""
         with self._lock:
-            if self._drain < math.inf or len(self._watches) >= capacity:
+            if time.monotonic() >= self._drain or len(self._watches) >= capacity:
                 return False
             if len(self._watches) > capacity / 4:
                 alike = [each for each in self._watches if each.account == watch.account]
@@ -5818,8 +5826,21 @@ def windows_of(relayed: bool) -> Callable[[sqlite3.Connection], list[Window]]:
 
 
 def count_request(services: Services, hit: Callable) -> None:
-    """Counts a request in a transaction of its own, or raises RateLimited."""
-    g.windows = services.ledger.write(hit)
+    """Counts a request in a transaction of its own, in which its key's `last_used` is
+    kept right to a minute, or raises RateLimited."""
+    key, now = g.key, int(time.time())
+    sql = (
+        "INSERT INTO keys(id, account, name, hint, admin, used) VALUES (?, ?, ?, ?, 0, ?)"
+        " ON CONFLICT DO UPDATE SET used = excluded.used"
+        " WHERE coalesce(used, 0) < excluded.used - 59"
+    )
+    row = (key.id, key.account, key.name, key.hint, now)
+
+    def operation(db: sqlite3.Connection) -> list[Window]:
+        db.execute(sql, row)
+        return hit(db)
+
+    g.windows = services.ledger.write(operation)
     if not g.windows[-1].fits:
         raise g.windows[-1].refusal()
 
@@ -7261,9 +7282,13 @@ def serve(
     keys, db = default_files(keys, db)
     config_file = ConfigFile(keys)
     workers = workers or max(2, os.cpu_count() or 2)
+    kept = "LISTEN_FDS" in os.environ  # by systemd (sd_listen_fds(3): from number 3 on)
+    if kept:
+        with socket.socket(fileno=os.dup(3)) as sock:
+            host, port = sock.getsockname()[:2]
     bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     with contextlib.closing(Ledger(db)) as ledger:
-        if "LISTEN_FDS" not in os.environ:  # else systemd has the port, and keeps it
+        if not kept:
             refuse_taken(host, port, patience=0 if ledger.speaks() else ORPHANS_END)
         ledger.file.keys_file = os.path.realpath(keys)
         text = greeting(config_file.current, ledger, f"http://{bind}")
@@ -7639,8 +7664,7 @@ def check(keys: str, db: str | None, online: bool) -> None:
             click.echo(f"warning: {line}")
         if not there:
             return
-        quiet = {"file": sys.stderr, "hidden": not sys.stderr.isatty()}
-        with click.progressbar(length=CHECKS, label="Adding up", **quiet) as bar:
+        with progress("Adding up", length=CHECKS) as bar:
             wrong = ledger.check(lambda: bar.update(1))
         for line in wrong:
             click.echo(f"wrong: {line}")

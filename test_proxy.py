@@ -961,12 +961,22 @@ class Gateway:
         options |= {"workers": workers, "threads": threads}
         words = [word for name, v in options.items() for word in (f"--{name}", str(v))]
         self.command = [sys.executable, "-c", "\n".join(code), "serve", *words]
+        self.passed: tuple[int, ...] = ()  # descriptors
+
+    def keep(self, sock: socket.socket) -> None:
+        """Let the server have this listening socket as systemd hands it over."""
+        self.port, self.passed = sock.getsockname()[1], (sock.fileno(),)
+        self.url = f"http://127.0.0.1:{self.port}"
+        named = "LISTEN_FDS='1', LISTEN_PID=str(os.getpid())"
+        hand_over = f"os.dup2({sock.fileno()}, 3); os.environ.update({named})"
+        self.command[2] = f"import os; {hand_over}\n{self.command[2]}"
 
     def start(self) -> Self:
         """Start the server and wait until /healthz answers."""
         with self.log_file.open("ab") as log:
             files = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
             where = {"cwd": self.project, "env": self.env, "start_new_session": True}
+            where["pass_fds"] = self.passed
             self.process = subprocess.Popen(self.command, **files, **where)
         try:
             wait_for(self._healthy, 20, f"{self.url}/healthz")
@@ -1537,7 +1547,7 @@ def test_refused_terms_of_a_key_are_named_by_their_path(
     key = {"key": "sk-key", **terms_with(path, value)}
     with pytest.raises(proxy.ConfigError) as refused:
         load(planted("accounts.team.keys.bound", key))
-    assert str(refused.value).startswith(f"accounts.team.keys.bound.{path}:")
+    assert str(refused.value).startswith(f"keys.json: accounts.team.keys.bound.{path}:")
 
 
 @pytest.mark.parametrize(
@@ -9446,6 +9456,17 @@ def test_a_metrics_key_reads_metrics_and_nothing_else(app):
     assert api("GET", "/metrics", made["key"]).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/metrics", "/v1/models", "/v1/account", "/v1/usage"])
+def test_a_keys_last_use_is_told_to_a_minute_on_every_route(path, api):
+    sql = "UPDATE keys SET used = 1000"
+    for _ in "of keys.json, without a row", "with one":
+        assert api("GET", path, ADMIN_KEY).status_code == 200
+        ask = "SELECT used FROM keys WHERE account = 'boss'"
+        [(used,)] = api.services.ledger.read(ask)
+        assert 0 <= time.time() - used < 60
+        api.services.ledger.write(lambda db: db.execute(sql))
+
+
 def test_a_budget_follows_a_key_through_edits_of_keys_json(app, tmp_path):
     api = Api(app(accounts=bound_key(budget={"credits": 0.01, "per": "week"})))
     api.say("one two", BOUND_KEY)
@@ -10700,6 +10721,28 @@ def test_a_taken_port_is_told_at_once(run):
 def test_tables_align_wide_characters(capsys):
     proxy.show([{"name": "团队", "n": 1}, {"name": "e\u0301", "n": 0.000068}], False)
     assert capsys.readouterr().out == "name  n\n团队  1\ne\u0301     0.000068\n"
+
+
+RECIPES = re.findall(r'^\| (\w+).*? \| `("\w+": \{"url".*)` \| `(.*)` \|$', README, re.M)
+
+
+@pytest.mark.parametrize("upstream, model", [each[1:] for each in RECIPES])
+def test_the_recipes_of_the_readme_serve(upstream, model, app, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_KEY", "sk-one")
+    monkeypatch.setenv("OPENROUTER_API_KEY", "sk-two")
+    upstreams, models = json.loads(f"{{{upstream}}}"), json.loads(f"{{{model}}}")
+    proxy.ConfigFile(str(keys_file(tmp_path, "echo:", upstreams=upstreams, models=models)))
+    with Upstream(json_answer(chat_json("Hello!"))) as up:
+        [each] = upstreams.values()
+        each["url"] = up.url
+        api = Api(app(up.url, upstreams=upstreams, models=models))
+        name = [*models][0].replace("*", "some/model")
+        body = {"model": name, "messages": SAY_HELLO}
+        assert api("POST", CHAT, **body).json["model"] == name
+
+
+def test_the_readme_has_four_recipes():
+    assert [each[0] for each in RECIPES] == ["Ollama", "vLLM", "OpenAI", "OpenRouter"]
 
 
 def test_the_file_itself_names_what_it_needs():
@@ -12037,6 +12080,31 @@ def test_draining_finishes_short_streams_and_settles_long_ones(sig, gateway, tmp
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
+
+
+def test_a_restart_under_a_kept_socket_refuses_nobody(files, gate):
+    """As systemd does with `proxy.socket`: its socket outlives the service."""
+    script = [sse(WORDS, gate=gate), *[json_answer(chat_json("hi"))] * 100]
+    kept = socket.create_server(("127.0.0.1", 0), backlog=512)
+    with Upstream(script) as up, kept:
+        server = Gateway(*files(up.url, limits={"concurrent": 200}), workers=2, threads=64)
+        server.keep(kept)
+        with server, ThreadPoolExecutor(100) as pool:
+            stream = Visit(server, TEAM_KEY, stream=True).start()
+
+            def ask(number: int) -> int:
+                time.sleep(number / 100)  # a hundred, all over the restart
+                return status(server)
+
+            assert f"Serving {server.url}/v1" in server.log()
+            asked = [pool.submit(ask, number) for number in range(100)]
+            wait_for(lambda: sum(each.done() for each in asked) > 10)
+            server.kill(server.master_pid, signal.SIGTERM)
+            threading.Timer(0.5, gate.set).start()
+            server.process.wait(15)
+            server.start()
+            assert Counter(each.result(20) for each in asked) == {200: 100}
+            assert stream.finish().done
 
 
 @pytest.mark.parametrize(

@@ -3695,6 +3695,10 @@ class Watcher:
         self._clients: dict[int, Watch] = {}  # by file descriptor
         self._lock = threading.Lock()
         self._drain = math.inf  # when what still runs is ended
+        self._refusing = math.inf  # from when on nothing is let in
+        # Whether what was accepted is served in a drain: where the socket outlives the
+        # process, as systemd's does, a restart refuses nobody.
+        self.serves_on = False
         self._closed = threading.Event()
         threading.Thread(target=self._run, name="watcher", daemon=True).start()
 
@@ -3702,7 +3706,7 @@ class Watcher:
         """Watches it, unless that makes more than `capacity` at once, or a quarter of
         them waits for bodies of its account."""
         with self._lock:
-            if time.monotonic() >= self._drain or len(self._watches) >= capacity:
+            if time.monotonic() >= self._refusing or len(self._watches) >= capacity:
                 return False
             if len(self._watches) > capacity / 4:
                 alike = [each for each in self._watches if each.account == watch.account]
@@ -3730,6 +3734,7 @@ class Watcher:
     def drain(self, seconds: float) -> None:
         """Ends what still runs after `seconds`; a later call does not put it off."""
         self._drain = min(self._drain, time.monotonic() + seconds)
+        self._refusing = self._drain if self.serves_on else 0.0
 
     def close(self) -> None:
         """Ends what still runs, and the thread."""
@@ -7135,9 +7140,10 @@ class Server(BaseApplication):
 
     def __init__(
         self, keys: ConfigFile, db: str, bind: str, workers: int, threads: int,
-        keep_days: int | None, greeting: str,
+        keep_days: int | None, greeting: str, activated: bool = False,
     ):  # fmt: skip
         self._files, self._bind, self.greeting = (keys, db), bind, greeting
+        self._activated = activated  # by systemd, which keeps the socket
         self._workers, self._threads, self._keep_days = workers, threads, keep_days
         super().__init__()
 
@@ -7166,7 +7172,9 @@ class Server(BaseApplication):
 
     def load(self) -> Flask:
         app = build_app(*self._files, self._threads, self._keep_days)
-        atexit.register(app.extensions["proxy"].close)  # the last lines, too
+        services = app.extensions["proxy"]
+        services.watcher.serves_on = self._activated
+        atexit.register(services.close)  # the last lines, too
         return app
 
 
@@ -7241,7 +7249,7 @@ def is_free(host: str, port: int) -> bool:
     return True
 
 
-ORPHANS_END = 3.0  # seconds for a server's workers to close its port after it was killed
+ORPHANS_END = 6.0  # seconds for a server's workers to close its port after it was killed
 
 
 def refuse_taken(host: str, port: int, patience: float) -> None:
@@ -7292,7 +7300,7 @@ def serve(
             refuse_taken(host, port, patience=0 if ledger.speaks() else ORPHANS_END)
         ledger.file.keys_file = os.path.realpath(keys)
         text = greeting(config_file.current, ledger, f"http://{bind}")
-    Server(config_file, db, bind, workers, threads, keep_days, text).run()
+    Server(config_file, db, bind, workers, threads, keep_days, text, kept).run()
 
 
 @contextlib.contextmanager

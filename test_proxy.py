@@ -1820,7 +1820,9 @@ def test_hours_that_cannot_be_meant_are_refused_by_path(
 ) -> None:
     with pytest.raises(proxy.ConfigError) as refused:
         load(planted("models.chat.price", {"input": 1, "hours": hours}))
-    assert str(refused.value).startswith(f"models.chat.price.hours.{path}")
+    assert str(refused.value).startswith(
+        f"keys.json: models.chat.price.hours.{path}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -1840,7 +1842,7 @@ def test_hours_that_overlap_are_refused_by_path(
     for utc in (one, other), (other, one):
         with pytest.raises(proxy.ConfigError) as refused:
             load(planted("models.chat.price", clash("Sat 23:00-23:30", *utc)))
-        told = f"models.chat.price.hours.2.utc: overlaps with '{utc[0]}'"
+        told = f"keys.json: models.chat.price.hours.2.utc: overlaps with '{utc[0]}'"
         assert str(refused.value) == told
 
 
@@ -1876,7 +1878,7 @@ def test_a_demo_may_reach_only_echo_models_and_is_no_admin(
     path = keys_file(tmp_path, "http://127.0.0.1:9")
     assert proxy.ConfigFile(path).current.demo == (DEMO_KEY, "echo")
     keys_file(tmp_path, "http://127.0.0.1:9", accounts={"demo": change})
-    with pytest.raises(proxy.ConfigError, match="^accounts.demo.demo: "):
+    with pytest.raises(proxy.ConfigError, match="^keys.json: accounts.demo.demo: "):
         proxy.ConfigFile(path)
 
 
@@ -7548,7 +7550,7 @@ def test_a_stream_that_breaks_ends_in_an_error_event(stage, name):
 
 def test_a_line_that_does_not_end_ends_the_connection(stage):
     stage.main.script = [endless("line")]
-    assert ends_in_error(stage, stage.chat(stream=True))
+    assert_unavailable(stage, stage.chat(stream=True), "no")  # nothing has begun
     assert stage.main.requests[0].closed.wait(2)
 
 

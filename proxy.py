@@ -5641,7 +5641,8 @@ class Relay:
         for data in pieces:
             self.watch.due = math.inf  # what takes long from here on is the client
             out = meter.feed(data)
-            self._hold(meter.held)
+            if meter.held or self._share.size:
+                self._hold(meter.held)
             self.watch.finished = meter.report_due
             if self._ttfb is None and meter.events and (meter.relayed or not meter.error):
                 self._hear()

@@ -2850,6 +2850,9 @@ def read_body(
 MAX_PARTS, MAX_FIELD = 100, 1 << 20  # of a form; bytes of each that is no file
 
 
+PART_NAME = re.compile(r"[\w.\[\]-]{1,100}", re.ASCII)  # that all read alike
+
+
 class FilePart(NamedTuple):
     """A file of a form."""
 
@@ -2875,9 +2878,9 @@ def parse_form(
             raise ValueError("no boundary")
         fields, files = parser.parse(io.BytesIO(data), boundary, len(data))
         names = [*fields, *files]
-        if None in names or {*fields} & {*files}:
-            raise ValueError("a part without a name, or two under one")
-    except (ValueError, HTTPException):
+        if len({*names}) < len(names) or not all(map(PART_NAME.fullmatch, names)):
+            raise ValueError("a part without a plain name, or two under one")
+    except (ValueError, TypeError, HTTPException):
         raise BadRequest("The body is no valid multipart/form-data.") from None
     body = {
         name: texts[0] if len(texts) == 1 else texts
@@ -3195,7 +3198,7 @@ def parse_call(
             raise NotFound("There is no such path.")
     body, files = parse_form(data, form) if form else (parse_json(data), None)
     body = form_call(body) if form else body
-    for name in body:
+    for name in [*body, *(f"{file.name}[]" for file in files or ())]:  # no file is one
         plain = name.partition("[")[0].casefold()
         if name not in GUARDED and plain in GUARDED:
             # To some servers names in another case (Go's), or of a form with brackets
@@ -3278,8 +3281,9 @@ def refuse_unpriced(body: dict[str, Any], model: Model) -> None:
 TOLD_FORMATS = (None, "json", "diarized_json")  # of transcripts that tell their tokens
 
 
-def refuse_priceless(call: Call, price: Price) -> None:
+def refuse_priceless(call: Call, model: Model) -> None:
     """Raises BadRequest where a price has nothing that this call's answer tells of."""
+    price = model.price
     if price == Price() or price.request or call.path in FREE:
         return
     tokens, asked = price.input or price.output, call.body.get("response_format")
@@ -3287,6 +3291,8 @@ def refuse_priceless(call: Call, price: Price) -> None:
         priced = price.characters or (tokens and call.body.get("stream_format") == "sse")
     elif call.path in TRANSCRIPTS:
         priced = tokens and asked in TOLD_FORMATS
+    elif call.path in PICTURES and model.wild:  # few of "all models" tell tokens of one
+        priced = price.image or price.reported
     else:
         priced = tokens or price.image
     if not priced:
@@ -6065,7 +6071,7 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
         model = find_model(services, call.model).at(time.time())
         here.model = model.id
         refuse_unpriced(call.body | dear_betas(call.headers), model)
-        refuse_priceless(call, model.price)
+        refuse_priceless(call, model)
         worst = quote(call, model)
     except ProxyError:
         if not here.windows:

@@ -5918,8 +5918,8 @@ def test_an_edit_of_pictures_is_charged_by_the_image(stage):
 
 @pytest.mark.parametrize("name", ["a", "ü b", "a;b=c", "a'b"])
 def test_a_form_that_is_sent_says_what_was_read(name):
-    body = {name: "x\r\n--y", "more": ["1", "2"]}
-    files = (proxy.FilePart(name + "2", f"{name}.wav", "audio/wav", MP3),)
+    body = {"field[]": "x\r\n--y", "more": ["1", "2"]}
+    files = (proxy.FilePart("file", f"{name}.wav", "audio/wav", MP3),)
     kind, data = proxy.to_form(body, files)
     assert proxy.parse_form(data, kind) == (body, files)
 
@@ -5960,6 +5960,9 @@ MODEL = ("model", b"whisper")
         (form_of(MODEL, ("stream", b"yes")), BOUND), (form_of(*[MODEL] * 101), BOUND),
         (form_of(MODEL, ("prompt", b"x" * (1 << 20) + b"x")), BOUND),
         (form_of(MODEL)[:-20], BOUND), (b"--b\r\n\r\nx\r\n--b--\r\n", BOUND),
+        (form_of(MODEL, ("n ", b"9")), BOUND), (form_of(MODEL, ("ｎ", b"9")), BOUND),
+        (form_of(MODEL, ('n"; filename="x', b"9")), BOUND),
+        (form_of(MODEL, ('prompt[]"; filename="x', b"9")), BOUND),
     ],
 )  # fmt: skip
 def test_a_form_that_is_no_good_is_a_bad_request(data, kind):
@@ -5986,6 +5989,15 @@ def test_what_cannot_be_priced_is_refused_before_the_provider_is_asked(
     assert response.status_code in (400, 404) and error_of(response)["message"]
     id = response.headers["x-request-id"]
     assert not stage.main.requests and not stage.rows("id = ?", id)
+
+
+@pytest.mark.parametrize(
+    "price, passes", [({"input": 5}, 0), ({"image": 1}, 1), ({"input": 5, "reported": 1}, 1)]
+)  # fmt: skip
+def test_a_wildcard_makes_pictures_at_a_price_that_tells_of_them(price, passes) -> None:
+    call = make_call("images/generations", prompt="x")
+    with nullcontext() if passes else pytest.raises(proxy.BadRequest):
+        proxy.refuse_priceless(call, replace(make_model(price), id="any/*"))
 
 
 def test_other_paths_take_no_form(stage):

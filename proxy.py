@@ -5498,8 +5498,9 @@ class Relay:
             self._give_up(ended.ending)
             raise ended.failure() from None
         except BaseException as error:
-            told = error if isinstance(error, ProxyError) else ProxyError("")
-            self._give_up(Ending.REFUSED, told)
+            # A name for the error here would keep what its frames have read.
+            broken = None if isinstance(error, ProxyError) else ProxyError("")
+            self._give_up(Ending.REFUSED, broken or error)
             raise
         self.watch.answers()
         length = {"Content-Length": str(len(self._begin))}
@@ -8079,7 +8080,8 @@ placeholder="sk-…"></label>
 viewBox="0 0 100 100" preserveAspectRatio="none"></svg><p class="ends soft" aria-hidden="true">
 <span id="chart-from"></span><span id="chart-to"></span></p></div>
 <table id="models" class="stack" role="table"><caption>Spending by model</caption><thead><tr>
-<th>Model</th><th class="num">Requests</th><th class="num">Input tokens</th>
+<th>Model</th><th class="num">Requests</th><th class="num">Failed</th>
+<th class="num">Refused</th><th class="num">Input tokens</th>
 <th class="num">of these cached</th><th class="num">Output tokens</th><th class="num">Images</th>
 <th class="num">Credits</th></tr></thead><tbody></tbody></table>
 <details><summary>By day, as a table</summary><table id="day-table"><thead><tr><th>Day (UTC)</th>
@@ -8116,7 +8118,10 @@ other request.</p>
 <button type="button" id="accounts-more" hidden>More</button></p></section>
 <section class="card wide"><div class="head"><h2>Recent requests</h2>
 <form id="period" class="row"><label>From <input type="date" id="since"></label>
-<label>To <input type="date" id="until"></label><button>Show</button><output></output></form></div>
+<label>To <input type="date" id="until"></label>
+<label>Model <input id="of-model" size="10"></label><label>Key <input id="of-key" size="10"></label>
+<label class="tick"><input id="of-failed" type="checkbox"> failed</label>
+<button>Show</button><button type="button" id="csv">CSV</button><output></output></form></div>
 <table id="requests" class="stack" role="table"><caption>Recent requests</caption><thead><tr>
 <th>Time</th><th>Status</th><th>Model</th><th>Key</th><th class="num">Tokens in</th>
 <th class="num">Tokens out</th><th class="num">Credits</th><th class="num">Duration</th>
@@ -8332,6 +8337,7 @@ const tag = (kind, words) => el('span', { class: `tag ${kind}` }, words);
 
 const decimals = new Intl.NumberFormat('en', { maximumFractionDigits: 6 });
 const number = (value) => decimals.format(value || 0);
+const balance = (value) => (value === null ? 'unlimited' : number(value));
 const calendar = new Intl.DateTimeFormat('en', { dateStyle: 'medium' });
 const clock = new Intl.DateTimeFormat('en', { month: 'short', day: 'numeric', hour: '2-digit',
   minute: '2-digit', second: '2-digit', hourCycle: 'h23' });
@@ -8480,7 +8486,7 @@ function showAccount(account) {
   session.account = account;
   text('account-id', account.id);
   show('back', session.view !== 'account');
-  for (const part of ['available', 'granted', 'spent', 'held']) text(part, number(credits[part]));
+  for (const part of ['available', 'granted', 'spent', 'held']) text(part, balance(credits[part]));
   show('live', live);
   show('live-none', !live);
   if (live) {
@@ -8526,7 +8532,8 @@ async function poll() {
 }
 
 // ---- Spending --------------------------------------------------------------------------
-const COUNTS = ['requests', 'input_tokens', 'cached_tokens', 'output_tokens', 'images', 'credits'];
+const COUNTS = ['requests', 'failed', 'refused', 'input_tokens', 'cached_tokens',
+  'output_tokens', 'images', 'credits'];
 const total = (days) => days.reduce((sum, day) => sum + day.credits, 0);
 
 // Rows of usage with one value of a field, summed: a Map of {key, requests, credits, …}.
@@ -8554,7 +8561,7 @@ async function loadUsage() {
   showChart(series);
   const models = [...sums(data, 'model').values()].sort((a, b) => b.credits - a.credits);
   fill('models', models.map((sum) => row('models',
-    [name(sum.key), ...COUNTS.map((count) => number(sum[count]))])), 'Nothing was used.');
+    [name(sum.key || '(no model)'), ...COUNTS.map((count) => number(sum[count]))])), 'Nothing was used.');
   const used = series.filter((day) => day.requests).reverse();
   fill('day-table', used.map((day) => row('day-table',
     [day.key, number(day.requests), number(day.credits)])), 'No requests.');
@@ -8566,6 +8573,7 @@ function showPace(series) {
   const week = series.slice(-7);
   const spent = total(week);
   if (!spent) return text('pace', 'Nothing was spent in the last 7 days.');
+  if (credits.available === null) return text('pace', `${number(spent)} credits in 7 days.`);
   const older = credits.spent - spent > 1e-6;
   const days = older ? 7 : 7 - week.findIndex((day) => day.requests);
   const left = Math.floor((credits.available / spent) * days);
@@ -8614,17 +8622,27 @@ async function loadRequests(fresh) {
     else body.append(tr);
     rows.set(request.id, tr);
   }
-  const bounded = period.since || period.until;
-  if (!rows.size) fill('requests', [], `No requests ${bounded ? 'in this period' : 'yet'}.`);
+  const bounded = Object.values(period).some(Boolean);
+  if (!rows.size) fill('requests', [], `No requests ${bounded ? 'like these' : 'yet'}.`);
   text('requests-count', rows.size ? `${number(rows.size)} shown` : '');
 }
 
 // Whole days of the browser's time zone, both included.
 function setPeriod() {
   const at = (id, days) => $(id).value && Date.parse(`${$(id).value}T00:00`) / 1000 + days * DAY_S;
-  session.period = { since: at('since', 0), until: at('until', 1) };
+  session.period = { since: at('since', 0), until: at('until', 1), model: $('of-model').value,
+    key: $('of-key').value, failed: $('of-failed').checked || '' };
   session.rows.clear();
   return loadRequests(true);
+}
+
+async function saveCsv() {
+  const answer = await send(`${session.view}/requests${query({ limit: 200, format: 'csv',
+    ...session.period })}`, 'GET');
+  const link = el('a', { download: 'requests.csv' });
+  link.href = URL.createObjectURL(await answer.blob());
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
 function requestRow(request) {
@@ -8664,11 +8682,20 @@ async function loadKeys(after) {
   moreKeys(page.data, page.has_more);
 }
 
+function terms({ budget, expires, models, limits, metrics }) {
+  const left = budget && `${number(budget.available)} of ${number(budget.credits)} left, ` +
+    `${budget.per === 'total' ? 'in' : 'per'} ${budget.per}`;
+  return [left, expires && `until ${expires}`, models && `only ${models.join(', ')}`,
+    limits?.rate, limits?.concurrent && `${limits.concurrent} at once`,
+    metrics && 'metrics'].filter(Boolean);
+}
+
 function keyRow(key) {
   const own = key.id === session.me.key?.id;
   const label = el('span', {}, name(key.name));
   if (own) label.append(' ', tag('good', 'signed in'));
   if (key.admin) label.append(' ', tag('warn', 'admin'));
+  for (const words of terms(key)) label.append(' ', tag('soft', words));
   const revoke = key.admin && !session.me.admin ? '' : button('danger',
     () => guard(revokeKey(key, own)), 'Revoke', { 'aria-label': `Revoke ${key.name}` });
   return row('keys', [label, el('code', {}, key.hint || '–'), moment(key.created, calendar),
@@ -8706,7 +8733,8 @@ async function loadAccounts(after) {
   const rows = page.data.map(({ id, admin, keys, credits: c }) => {
     const label = el('span', {}, button('link', () => guard(open(accountPath(id))), name(id)));
     if (admin) label.append(' ', tag('warn', 'admin'));
-    return row('accounts', [label, ...[c.granted, c.spent, c.held, c.available, keys].map(number)]);
+    return row('accounts', [label, ...[c.granted, c.spent, c.held, c.available].map(balance),
+      number(keys)]);
   });
   if (after) rowsOf('accounts').append(...rows);
   else fill('accounts', rows, 'There are no accounts.');
@@ -8800,6 +8828,7 @@ for (const [id, work] of Object.entries(FORMS)) {
   $(id).onsubmit = (event) => { event.preventDefault(); busy($(id), work); };
 }
 $('requests-more').onclick = () => guard(loadRequests(false));
+$('csv').onclick = () => guard(saveCsv());
 $('days').onchange = () => guard(loadUsage());
 $('back').onclick = () => guard(open('account'));
 $('play-stop').onclick = () => session.playing?.abort();

@@ -7660,7 +7660,7 @@ def test_an_error_before_any_text_is_free_whatever_was_reported(stage):
     started = {"message": {"model": "chat", "usage": {"input_tokens": 900}}}
     failed = {"type": "error", "error": {"type": "overloaded_error", "message": "x"}}
     events = [{"type": "message_start", **started}, failed]
-    stage.main.script = [sse(events, done=False)]
+    stage.main.script = [sse(events, done=False, delay=0.1)]
     ask = {"model": "chat", "messages": SAY_HELLO, "max_tokens": 99, "stream": True}
     response = stage.post("messages", ask)
     assert failed_message(response) == [{"type": "message_start", **started}]
@@ -11373,6 +11373,23 @@ def test_a_key_is_made_used_watched_and_revoked(tab, newcomer):
     tab.revoke("laptop")
     with pytest.raises(openai.AuthenticationError):
         ask(model="echo", messages=messages)
+
+
+def test_failed_requests_and_the_terms_of_a_key_are_told(tab, newcomer):
+    tab.sign_in(newcomer)
+    ask = {"model": "echo", "messages": SAY_HELLO}
+    made = client().post(
+        f"{tab.server.url}/v1/account/keys", headers=bearer(newcomer),
+        json={"name": "bound", "budget": {"credits": 0.5, "per": "month"}},
+    ).json()  # fmt: skip
+    for body in ask, ask | {"n": 0}:
+        client().post(f"{tab.server.url}{CHAT}", headers=bearer(made["key"]), json=body)
+    terms = "0.499996 of 0.5 left, per month"
+    wait_for(lambda: terms in tab.text("#keys"), 8, "the budget")
+    wait_for(lambda: "(no model)" in tab.text("#models"), 8, "the refusal")
+    tab.click("#of-failed")
+    tab.click("#period button")
+    wait_for(lambda: "No requests like these" in tab.text("#requests"), what="no failures")
 
 
 def test_a_copied_key_is_the_whole_key(tab, newcomer):

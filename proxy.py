@@ -7305,7 +7305,9 @@ def serve(
     bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     with contextlib.closing(Ledger(db)) as ledger:
         if not kept:
-            refuse_taken(host, port, patience=0 if ledger.speaks() else ORPHANS_END)
+            slots = range(1, MAX_WORKERS + 1)  # of a worker that lives one is not free
+            ended = all([ledger.file.take(slot) for slot in slots])
+            refuse_taken(host, port, patience=0 if ended else ORPHANS_END)
         ledger.file.keys_file = os.path.realpath(keys)
         text = greeting(config_file.current, ledger, f"http://{bind}")
     Server(config_file, db, bind, workers, threads, keep_days, text, kept).run()

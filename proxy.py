@@ -758,9 +758,7 @@ def to_credits(micro: int) -> int | float:
 MAX_RATE = 10_000  # requests of one window: it is read and written whole
 
 
-def parse_limits(
-    value: Any, path: str, common: Limits = COMMON_LIMITS
-) -> Limits:
+def parse_limits(value: Any, path: str, common: Limits = COMMON_LIMITS) -> Limits:
     """Limits of this object; what it leaves out is `common`."""
     value = fields(value, path, "rate concurrent")
     rate = value.get("rate", common.rate)
@@ -1038,7 +1036,7 @@ def parse_allow(value: Any, path: str) -> frozenset[str]:
     return frozenset(value)
 
 
-LOOPBACK = re.compile(r"localhost|::1|127\.[0-9.]+|")
+LOOPBACK = re.compile(r"localhost|::1|127\.[0-9.]+|")  # echo has no host
 
 
 def parse_model(
@@ -1061,8 +1059,9 @@ def parse_model(
     if not isinstance(defaults, dict) or {"model", "n", "best_of"} & {*defaults}:
         raise ConfigError(f"{path}.defaults: must be an object without 'model' or 'n'")
     longest = value.get("max_output", DEFAULT_MAX_OUTPUT)
-    if "price" in value or not all([LOOPBACK.fullmatch(up.host) for up, _ in routes]):
-        fields(value, path, " ".join(value), needed="price")
+    free = all([LOOPBACK.fullmatch(upstream.host) for upstream, _ in routes])
+    if "price" not in value and not free:
+        raise ConfigError(f"{path}.price: is required")
     price, hours = parse_prices(value.get("price", {"input": 0}), f"{path}.price")
     return Model(
         printable_name(id, path, 200),
@@ -1467,6 +1466,13 @@ def expected_schema() -> dict[str, str]:
         return schema_of(db)
 
 
+def are_locked(file: int, start: int, length: int) -> bool:
+    """Whether others have a lock on any of these bytes of an open file."""
+    asked = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    found = fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked)
+    return FLOCK.unpack(found)[0] != fcntl.F_UNLCK
+
+
 def columns_of(db: sqlite3.Connection, table: str) -> list[str]:
     return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
 
@@ -1655,11 +1661,13 @@ class LedgerFile:
         ours may be open: closing a descriptor drops SQLite's locks (fcntl(2))."""
         file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            asked = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, *SHARED_BYTES, 0)
-            found = fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked)
+            return are_locked(file, *SHARED_BYTES)
         finally:
             os.close(file)
-        return FLOCK.unpack(found)[0] != fcntl.F_UNLCK
+
+    def is_served(self) -> bool:
+        """Whether a worker of any server lives: it has its slot."""
+        return are_locked(self._lock, 1, MAX_WORKERS)
 
     @property
     def keys_file(self) -> str:
@@ -2060,14 +2068,12 @@ SELECT count(*) FROM (SELECT account FROM requests UNION ALL
     SELECT account FROM grants UNION ALL SELECT account FROM usage WHERE refused = 0)
 WHERE account NOT IN (SELECT id FROM accounts)
 """
+CHECKS = 6  # queries of `check`
 
 
 def new_request_id() -> str:
     """Unique, and sorted by time so that the ledger grows at its end."""
     return f"req_{time.time_ns() // 10**6:011x}{random.getrandbits(52):013x}"
-
-
-CHECKS = 6  # queries of a proof
 
 
 def id_of_day(day: int) -> str:
@@ -2097,14 +2103,14 @@ SELECT coalesce((SELECT spent FROM budgets
 FROM (SELECT ?1 AS key, ?2 AS since, ?3 AS until) b
 """
 # Of the windows that a day is in only that of the budget in force is kept.
-FORMER = """
+OTHER_BUDGETS = """
 DELETE FROM budgets WHERE key = ?1 AND until > ?4 AND since <= ?4
     AND (since, until) != (?2, ?3)
 """
-FIRST = "INSERT INTO budgets VALUES (?1, ?3, ?2, ?4, ?5) ON CONFLICT DO NOTHING"
-BUDGET = "UPDATE budgets SET most = ?4 WHERE key = ?1 AND until = ?3 AND since = ?2"
+NEW_BUDGET = "INSERT INTO budgets VALUES (?1, ?3, ?2, ?4, ?5) ON CONFLICT DO NOTHING"
+BUDGET_MOST = "UPDATE budgets SET most = ?4 WHERE key = ?1 AND until = ?3 AND since = ?2"
 # What the account of a request has left, and each budget that it counts in.
-LEFT = f"""
+ALL_LEFT = f"""
 SELECT granted + declared - spent - held FROM accounts WHERE id = ?1
 UNION ALL SELECT most - spent - {HELD}
 FROM requests r JOIN budgets b ON b.key = r.key AND until > r.created / 86400000
@@ -2128,14 +2134,14 @@ class Ledger:
         self._unsettled: deque[tuple[Lease, Charge]] = deque()
         self.keep_days: int | None = None  # None: receipts are kept for ever
         self._expired, self._expiring = 0, iter(())  # the day of the last look; its steps
-        self._file = LedgerFile(path)
-        self.path, self.read, self.file = self._file.path, self._file.read, self._file
-        self.snapshot = self._file.snapshot
+        self.file = LedgerFile(path)
+        self.path, self.read = self.file.path, self.file.read
+        self.snapshot = self.file.snapshot
         self._worker = worker
         if not worker:
-            self._file.open()
+            self.file.open()
         self._upkeep()  # before its thread runs: no request waits for a slot
-        self._writer = Writer(self._file, self._upkeep)
+        self._writer = Writer(self.file, self._upkeep)
         self.write = self._writer.do
 
     # Upkeep: in the writer's thread, each in a transaction of its own
@@ -2146,7 +2152,7 @@ class Ledger:
         while self._refusals:
             self._refused[self._refusals.popleft()] += 1
         try:
-            self._file.open()
+            self.file.open()
             if self._worker:
                 if not self.slot:
                     self._claim()
@@ -2156,7 +2162,7 @@ class Ledger:
                     lease, charge = self._unsettled[0]
                     self._run(functools.partial(self._resolve, lease, charge), True)
                     self._unsettled.popleft()
-                self._file.checkpoint()
+                self.file.checkpoint()
                 self._forget()
             self.trouble = None
         except Exception as error:  # nothing may end this thread
@@ -2164,7 +2170,7 @@ class Ledger:
 
     def _run(self, operation: Operation, durable: bool = False) -> Any:
         job = Job(operation, durable)
-        self._file.transact([job])
+        self.file.transact([job])
         return job.result
 
     def _forget(self) -> None:
@@ -2203,14 +2209,14 @@ class Ledger:
     def _claim(self) -> None:
         """Takes a free worker slot and clears what its former owner left."""
         slots = range(1, MAX_WORKERS + 1)
-        slot = next((slot for slot in slots if self._file.take(slot)), None)
+        slot = next((slot for slot in slots if self.file.take(slot)), None)
         if slot is None:
             raise LedgerUnavailable("no free worker slot")
         try:
             self._run(functools.partial(self._clear, slot=slot))
             self._run(self._same_boot)
         except BaseException:
-            self._file.drop(slot)
+            self.file.drop(slot)
             raise
         self.slot = slot
 
@@ -2233,9 +2239,9 @@ class Ledger:
         """Releases the holds of workers that have died, and writes the refusals."""
         sql = "SELECT DISTINCT slot FROM requests WHERE state = 0"
         for (slot,) in db.execute(sql).fetchall():
-            if slot != self.slot and self._file.take(slot):
+            if slot != self.slot and self.file.take(slot):
                 self._clear(db, slot)
-                self._file.drop(slot)  # a new owner clears it again, after this commit
+                self.file.drop(slot)  # a new owner clears it again, after this commit
         db.executemany(
             "INSERT INTO usage(account, day, key, model, status, refused)"
             " VALUES (?, ?, ?, ?, ?, ?)"
@@ -2249,7 +2255,7 @@ class Ledger:
 
     def speaks(self) -> bool:
         """Whether it is this worker that tells what concerns all of them."""
-        return self._file.take(SPEAKER)
+        return self.file.take(SPEAKER)
 
     # Holds
 
@@ -2283,18 +2289,18 @@ class Ledger:
                     names,
                 )
             room = MAX_HOLD
-            db.execute(FORMER, (*window, day))
+            db.execute(OTHER_BUDGETS, (*window, day))
             if budget:
                 spent, held = db.execute(USED, window).fetchone()
                 room = budget.most - spent - held
-                db.execute(FIRST, (*window, spent, max(budget.most, spent + held)))
+                db.execute(NEW_BUDGET, (*window, spent, max(budget.most, spent + held)))
             while True:
                 hold = min(quote.hold(tokens), MAX_HOLD)
                 values = (*row, hold, most, account.credits, asked, room)
                 if db.execute(HOLD, values).rowcount:
                     db.execute(DECLARED, (account.credits, account.id))
                     if budget:
-                        db.execute(BUDGET, (*window, budget.most))
+                        db.execute(BUDGET_MOST, (*window, budget.most))
                     lease = Lease(id, account.id, key.name, hold, tokens)
                     return Admission(windows, lease)
                 asked_of = (key.id, account.id)
@@ -2337,7 +2343,7 @@ class Ledger:
         """
         usage, cost = charge.usage or Usage(), min(charge.cost, charge.most)
         if cost > lease.hold:
-            left = db.execute(LEFT, (lease.account, lease.id)).fetchall()
+            left = db.execute(ALL_LEFT, (lease.account, lease.id)).fetchall()
             cost = min(cost, lease.hold + max(0, min(left)[0]))
         db.execute(
             "UPDATE requests SET state = ?, cost = ?, lost = ?, input = ?, cached = ?,"
@@ -2358,7 +2364,7 @@ class Ledger:
         """The row of a key; one of keys.json may have none."""
         for row in self.read(f"{KEY_ROWS} WHERE k.id = ?", id):
             return KeyRow._make(row)
-        self._file.check_places()  # nobody is unknown because the file was replaced
+        self.file.check_places()  # nobody is unknown because the file was replaced
         return None
 
     def key_rows(self, ids: list[str]) -> dict[str, KeyRow]:
@@ -2520,7 +2526,7 @@ class Ledger:
     def close(self) -> None:
         """Gives the slot back; what is left open there is the next owner's to clear."""
         self._writer.close()
-        self._file.close()
+        self.file.close()
 
 
 # Limits ------------------------------------------------------------------------------
@@ -2848,8 +2854,6 @@ def read_body(
 
 
 MAX_PARTS, MAX_FIELD = 100, 1 << 20  # of a form; bytes of each that is no file
-
-
 PART_NAME = re.compile(r"[\w.\[\]-]{1,100}", re.ASCII)  # that all read alike
 
 
@@ -3175,7 +3179,7 @@ GUARDED = CAPS | ALL_PRICED.keys() | set(
 )  # fmt: skip
 
 
-def form_call(fields: dict[str, Any]) -> dict[str, Any]:
+def form_values(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a form, the numbers and truths among them as JSON has them."""
     known = {"true": True, "false": False}
     numbers = {
@@ -3197,7 +3201,7 @@ def parse_call(
         if path not in ENDPOINTS | FREE:
             raise NotFound("There is no such path.")
     body, files = parse_form(data, form) if form else (parse_json(data), None)
-    body = form_call(body) if form else body
+    body = form_values(body) if form else body
     for name in [*body, *(f"{file.name}[]" for file in files or ())]:  # no file is one
         plain = name.partition("[")[0].casefold()
         if name not in GUARDED and plain in GUARDED:
@@ -3701,7 +3705,6 @@ class Watcher:
         self._clients: dict[int, Watch] = {}  # by file descriptor
         self._lock = threading.Lock()
         self._drain = math.inf  # when what still runs is ended
-        self._refusing = math.inf  # from when on nothing is let in
         # Whether what was accepted is served in a drain: where the socket outlives the
         # process, as systemd's does, a restart refuses nobody.
         self.serves_on = False
@@ -3712,7 +3715,10 @@ class Watcher:
         """Watches it, unless that makes more than `capacity` at once, or a quarter of
         them waits for bodies of its account."""
         with self._lock:
-            if time.monotonic() >= self._refusing or len(self._watches) >= capacity:
+            last = self._drain if self.serves_on else -math.inf
+            if self._drain < math.inf and time.monotonic() >= last:
+                return False
+            if len(self._watches) >= capacity:
                 return False
             if len(self._watches) > capacity / 4:
                 alike = [each for each in self._watches if each.account == watch.account]
@@ -3740,7 +3746,6 @@ class Watcher:
     def drain(self, seconds: float) -> None:
         """Ends what still runs after `seconds`; a later call does not put it off."""
         self._drain = min(self._drain, time.monotonic() + seconds)
-        self._refusing = self._drain if self.serves_on else 0.0
 
     def close(self) -> None:
         """Ends what still runs, and the thread."""
@@ -4058,8 +4063,9 @@ class Answer:
 
 
 def read_some(
-    answer: Iterator[bytes], limit: int, held: Callable[[int], Any] = int
-) -> bytes:
+    answer: Iterator[bytes], limit: int,
+    held: Callable[[int], None] = lambda size: None,
+) -> bytes:  # fmt: skip
     """The body, or its beginning once that has more than `limit` bytes; `held` is told
     how many are."""
     pieces, size = [], 0
@@ -4501,11 +4507,12 @@ def explained(error: Refused, call: Call, ours: dict[str, Any]) -> Refused:
     return error
 
 
-# Other kinds of answers, by path.
-OTHER_KINDS = {SPEECH: (r"audio/[\w.+-]+", "application/octet-stream")}
-OTHER_KINDS |= dict.fromkeys(
-    TRANSCRIPTS, ("text/(plain|vtt|srt)", "application/x-subrip")
-)
+# Paths whose answers may be of other kinds, and which; elsewhere their form is judged by
+# the first bytes.
+KINDS = f"application/json|{STREAM_TYPE}|"
+SOUND = re.compile(KINDS + r"audio/[\w.+-]+|application/octet-stream")
+SUBTITLES = re.compile(KINDS + "text/(plain|vtt|srt)|application/x-subrip")
+OTHER_KINDS = {SPEECH: SOUND} | dict.fromkeys(TRANSCRIPTS, SUBTITLES)
 
 
 class OpenAI(Dialect):
@@ -4553,10 +4560,8 @@ class OpenAI(Dialect):
     def finish(self, exchange: Exchange, path: str = "") -> Exchange:
         """The answer; one that is no success is raised as what it means."""
         answer = exchange.receive()
-        known = "|".join(["application/json", STREAM_TYPE, *OTHER_KINDS.get(path, ())])
-        # Elsewhere the form is judged by the first bytes.
-        judged = path not in OTHER_KINDS or re.fullmatch(known, answer.kind)
-        if answer.status == 200 and judged:
+        known = path not in OTHER_KINDS or OTHER_KINDS[path].fullmatch(answer.kind)
+        if answer.status == 200 and known:
             return answer
         try:
             raise self.failure(answer)
@@ -5672,12 +5677,13 @@ class Relay:
         self._ttfb = int((time.monotonic() - self._started) * 1000)
 
     def _break(self, ending: Ending, error: ProxyError) -> bytes:
-        """The error event that ends a stream which could not end well."""
+        """The error event that ends a stream which could not end well; what is none of
+        events raises ConnectionAbortedError instead, and so ends without its last chunk."""
         if ending is not Ending.LEFT:
             note = {"request": self.lease.id, "reason": error.reason}
             self._services.log.note("stream", **note)
         self._settle_anyhow(self._charged(ending, error))
-        if not self._answer.stream:  # it ends without its last chunk
+        if self._meter.kind != STREAM_TYPE:
             raise ConnectionAbortedError(error.reason)
         return error.events(self.call.path, self._meter.events)
 
@@ -6064,7 +6070,7 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
         count_request(services, hit)
     try:
         with watch.receiving() as arrived:
-            kinds = ("application/json", FORM)[: 1 + (path in FORMS)]
+            kinds = ("application/json", FORM) if path in FORMS else ("application/json",)
             data = read_body(environ, MAX_BODY, share, arrived, kinds)
         form = environ["CONTENT_TYPE"] if media_type(environ) == FORM else ""
         call = parse_call(path, data, passed_headers(path, environ), form)
@@ -6403,7 +6409,8 @@ def receipts(
     sql = (
         "SELECT r.id, r.created, r.account, k.name, coalesce(asked, model), path, state,"
         " status, stream, input, cached, written, output, images, estimated, cost, ttfb,"
-        " duration, code, upstream, attempts FROM requests r LEFT JOIN keys k ON k.id = r.key WHERE r.account = ?"
+        " duration, code, upstream, attempts FROM requests r"
+        " LEFT JOIN keys k ON k.id = r.key WHERE r.account = ?"
         f" AND r.id >= ? AND r.id < ?{where} ORDER BY r.id DESC LIMIT ?"
     )
     with ledger.snapshot() as db:  # a rare one is looked for in the whole history
@@ -7148,7 +7155,7 @@ class Server(BaseApplication):
 
     def __init__(
         self, keys: ConfigFile, db: str, bind: str, workers: int, threads: int,
-        keep_days: int | None, greeting: str, activated: bool = False,
+        keep_days: int | None, greeting: str, activated: bool,
     ):  # fmt: skip
         self._files, self._bind, self.greeting = (keys, db), bind, greeting
         self._activated = activated  # by systemd, which keeps the socket
@@ -7202,12 +7209,10 @@ def file_options(command: Callable) -> Callable:
 
 VERSION = "1.0"
 json_option = click.option("--json", "as_json", is_flag=True, help="For scripts.")
+SETTINGS = {"max_content_width": 88, "help_option_names": ["-h", "--help"]}
 
 
-NAMES = {"max_content_width": 88, "help_option_names": ["-h", "--help"]}
-
-
-@click.group(context_settings=NAMES)
+@click.group(context_settings=SETTINGS)
 @click.version_option(VERSION, "--version", message="proxy.py %(version)s")
 def cli() -> None:
     """A small team's API gateway for language and image models."""
@@ -7305,9 +7310,8 @@ def serve(
     bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     with contextlib.closing(Ledger(db)) as ledger:
         if not kept:
-            slots = range(1, MAX_WORKERS + 1)  # of a worker that lives one is not free
-            ended = all([ledger.file.take(slot) for slot in slots])
-            refuse_taken(host, port, patience=0 if ended else ORPHANS_END)
+            ending = ledger.file.is_served()
+            refuse_taken(host, port, patience=ORPHANS_END if ending else 0)
         ledger.file.keys_file = os.path.realpath(keys)
         text = greeting(config_file.current, ledger, f"http://{bind}")
     Server(config_file, db, bind, workers, threads, keep_days, text, kept).run()
@@ -8563,7 +8567,8 @@ async function loadUsage() {
   showChart(series);
   const models = [...sums(data, 'model').values()].sort((a, b) => b.credits - a.credits);
   fill('models', models.map((sum) => row('models',
-    [name(sum.key || '(no model)'), ...COUNTS.map((count) => number(sum[count]))])), 'Nothing was used.');
+    [name(sum.key || '(no model)'), ...COUNTS.map((count) => number(sum[count]))])),
+  'Nothing was used.');
   const used = series.filter((day) => day.requests).reverse();
   fill('day-table', used.map((day) => row('day-table',
     [day.key, number(day.requests), number(day.credits)])), 'No requests.');

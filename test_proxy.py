@@ -7560,6 +7560,13 @@ def test_a_stream_that_breaks_ends_in_an_error_event(stage, name):
     assert (row["state"], row["status"], row["cost"]) == (state, 503, cost)
 
 
+def test_a_stream_under_another_name_breaks_in_an_error_event_too(stage):
+    events = chat_chunks("a b", finish=None, include_usage_chunk=False)
+    named = head(200, ("Content-Type", "text/plain"), CLOSE)
+    stage.main.script = [raw(named + sse_bytes(events, done=False))]
+    assert ends_in_error(stage, stage.chat(stream=True))["code"] == "provider_unavailable"
+
+
 def test_a_line_that_does_not_end_ends_the_connection(stage):
     stage.main.script = [endless("line")]
     assert_unavailable(stage, stage.chat(stream=True), "no")  # nothing has begun
@@ -13092,7 +13099,7 @@ class Books:
         """Drop the slot's lock as the kernel does, and leave everything else."""
         if len(self.workers) > 1:
             ledger = self.workers.pop(worker % len(self.workers))
-            ledger._file.drop(ledger.slot)
+            ledger.file.drop(ledger.slot)
             self.dead.append(ledger)
 
     def restart(self) -> None:

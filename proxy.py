@@ -2677,6 +2677,7 @@ def finite(text: str) -> float:
 STRICT_JSON = json.JSONDecoder(
     parse_constant=refuse_constant, parse_float=finite, object_pairs_hook=unique
 )
+PLAIN_JSON = json.JSONDecoder()
 COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
@@ -2966,8 +2967,8 @@ def sse(document: Any) -> bytes:
 
 def event_data(event: bytes) -> bytes:
     """The joined `data` of one event (WHATWG HTML §9.2.6); empty for comments."""
-    if event.startswith(b"data: ") and event.find(b"\n\n") == len(event) - 2:
-        if event.count(b"\n") == 2 and b"\r" not in event:
+    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2:
+        if b"\r" not in event:
             return event[6:-2]  # one line of it, as nearly always
     lines = [line for line in LINE_END.split(event) if line.startswith(b"data:")]
     return b"\n".join([line[5:].removeprefix(b" ") for line in lines])
@@ -2976,10 +2977,23 @@ def event_data(event: bytes) -> bytes:
 def json_object(data: bytes) -> dict[str, Any]:
     """The JSON object that an upstream sent, or an empty one for anything else."""
     try:
-        document = json.loads(data.decode())
+        text = data.decode().strip()
+        document, end = PLAIN_JSON.raw_decode(text)
     except (ValueError, RecursionError):
         return {}
-    return document if type(document) is dict else {}
+    return document if type(document) is dict and end == len(text) else {}
+
+
+def whole_events(data: bytes) -> tuple[list[bytes], bytes]:
+    """The events of a stream, each with its blank line, and what is left."""
+    if b"\r" not in data:  # 0.2 µs an event, not 1.3
+        *events, rest = data.split(b"\n\n")
+        return [event + b"\n\n" for event in events], rest
+    events, start = [], 0
+    for match in EVENT_END.finditer(data):
+        events.append(data[start : match.end()])
+        start = match.end()
+    return events, data[start:]
 
 
 class EventReader:
@@ -3000,17 +3014,12 @@ class EventReader:
                 return self._keep(data)
             data = b"".join([*self._pieces, data])
             self._pieces, self.size, self._tail = [], 0, b""
-        elif data.endswith(b"\n\n") and data.find(b"\n\n") == len(data) - 2:
-            return [data]  # one event, as nearly always
-        events, start = [], 0
-        for match in EVENT_END.finditer(data):
-            events.append(data[start : match.end()])
-            start = match.end()
-        while data[start : start + 1] == b":" and (line := LINE_END.search(data, start)):
-            events.append(data[start : line.end()])
-            start = line.end()
-        if start < len(data):
-            self._keep(data[start:])
+        events, rest = whole_events(data)
+        while rest.startswith(b":") and (line := LINE_END.search(rest)):
+            events.append(rest[: line.end()])
+            rest = rest[line.end() :]
+        if rest:
+            self._keep(rest)
         return events
 
     def _keep(self, data: bytes) -> list[bytes]:
@@ -3094,9 +3103,9 @@ def medium(part: dict[str, Any]) -> tuple[int, int] | None:
     kind, source = part.get("type"), part.get("source")
     if isinstance(source, dict) and source.get("type") == "text":
         return None  # Anthropic's documents may be
-    if kind is not None:
-        return MEDIA.get(kind) if type(kind) is str else None
-    return next((MEDIA[name] for name in part if name in MEDIA), None)
+    if kind is None:
+        kind = next(iter(MEDIA.keys() & part.keys()), None)
+    return MEDIA.get(kind) if type(kind) is str else None
 
 
 def media_parts(prompt: Any) -> Iterator[dict[str, Any]]:
@@ -3202,13 +3211,11 @@ def parse_call(
             raise NotFound("There is no such path.")
     body, files = parse_form(data, form) if form else (parse_json(data), None)
     body = form_values(body) if form else body
-    for name in [*body, *(f"{file.name}[]" for file in files or ())]:  # no file is one
-        plain = name.partition("[")[0].casefold()
-        if name not in GUARDED and plain in GUARDED:
-            # To some servers names in another case (Go's), or of a form with brackets
-            # (PHP's), are the same.
-            told = f"The field must be written '{plain}'."
-            raise BadRequest(told, param=plain)
+    # To some servers names in another case (Go's), or of a form with brackets (PHP's),
+    # are the same; and no file is one of these.
+    odd = [*(body.keys() - GUARDED), *(file.name for file in files or ())]
+    for plain in GUARDED & {name.partition("[")[0].casefold() for name in odd}:
+        raise BadRequest(f"The field must be written '{plain}'.", param=plain)
     model, stream = body.get("model"), body.get("stream")
     if not isinstance(model, str) or not 1 <= len(model) <= 200:
         raise BadRequest("'model' must be the name of a model.", param="model")
@@ -3338,7 +3345,7 @@ SILENT = {"role", "type", "id", "object", "index", "finish_reason", "stop_reason
 SILENT |= {"model", "status", "logprobs", "signature", "call_id", "item_id", "annotations"}
 
 
-DIGIT = re.compile("[0-9]")
+DIGITS = re.compile("[0-9]+")
 MAX_WORD = 64  # characters of what only names or ends something
 
 
@@ -3348,9 +3355,8 @@ def weigh(part: Any, prompt: bool = False) -> int:
     prompt everything is read that is no mere word, names too."""
     if type(part) is str:
         size = len(part) if part.isascii() else len(part.encode("utf-8", "replace"))
-        # Counting finds nothing in most deltas, at 0.7 µs each.
-        digits = DIGIT.search(part) and sum(map(part.count, "0123456789"))
-        return size + (BYTES_PER_TOKEN - 1) * (digits or 0)
+        digits = sum(map(len, DIGITS.findall(part)))
+        return size + (BYTES_PER_TOKEN - 1) * digits
     size = 0
     if type(part) is list:
         for each in part:
@@ -3441,31 +3447,36 @@ def settled_usage(
 # What holds the report where it is not at the top: OpenAI's /responses, Anthropic's
 # /messages, Groq's and Moonshot's streams (in the first choice).
 HOLDERS = "response", "message", "x_groq", "choices"
-# The names of a count in a usage report, each a path; the first one there counts.
-INPUT = "prompt_tokens", "input_tokens"
-OUTPUT = "completion_tokens", "output_tokens"
+
+def places(names: str) -> list[list[str]]:
+    return [name.split(".") for name in names.split()]
+
+
+# The places of a count in a usage report; the first one that is there counts.
+INPUT = places("prompt_tokens input_tokens")
+OUTPUT = places("completion_tokens output_tokens")
 BESIDE = "cache_read_input_tokens", "cache_creation_input_tokens"  # Anthropic's
-CACHED = (
-    "prompt_cache_hit_tokens", BESIDE[0], "prompt_tokens_details.cached_tokens",
-    "input_tokens_details.cached_tokens", "cached_tokens", "num_cached_tokens",
-)  # fmt: skip
-WRITTEN = (
-    BESIDE[1], "prompt_tokens_details.cache_write_tokens",
-    "input_tokens_details.cache_write_tokens",
-)  # fmt: skip
-HOUR = ("cache_creation.ephemeral_1h_input_tokens",)
+CACHED = places(
+    "prompt_cache_hit_tokens cache_read_input_tokens prompt_tokens_details.cached_tokens"
+    " input_tokens_details.cached_tokens cached_tokens num_cached_tokens"
+)
+WRITTEN = places(
+    "cache_creation_input_tokens prompt_tokens_details.cache_write_tokens"
+    " input_tokens_details.cache_write_tokens"
+)
+HOUR = places("cache_creation.ephemeral_1h_input_tokens")
 
 
-def count_of(report: dict[str, Any], names: Iterable[str]) -> int | None:
-    """The count under the first of these names that is there; None: under none.
+def count_of(report: dict[str, Any], places: list[list[str]]) -> int | None:
+    """The count in the first of these places that is there; None: in none.
     Raises ValueError for one that is not to be believed."""
-    for name in names:
+    for place in places:
         value: Any = report
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        for name in place:
+            value = value.get(name) if isinstance(value, dict) else None
         if value is not None:
             if type(value) is not int or not 0 <= value <= MAX_TOKENS:
-                raise ValueError(name)
+                raise ValueError(place)
             return value
     return None
 
@@ -5699,7 +5710,8 @@ class Relay:
         used = settled_usage(
             ending, finished, self.watch.sent, usage, weight, self.call, price
         )
-        used = used and replace(used, characters=self.call.characters)
+        if used and self.call.characters:
+            used = replace(used, characters=self.call.characters)
         amount = cost(used, price) if used else 0
         if used and used.estimated:
             amount = min(amount, self.lease.hold)
@@ -5790,13 +5802,17 @@ class RelayedPath(PathConverter):
     regex = r"(?!(?:accounts?|usage|models)(?:/|\Z))[^/].*?"
 
 
+BASE_PATH = re.compile("/*(?:v1/+)*")
+ONE_MODEL, SLASHES = re.compile("models/+[^/]"), re.compile("/+")
+
+
 def fold_path(path: str) -> str:
     """The path that is meant by a base URL with too many slashes, a /v1 too much or
     none; what stands for a model's id is left as it is."""
-    start = re.match("/*(?:v1/+)*", path).end()
+    start = BASE_PATH.match(path).end()
     rest = path[start:]
-    if not re.match("models/+[^/]", rest):
-        rest = re.sub("/+", "/", rest).rstrip("/")
+    if not ONE_MODEL.match(rest):
+        rest = SLASHES.sub("/", rest).rstrip("/")
     known = "v1" in path[:start] or rest.partition("/")[0] in BASES
     return f"/v1/{rest}" if known else f"/{rest}"
 

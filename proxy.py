@@ -1431,8 +1431,8 @@ FLOCK = struct.Struct("hhqqi")  # struct flock of fcntl(2)
 SHARED_BYTES = 0x40000002, 510  # that each connection in WAL mode has a read lock on
 LEDGER_TIMEOUT = 5.0  # seconds that a write waits for other writers
 LOCK_POLL = 0.0005  # seconds between two looks at the lock between processes
-CHECKPOINT_JOBS = 1000  # of one worker, some 25 MB of log; its size tells nothing, as
-# it never shrinks: a log that is overwritten costs less to sync than one that grows
+LOG_SIZE = 4 << 20  # bytes from which on the log is moved into the file; it keeps so
+# many, as a log that is overwritten costs less to sync than one that grows
 SWEEP_INTERVAL = 0.4  # seconds between two looks at dead workers and retries
 
 Operation = Callable[[sqlite3.Connection], Any]
@@ -1555,7 +1555,6 @@ class LedgerFile:
         self._reader = threading.Lock()
         self._doubtful = False  # a commit has failed: the log may have lost pages
         self._level = ""  # of the writing connection's `synchronous`
-        self._jobs = 0  # committed since the last checkpoint
 
     def open(self) -> None:
         """Finds, makes or upgrades the ledger, once; not called by two threads."""
@@ -1744,6 +1743,7 @@ class LedgerFile:
             # Errors of its own checkpoints would be told nobody.
             db.execute("PRAGMA wal_autocheckpoint = 0")
             db.execute("PRAGMA cache_size = -512")  # KiB; others' writes empty it
+            db.execute(f"PRAGMA journal_size_limit = {LOG_SIZE}")
         return db
 
     def _verified(self) -> sqlite3.Connection:
@@ -1778,14 +1778,13 @@ class LedgerFile:
                     self._doubtful = True
                     db.execute("COMMIT")
                     self._doubtful = False
-                    self._jobs += len(jobs)
             except BaseException:
                 self._writing, self._level = None, ""
                 raise
 
     def checkpoint(self) -> None:
         """Moves the log into the file, once it is worth it, while nobody writes."""
-        if self._jobs >= CHECKPOINT_JOBS and self._writing:
+        if self._writing and os.stat(self.path + "-wal").st_size > LOG_SIZE:
             with self.exclusive():
                 self._checkpoint(self._writing, "PASSIVE")
 
@@ -1794,7 +1793,7 @@ class LedgerFile:
         ((busy, _, _),) = db.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
         if busy and mode != "PASSIVE":
             raise LedgerUnavailable("a reader is in the way of a checkpoint")
-        self._doubtful, self._jobs = False, 0
+        self._doubtful = False
 
     def read(self, sql: str, *values: Any) -> list[tuple]:
         """All rows of one short query, of the file as it was opened."""

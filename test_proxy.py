@@ -2654,7 +2654,7 @@ def test_refusals_counted_while_the_ledger_is_in_trouble_are_kept(
 
 
 def test_a_log_that_was_long_is_not_checkpointed_for_ever(
-    sleeping: None, ledger: proxy.Ledger, monkeypatch: pytest.MonkeyPatch
+    sleeping: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved, real = [], proxy.LedgerFile._checkpoint
 
@@ -2662,13 +2662,18 @@ def test_a_log_that_was_long_is_not_checkpointed_for_ever(
         moved.append(values[-1])
         real(*values)
 
-    monkeypatch.setattr(proxy, "CHECKPOINT_JOBS", 20)
+    monkeypatch.setattr(proxy, "LOG_SIZE", 200_000)
     monkeypatch.setattr(proxy.LedgerFile, "_checkpoint", checkpoint)
-    for _ in range(3):
-        for _ in range(10):
-            ledger.settle(admit(ledger), charge(1))
-        for _ in range(3):  # there is nothing new in a log of the same size
+    with closing(proxy.Ledger(tmp_path / "proxy.db", worker=True)) as ledger:
+        log = tmp_path / "proxy.db-wal"
+        for count in range(3):
+            while log.stat().st_size <= proxy.LOG_SIZE:
+                ledger._upkeep()
+                assert len(moved) == count
+                ledger.settle(admit(ledger), charge(1))
             ledger._upkeep()
+            ledger.settle(admit(ledger), charge(1))  # the log begins anew, and is cut
+            assert log.stat().st_size == proxy.LOG_SIZE
     assert moved == ["PASSIVE"] * 3
 
 
@@ -13718,7 +13723,7 @@ def test_what_clients_saw_is_what_the_ledger_says(
     count, pause, gap, rate, acts, disk, gateway, tmp_path
 ):
     waits = {"CLIENT_TIMEOUT": 3, "UPSTREAM_IDLE": 1, **QUICK_TERM}
-    player, constants = Player(), {"CHECKPOINT_JOBS": 50, **waits}
+    player, constants = Player(), {"LOG_SIZE": 500_000, **waits}
     with Upstream(player) as up:
         more = {"accounts": limited(rate), **played_models(up)}
         server = gateway(up.url, workers=4, constants=constants, **more)

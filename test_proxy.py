@@ -1254,57 +1254,39 @@ def sleeping(monkeypatch: pytest.MonkeyPatch) -> None:
 # Errors ------------------------------------------------------------------------------
 
 INVALID = "invalid_request_error"
-ENVELOPES = [
-    (proxy.BadRequest("m", param="n"), 400, INVALID, "invalid_request"),
-    (proxy.Unauthorized(), 401, "authentication_error", "unauthorized"),
-    (proxy.InsufficientCredits("m"), 402, "insufficient_quota", "insufficient_credits"),
-    (proxy.NotFound("m"), 404, INVALID, "not_found"),
-    (proxy.TooLarge("m"), 413, INVALID, "request_too_large"),
-    (proxy.UnsupportedMediaType("m"), 415, INVALID, "unsupported_media_type"),
-    (proxy.RateLimited("m", 3), 429, "rate_limit_error", "rate_limit_exceeded"),
-    (proxy.ProxyError("m"), 500, "api_error", "internal_error"),
-    (proxy.UpstreamFailed("m"), 503, "api_error", "provider_unavailable"),
-    (proxy.Overloaded("m", 1), 503, "api_error", "overloaded"),
-    (proxy.LedgerUnavailable("m"), 503, "api_error", "ledger_unavailable"),
-    (proxy.Refused(422, "m", "c", "p"), 422, INVALID, "c"),
-    (proxy.Refused(404, "m", None, None), 404, INVALID, "invalid_request"),
-]
+ENVELOPES = [  # an error: status, OpenAI's type, code; Anthropic's type
+    (proxy.BadRequest("m", param="n"), 400, INVALID, "invalid_request", INVALID),
+    (proxy.Unauthorized(), 401, "authentication_error", "unauthorized",
+     "authentication_error"),
+    (proxy.InsufficientCredits("m"), 402, "insufficient_quota", "insufficient_credits",
+     "billing_error"),
+    (proxy.NotFound("m"), 404, INVALID, "not_found", "not_found_error"),
+    (proxy.ModelNotFound("m"), 404, INVALID, "model_not_found", "not_found_error"),
+    (proxy.MethodNotAllowed("m"), 405, INVALID, "method_not_allowed", INVALID),
+    (proxy.TooLarge("m"), 413, INVALID, "request_too_large", "request_too_large"),
+    (proxy.UnsupportedMediaType("m"), 415, INVALID, "unsupported_media_type", INVALID),
+    (proxy.RateLimited("m", 3), 429, "rate_limit_error", "rate_limit_exceeded",
+     "rate_limit_error"),
+    (proxy.ProxyError("m"), 500, "api_error", "internal_error", "api_error"),
+    (proxy.UpstreamFailed("m"), 503, "api_error", "provider_unavailable", "api_error"),
+    (proxy.Overloaded("m", 1), 503, "api_error", "overloaded", "api_error"),
+    (proxy.LedgerUnavailable("m"), 503, "api_error", "ledger_unavailable", "api_error"),
+    (proxy.Refused(422, "m", "c", "p"), 422, INVALID, "c", INVALID),
+    (proxy.Refused(404, "m", None, None), 404, INVALID, "invalid_request",
+     "not_found_error"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("error, status, type, code", ENVELOPES)
-def test_every_error_knows_its_envelope(
-    error: proxy.ProxyError, status: int, type: str, code: str
-) -> None:
+@pytest.mark.parametrize("error, status, type, code, anthropics", ENVELOPES)
+def test_every_error_knows_its_envelopes(error, status, type, code, anthropics):
     told = json.loads(error.envelope())
     assert list(told) == ["error"] and told["error"]["message"]
     assert list(told["error"]) == ["message", "type", "param", "code"]
     wanted = {"type": type, "param": error.param, "code": code}
     assert (error.status, told["error"] | wanted) == (status, told["error"])
-
-
-@pytest.mark.parametrize("path", ["messages", "/v1/messages/count_tokens"])
-@pytest.mark.parametrize(
-    "error, type",
-    [
-        (proxy.BadRequest("m"), INVALID),
-        (proxy.Unauthorized(), "authentication_error"),
-        (proxy.InsufficientCredits("m"), "billing_error"),
-        (proxy.ModelNotFound("m"), "not_found_error"),
-        (proxy.MethodNotAllowed("m"), INVALID),
-        (proxy.TooLarge("m"), "request_too_large"),
-        (proxy.UnsupportedMediaType("m"), INVALID),
-        (proxy.RateLimited("m", 3), "rate_limit_error"),
-        (proxy.ProxyError("m"), "api_error"),
-        (proxy.LedgerUnavailable("m"), "api_error"),
-        (proxy.Refused(404, "m", None, None), "not_found_error"),
-        (proxy.Refused(422, "m", "c", "p"), INVALID),
-    ],
-)
-def test_an_error_about_messages_is_anthropics(
-    error: proxy.ProxyError, type: str, path: str
-) -> None:
-    wanted = {"type": "error", "error": {"type": type, "message": error.message}}
-    assert json.loads(error.envelope(path)) == wanted
+    wanted = {"type": "error", "error": {"type": anthropics, "message": error.message}}
+    for path in "messages", "/v1/messages/count_tokens":
+        assert json.loads(error.envelope(path)) == wanted
 
 
 @pytest.mark.parametrize("text", ["half \ud83d a pair", "\udcff"])
@@ -1505,9 +1487,7 @@ REFUSALS = [(path, value) for path, values in NO_LISTS.items() for value in valu
 
 
 @pytest.mark.parametrize("path, value", REFUSALS)
-def test_a_refused_value_is_named_by_its_path(
-    load: Callable, path: str, value: Any
-) -> None:
+def test_a_refused_value_is_named_by_its_path(load, path, value):
     with pytest.raises(proxy.ConfigError) as refused:
         load(planted(path, value))
     assert str(refused.value).startswith((f"keys.json: {path}:", f"keys.json: {path} ("))
@@ -1549,29 +1529,6 @@ def test_refused_terms_of_a_key_are_named_by_their_path(
     with pytest.raises(proxy.ConfigError) as refused:
         load(planted("accounts.team.keys.bound", key))
     assert str(refused.value).startswith(f"keys.json: accounts.team.keys.bound.{path}:")
-
-
-@pytest.mark.parametrize(
-    "path, value, named",
-    [
-        ("accounts.team.keys.k", {"expires": "2030-01-01"}, "accounts.team.keys.k.key"),
-        ("accounts.team.keys.k", {"key": 5}, "accounts.team.keys.k.key"),
-        ("accounts.team.keys.k", {"key": "abc"}, "accounts.team.keys.k.key"),
-        ("accounts.team.keys.k", {"key": "sk-kk", "budget": {"credits": 5}},
-         "accounts.team.keys.k.budget.per"),
-        ("accounts.demo", {"demo": True, "models": ["echo"],
-                           "keys": {"k": {"key": "sk-kk", "metrics": True}}},
-         "accounts.demo.keys"),
-    ],
-)  # fmt: skip
-def test_a_key_that_cannot_be_meant_is_refused_by_path(
-    load: Callable, path: str, value: Any, named: str
-) -> None:
-    document = planted(path, value)
-    document["upstreams"]["echo"] = {"url": "echo:"}
-    document["models"]["echo"] = {"upstream": "echo/echo", "price": {"input": 1}}
-    with pytest.raises(proxy.ConfigError, match=re.escape(f"{named}: ")):
-        load(document)
 
 
 def test_a_key_may_be_an_object_with_its_terms(load: Callable) -> None:
@@ -1659,17 +1616,6 @@ def test_of_a_keys_limits_and_its_accounts_the_smaller_counts(
     whole = replace(TEAM, limits=proxy.parse_limits(account, ""))
     limits = whole.under(proxy.parse_terms({"limits": key})).limits
     assert ({*map(str, limits.items)}, limits.concurrent) == (rates, concurrent)
-
-
-@pytest.mark.parametrize(
-    "path, missing", [("upstreams.main", "url"), ("models.chat", "upstream")]
-)
-def test_a_missing_field_is_named_by_its_path(
-    load: Callable, path: str, missing: str
-) -> None:
-    told = re.escape(f"{path}.{missing}: is required")
-    with pytest.raises(proxy.ConfigError, match=told):
-        load(planted(path, {}))
 
 
 @pytest.mark.parametrize(
@@ -1789,62 +1735,52 @@ def test_prices_are_exact_and_cached_input_costs_as_input_unless_said(
 
 
 PEAK = {"utc": "Mon-Fri 01:00-04:00", "input": 2}
+KEY_PATH, HOURS_PATH = "accounts.team.keys.k", "models.chat.price.hours"
+NO_HOURS = [
+    5, None, "", "01:00", "1:00-2:00", "01:00-01:00", "24:00-01:00", "01:60-02:00",
+    "01:00-24:01", "25:00-26:00", "Mo 01:00-02:00", "Mon-Fri", "Mon,Tue 01:00-02:00",
+    "mon 01:00-02:00", "01:00-02:00 UTC", "Mon 01:00-02:00\n", "٠١:00-02:00",
+]  # fmt: skip
+OVERLAPS = [
+    ("01:00-04:00", "03:59-05:00"), ("Mon-Fri 01:00-04:00", "Fri-Sat 02:00-03:00"),
+    ("Mon 22:00-02:00", "Tue 01:00-03:00"), ("Sun 22:00-02:00", "Mon 01:59-03:00"),
+    ("Wed-Fri 00:00-24:00", "Thu 12:00-12:01"), ("12:00-13:00", "12:00-13:00"),
+]  # fmt: skip
+OVERLAPS += [(other, one) for one, other in OVERLAPS]
+TOLD_INSIDE = [  # path, value, and what is told of a part of it
+    ("upstreams.main", {}, "upstreams.main.url: is required"),
+    ("models.chat", {}, "models.chat.upstream: is required"),
+    (KEY_PATH, {"expires": "2030-01-01"}, f"{KEY_PATH}.key: "),
+    (KEY_PATH, {"key": 5}, f"{KEY_PATH}.key: "),
+    (KEY_PATH, {"key": "abc"}, f"{KEY_PATH}.key: "),
+    (KEY_PATH, {"key": "sk-kk", "budget": {"credits": 5}}, f"{KEY_PATH}.budget.per: "),
+    ("accounts.team", {"demo": True, "keys": {"k": {"key": "sk-kk", "metrics": True}}},
+     "accounts.team.keys: "),
+    ("models.chat.price", {"reported": 1}, "models.chat.price.reported: needs other"),
+    *(("models.chat.price", {"input": 1, "hours": hours}, f"{HOURS_PATH}.{told}")
+      for hours, told in [
+          ([5], "0:"),
+          ([{"input": 1}], "0.utc: is required"),
+          ([PEAK, {"utc": "Sat 01:00-04:00"}], "1: names no price"),
+          ([PEAK | {"colour": 1}], "0.colour: unknown field"),
+          ([PEAK | {"input": -1}], "0.input:"),
+          ([PEAK | {"hours": []}], "0.hours: unknown field"),
+          *(([PEAK | {"utc": utc}], "0.utc: must") for utc in NO_HOURS),
+          *(([PEAK | {"utc": utc} for utc in ("Sat 23:00-23:30", *both)],
+             f"2.utc: overlaps with '{both[0]}'") for both in OVERLAPS),
+      ]),
+]  # fmt: skip
 
 
-def clash(*utc: str) -> dict:
-    """A price with these hours."""
-    return {"input": 1, "hours": [{"utc": each, "input": 2} for each in utc]}
-
-
-@pytest.mark.parametrize(
-    "hours, path",
-    [
-        ([5], "0:"),
-        ([{"input": 1}], "0.utc: is required"),
-        ([PEAK, {"utc": "Sat 01:00-04:00"}], "1: names no price"),
-        ([PEAK | {"colour": 1}], "0.colour: unknown field"),
-        ([PEAK | {"input": -1}], "0.input:"),
-        ([PEAK | {"hours": []}], "0.hours: unknown field"),
-        *(
-            ([{"utc": utc, "input": 1}], "0.utc: must")
-            for utc in [
-                5, None, "", "01:00", "1:00-2:00", "01:00-01:00", "24:00-01:00",
-                "01:60-02:00", "01:00-24:01", "25:00-26:00", "Mo 01:00-02:00",
-                "Mon-Fri", "Mon,Tue 01:00-02:00", "mon 01:00-02:00", "01:00-02:00 UTC",
-                "Mon 01:00-02:00\n", "٠١:00-02:00",
-            ]
-        ),
-    ],
-)  # fmt: skip
-def test_hours_that_cannot_be_meant_are_refused_by_path(
-    load: Callable, hours: list, path: str
-) -> None:
+@pytest.mark.parametrize("path, value, told", TOLD_INSIDE)
+def test_what_cannot_be_meant_is_told_by_its_path(load, path, value, told):
+    document = planted(path, value)
+    document["models"]["echo"] = {"upstream": "echo/echo", "price": {"input": 1}}
+    document["upstreams"]["echo"] = {"url": "echo:"}
+    document["accounts"]["team"] |= {"models": ["echo"]} if "demo" in value else {}
     with pytest.raises(proxy.ConfigError) as refused:
-        load(planted("models.chat.price", {"input": 1, "hours": hours}))
-    assert str(refused.value).startswith(
-        f"keys.json: models.chat.price.hours.{path}"
-    )
-
-
-@pytest.mark.parametrize(
-    "one, other",
-    [
-        ("01:00-04:00", "03:59-05:00"),
-        ("Mon-Fri 01:00-04:00", "Fri-Sat 02:00-03:00"),
-        ("Mon 22:00-02:00", "Tue 01:00-03:00"),
-        ("Sun 22:00-02:00", "Mon 01:59-03:00"),
-        ("Wed-Fri 00:00-24:00", "Thu 12:00-12:01"),
-        ("12:00-13:00", "12:00-13:00"),
-    ],
-)
-def test_hours_that_overlap_are_refused_by_path(
-    load: Callable, one: str, other: str
-) -> None:
-    for utc in (one, other), (other, one):
-        with pytest.raises(proxy.ConfigError) as refused:
-            load(planted("models.chat.price", clash("Sat 23:00-23:30", *utc)))
-        told = f"keys.json: models.chat.price.hours.2.utc: overlaps with '{utc[0]}'"
-        assert str(refused.value) == told
+        load(document)
+    assert str(refused.value).startswith(f"keys.json: {told}")
 
 
 def test_hours_replace_the_prices_that_they_name(load: Callable) -> None:
@@ -2103,32 +2039,28 @@ def test_fifty_threads_over_two_ledgers_never_overspend(
     assert sums(ledger) == (1000, 0, 0)
 
 
-def test_fifty_holds_at_once_are_as_many_as_the_account_can_pay(
-    ledger: proxy.Ledger,
-) -> None:
-    with ThreadPoolExecutor(50) as pool:
-        asked = [pool.submit(admit, ledger, 300) for _ in range(50)]
-    refusals = [one.exception() for one in asked if one.exception()]
-    assert {type(one) for one in refusals} == {proxy.InsufficientCredits}
-    assert (len(refusals), sums(ledger)) == (47, (0, 900, 0))
-    release(ledger, *[one.result() for one in asked if not one.exception()])
-
-
 def bound(most: int, per: str = "day", key: proxy.Key = KEY) -> proxy.Key:
     """The key with a budget of so many micro-credits."""
     return replace(key, terms=proxy.Terms(budget=proxy.Budget(most, per)))
 
 
-def test_fifty_holds_at_once_are_as_many_as_the_budget_can_pay(
-    ledger: proxy.Ledger, make_ledger: MakeLedger
-) -> None:
-    both, key = [ledger, make_ledger()], bound(300)
+@pytest.mark.parametrize("size, key", [(300, KEY), (100, bound(300))], ids=short)
+def test_fifty_holds_at_once_are_as_many_as_account_and_budget_can_pay(
+    ledger, make_ledger, size, key
+):
+    both = [ledger, make_ledger()]
     with ThreadPoolExecutor(50) as pool:
-        asked = [pool.submit(admit, both[n % 2], 100, key=key) for n in range(50)]
+        asked = [pool.submit(admit, both[n % 2], size, key=key) for n in range(50)]
     refusals = [one.exception() for one in asked if one.exception()]
     assert {type(one) for one in refusals} == {proxy.InsufficientCredits}
-    assert (len(refusals), sums(ledger)) == (47, (0, 300, 0))
-    leases = [one.result() for one in asked if not one.exception()]
+    assert (len(refusals), sums(ledger)) == (47, (0, 3 * size, 0))
+    assert ledger.check() == []
+    release(ledger, *[one.result() for one in asked if not one.exception()])
+
+
+def test_what_a_budget_has_left_is_what_was_not_spent(ledger):
+    key = bound(300)
+    leases = [admit(ledger, 100, key=key) for _ in range(3)]
     for lease in leases[1:]:
         ledger.settle(lease, charge(40))
     release(ledger, leases[0])
@@ -2835,39 +2767,6 @@ INSERT INTO windows VALUES ('LIMITER/key_a/relay/60/1/minute', x'000000000000000
 """
 
 
-# What version 1 (12fcd57) had otherwise.
-VERSION_1 = """
-DROP TRIGGER resolved; DROP TABLE tallies; DROP TABLE usage;
-CREATE TABLE usage(
-    account TEXT NOT NULL, day INTEGER NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL,
-    status INTEGER NOT NULL, requests INTEGER NOT NULL DEFAULT 0,
-    released INTEGER NOT NULL DEFAULT 0, refused INTEGER NOT NULL DEFAULT 0,
-    answered INTEGER NOT NULL DEFAULT 0, input INTEGER NOT NULL DEFAULT 0,
-    cached INTEGER NOT NULL DEFAULT 0, output INTEGER NOT NULL DEFAULT 0,
-    images INTEGER NOT NULL DEFAULT 0, cost INTEGER NOT NULL DEFAULT 0,
-    ttfb INTEGER NOT NULL DEFAULT 0, duration INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (account, day, key, model, status)
-) STRICT, WITHOUT ROWID;
-CREATE TRIGGER resolved AFTER UPDATE OF state ON requests WHEN OLD.state = 0 BEGIN
-    UPDATE accounts SET held = held - OLD.hold, spent = spent + NEW.cost,
-        lost = lost + NEW.lost WHERE id = NEW.account;
-END;
-INSERT INTO usage VALUES
-    ('team', 19675, 'key_a', 'chat', 200, 1, 0, 0, 1, 20, 5, 25, 0, 70, 40, 90),
-    ('team', 19675, 'key_a', 'chat', 503, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 10);
-INSERT INTO meta VALUES ('id', '123456781abcdef0');
-PRAGMA user_version = 1; PRAGMA application_id = 0;
-"""
-
-
-@pytest.fixture
-def version_1(version_0: Path) -> Path:
-    """The ledger of version 1, with its lock file."""
-    with closing(sqlite3.connect(version_0)) as db:
-        db.executescript(VERSION_1)
-    return version_0
-
-
 @pytest.fixture
 def version_0(tmp_path: Path) -> Path:
     """The ledger of an older version, with its lock file."""
@@ -2915,19 +2814,6 @@ def test_an_older_ledger_opens_with_everything_kept(version_0: Path) -> None:
     assert not backup.exists()  # it is migrated once
 
 
-def test_a_ledger_of_version_1_opens_with_everything_kept(version_1: Path) -> None:
-    before = tables(version_1, [*KEPT, "usage"])
-    assert len(before["usage"]) == 2 and len(before["requests"]) == 3
-    for name, more in ADDED.items():
-        before[name] = [(*row, *more) for row in before[name]]
-    before["usage"] = [(*row, 0, 3 * (row[4] == 200)) for row in before["usage"]]
-    with closing(proxy.Ledger(version_1)) as ledger:
-        assert ledger.check() == []
-        assert ledger.read("PRAGMA user_version") == [(4,)]
-    assert tables(version_1, [*before]) == before
-    assert version_1.with_name("proxy.db-v1").exists()
-
-
 # Back to a version from the one after it.
 BACK = {
     3: "DROP TRIGGER opened; DROP TRIGGER resolved; DROP INDEX requests_open;"
@@ -2967,10 +2853,8 @@ def test_a_ledger_of_each_version_opens_with_everything_kept(
     assert after == before
 
 
-def test_a_migration_takes_what_was_spent_for_declared_and_dead_keys_for_dead(
-    version_1: Path,
-) -> None:
-    with sqlite3.connect(version_1) as db:
+def test_a_migration_takes_what_was_spent_for_declared_and_dead_keys_for_dead(version_0):
+    with sqlite3.connect(version_0) as db:
         db.execute("UPDATE accounts SET granted = 40, made = 1700000001")
         db.execute("UPDATE grants SET amount = 40")
         db.execute(
@@ -2979,7 +2863,7 @@ def test_a_migration_takes_what_was_spent_for_declared_and_dead_keys_for_dead(
             " ('key_d', 'gone', 'd', '', 'dd', 0, 1700000003)"
         )
     db.close()
-    with closing(proxy.Ledger(version_1)) as ledger:
+    with closing(proxy.Ledger(version_0)) as ledger:
         assert ledger.check() == []
         assert ledger.read("SELECT id, declared FROM accounts") == [("gone", 0), ("team", 60)]
         dead = ledger.read("SELECT id FROM keys WHERE former")
@@ -3385,12 +3269,11 @@ def test_a_header_that_could_not_pass_is_a_bad_request(value: str) -> None:
         proxy.passed_headers("messages", {"HTTP_ANTHROPIC_BETA": value})
 
 
-def read_body(data: bytes, length: Any = "", kind: str = "application/json") -> bytes:
-    """Read a request's body, of which at most ten bytes are allowed."""
-    about = {"CONTENT_TYPE": kind, "CONTENT_LENGTH": str(length)}
+def receive(data: bytes, limit: int = 1000, **environ: Any) -> tuple:
+    """Read a request's body; return it and its share of the room."""
     share = proxy.Share(proxy.Room(proxy.BODY_ROOM))
-    environ = about | {"wsgi.input": BytesIO(data)}
-    return proxy.read_body(environ, 10, share, lambda part: None)
+    about = {"CONTENT_TYPE": "application/json", "wsgi.input": BytesIO(data)}
+    return proxy.read_body(about | environ, limit, share, lambda part: None), share
 
 
 @pytest.mark.parametrize(
@@ -3402,22 +3285,15 @@ def read_body(data: bytes, length: Any = "", kind: str = "application/json") -> 
 )  # fmt: skip
 def test_415_for_any_other_content_type(kind: str) -> None:
     with pytest.raises(proxy.UnsupportedMediaType):
-        read_body(b"{}", 2, kind)
+        receive(b"{}", CONTENT_TYPE=kind)
 
 
 @pytest.mark.parametrize("parameters", ["", "; charset=utf-8", " ;x"])
-@pytest.mark.parametrize("length", ["", 10])
+@pytest.mark.parametrize("length", ["", "10"])
 def test_a_body_of_just_the_limit_passes(length: Any, parameters: str) -> None:
     data = b"x" * 10
-    assert read_body(data, length, f"Application/JSON{parameters}") == data
-
-
-def receive(data: bytes, limit: int = 1000, **environ: Any) -> tuple:
-    """Read a body; return it and its share of the room."""
-    share = proxy.Share(proxy.Room(proxy.BODY_ROOM))
-    stream = BytesIO(data)
-    about = {"CONTENT_TYPE": "application/json", "wsgi.input": stream}
-    return proxy.read_body(about | environ, limit, share, lambda part: None), share
+    kind = f"Application/JSON{parameters}"
+    assert receive(data, 10, CONTENT_LENGTH=length, CONTENT_TYPE=kind)[0] == data
 
 
 PACKED = {"gzip": gzip.compress, "deflate": zlib.compress, "GZIP ": gzip.compress}
@@ -4423,7 +4299,7 @@ def stage(in_process: InProcess, monkeypatch: pytest.MonkeyPatch):
 
 
 SHORT_WAITS = {"JIMENG_FIRST_POLL": 0.02, "JIMENG_POLL": 0.02}
-SHORT_WAITS |= {"COMMENT_INTERVAL": 0.05, "COMMENTS_WAIT": 0.02}
+SHORT_WAITS |= {"COMMENT_INTERVAL": 0.05, "COMMENTS_WAIT": 0.02, "REPORT_PATIENCE": 1}
 
 
 @pytest.fixture(scope="module")
@@ -6679,11 +6555,6 @@ def test_the_providers_own_cost_is_charged_where_the_price_says_so(
     assert receipt["credits"] == pytest.approx(7e-6)  # a price of its own
 
 
-def test_a_price_that_only_reports_holds_nothing_and_is_refused(load):
-    with pytest.raises(proxy.ConfigError, match="price.reported: needs other prices"):
-        load(planted("models.chat.price", {"reported": 1}))
-
-
 # -- Failures ------------------------------------------------------------------------
 
 AWAY = ("Location", "/v1/chat/completions")  # where it would be asked once more
@@ -7674,7 +7545,10 @@ def test_messages_end_with_their_own_last_event_and_never_with_done(stage, scrip
     assert (row["status"], row["estimated"], row["cost"]) == (200, 0, 110)
 
 
-def test_a_message_left_after_its_stop_reason_costs_what_was_reported(stage):
+def test_a_message_left_after_its_stop_reason_costs_what_was_reported(
+    stage, monkeypatch
+):
+    monkeypatch.setattr(proxy, "REPORT_PATIENCE", 0.1)
     stop = threading.Event()
     *events, last = message_events()
 
@@ -7694,22 +7568,6 @@ def test_a_message_left_after_its_stop_reason_costs_what_was_reported(stage):
     stop.set()
     row = stage.row(response)
     assert (row["status"], row["estimated"], row["output"]) == (499, 0, 30)
-
-
-def test_a_stream_of_messages_is_whole_and_its_reports_add_up(stage):
-    told = {"model": "m", "usage": {"input_tokens": 50, "output_tokens": 1}}
-    events = [
-        {"type": "message_start", "message": told},
-        {"type": "content_block_delta", "delta": {"type": "text_delta", "text": "Hi"}},
-        {"type": "message_delta", "usage": {"output_tokens": 30}},
-        {"type": "message_stop"},
-    ]
-    stage.main.script = [sse(events, done=False)]
-    ask = {"model": "chat", "messages": SAY_HELLO, "max_tokens": 99, "stream": True}
-    response = stage.post("messages", ask)
-    assert documents(response.data)[-1] == events[-1]
-    row = stage.row(response)
-    assert (row["status"], row["input"], row["output"]) == (200, 50, 30)
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
@@ -7868,9 +7726,9 @@ def test_comments_leave_before_the_first_event_once_they_have_waited(
     stage, monkeypatch
 ):
     monkeypatch.setattr(proxy, "COMMENTS_WAIT", 0.02)
-    start = STREAM + b": wait\n\n" * 3
-    stage.main.script = [trickle(b": wait\n\n" * 5 + sse_bytes(WORDS), 0.002, start)]
-    first = next(stage.chat(stream=True).iter_encoded())
+    stage.main.script = [sse([b": wait\n\n"] * 8 + WORDS, delay=0.01)]
+    with stage.chat(stream=True) as response:
+        first = next(response.iter_encoded())
     assert first.startswith(b": wait") and b"data" not in first
 
 
@@ -8006,11 +7864,11 @@ def test_a_client_that_leaves_a_finished_answer_pays_by_its_report(real, path, l
     assert row["cost"] == 50 + 2 * 90
 
 
-def test_a_report_that_does_not_come_is_waited_for_two_seconds(real):
+def test_a_report_that_does_not_come_is_waited_for_and_no_longer(real):
     real.main.script = [sse([LAST_WORD, ITS_REPORT], gate=threading.Event())]
     started = time.monotonic()
     leave_stream(real, "chat/completions", b"abc", socket.socket.close)
-    assert 1.9 < time.monotonic() - started < 3.5
+    assert 0.9 < time.monotonic() - started < 2.5
     row = real.rows()[-1]
     assert (row["status"], row["estimated"], row["output"]) == (499, 1, 1)
 
@@ -8531,19 +8389,18 @@ def test_a_preflight_of_an_allowed_origin_needs_no_key(app, origins, path):
     assert {*methods} >= {"GET", "POST", "PATCH", "DELETE"}
 
 
-@pytest.mark.parametrize(
-    "method, path, key, body, status",
-    [
-        ("POST", CHAT, TEAM_KEY, HELLO, 200),
-        ("POST", CHAT, TEAM_KEY, {**HELLO, "stream": True}, 200),
-        ("POST", CHAT, "sk-nobody", HELLO, 401),
-        ("POST", CHAT, POOR_KEY, HELLO, 402),
-        ("POST", CHAT, TEAM_KEY, {**HELLO, "model": "chat"}, 503),
-        ("GET", "/v1/models", TEAM_KEY, None, 200),
-        ("GET", CHAT, TEAM_KEY, None, 405),
-        ("GET", "/nothing", TEAM_KEY, None, 404),
-    ],
-)
+TOLD_TO_PAGES = [  # method, path, key, body, status
+    ("POST", CHAT, TEAM_KEY, HELLO, 200),
+    ("POST", CHAT, TEAM_KEY, {**HELLO, "stream": True}, 200),
+    ("POST", CHAT, "sk-nobody", HELLO, 401),
+    ("POST", CHAT, POOR_KEY, HELLO, 402),
+    ("POST", CHAT, TEAM_KEY, {**HELLO, "model": "chat"}, 503),
+    ("GET", "/v1/models", TEAM_KEY, None, 200),
+    ("GET", CHAT, TEAM_KEY, None, 405),
+    ("GET", "/nothing", TEAM_KEY, None, 404),
+]
+
+
 @pytest.mark.parametrize(
     "cors, origin, allowed",
     [
@@ -8555,18 +8412,19 @@ def test_a_preflight_of_an_allowed_origin_needs_no_key(app, origins, path):
     ],
 )
 def test_an_allowed_origin_may_read_every_answer_and_no_other_one_any(
-    app, method, path, key, body, status, cors, origin, allowed
+    app, cors, origin, allowed
 ):
-    headers = bearer(key) | ({"Origin": origin} if origin else {})
-    asked = {"method": method, "json": body, "headers": headers}
-    answer = app(cors=cors).test_client().open(path, **asked)
-    assert answer.status_code == status and answer.data
-    names = [name for name in answer.headers.keys() if name.startswith("Access-")]
-    assert bool(names) == allowed
-    assert answer.headers.get(CORS) == (origin if allowed else None)
-    exposed = answer.headers.get("Access-Control-Expose-Headers", "")
-    wanted = {"x-request-id", "retry-after", "x-ratelimit-remaining-requests"}
-    assert wanted <= {*exposed.split(", ")} or not allowed
+    client = app(cors=cors).test_client()
+    for method, path, key, body, status in TOLD_TO_PAGES:
+        headers = bearer(key) | ({"Origin": origin} if origin else {})
+        answer = client.open(path, method=method, json=body, headers=headers)
+        assert answer.status_code == status and answer.data
+        names = [name for name in answer.headers.keys() if name.startswith("Access-")]
+        assert bool(names) == allowed
+        assert answer.headers.get(CORS) == (origin if allowed else None)
+        exposed = answer.headers.get("Access-Control-Expose-Headers", "")
+        wanted = {"x-request-id", "retry-after", "x-ratelimit-remaining-requests"}
+        assert wanted <= {*exposed.split(", ")} or not allowed
 
 
 @pytest.mark.parametrize(
@@ -8585,23 +8443,7 @@ def test_what_is_no_preflight_of_an_allowed_origin_needs_a_key(app, cors, change
 
 
 HALF_PAIR = r'"messages": [{"role": "user", "content": "half \ud83d a pair"}]'
-TOO_LONG = {"environ_overrides": {"CONTENT_LENGTH": str(proxy.MAX_BODY + 1)}}
 AS_JSON = {"content_type": "application/json"}
-BAD_BODIES = [
-    ({"data": b"{}"}, 415, "unsupported_media_type"),
-    ({"data": b"{", **AS_JSON}, 400, "invalid_request"),
-    ({"data": b"", **AS_JSON}, 400, "invalid_request"),
-    ({"data": b"{}", **AS_JSON, **TOO_LONG}, 413, "request_too_large"),
-    ({"json": {**HELLO, "max_tokens": True}}, 400, "invalid_request"),
-    ({"json": {**HELLO, "model": "../../etc/passwd"}}, 404, "model_not_found"),
-    ({"json": {**HELLO, "model": "echo\x00"}}, 404, "model_not_found"),
-]
-
-
-@pytest.mark.parametrize("more, status, code", BAD_BODIES)
-def test_a_refused_request_is_told_in_the_envelope_and_free(api, more, status, code):
-    assert code_of(api.send("POST", CHAT, **more)) == (status, code)
-    assert api.services.ledger.read("SELECT * FROM requests") == []
 
 
 @pytest.mark.parametrize("model", ["echo", "chat"])
@@ -8616,7 +8458,7 @@ def test_half_a_surrogate_pair_is_a_bad_request_and_leaves_no_hold(api, model, s
 @pytest.mark.parametrize("opening, closing", [(b"[", b"]"), (b'{"a":', b"}")])
 def test_no_depth_of_nesting_is_an_error_of_ours(api, opening, closing):
     start = json.dumps(HELLO).encode()[:-1] + b', "x": '
-    bodies = (start + opening * n + b"1" + closing * n + b"}" for n in range(880, 1000))
+    bodies = (start + opening * n + b"1" + closing * n + b"}" for n in range(880, 1000, 3))
     answers = [api.send("POST", CHAT, data=data, **AS_JSON) for data in bodies]
     assert {answer.status_code for answer in answers} == {200, 400}
 
@@ -8668,27 +8510,36 @@ def test_429_after_the_keys_rate_and_the_headers_count_down(app):
 
 
 COUNTED = {  # refusals: what is asked of whom, the answer, whether it counts
-    "its JSON": (TEAM_KEY, {"data": "{"}, 400, True),
-    "a field": (TEAM_KEY, {"json": HELLO | {"n": 0}}, 400, True),
-    "its price": (TEAM_KEY, {"json": HELLO | {"service_tier": "fast"}}, 400, True),
-    "its type": (TEAM_KEY, {"data": "{}", "content_type": "text/plain"}, 415, True),
-    "its size": (TEAM_KEY, {"data": b" " * (proxy.MAX_BODY + 1)}, 413, True),
-    "its model": (TEAM_KEY, {"json": HELLO | {"model": "nothing"}}, 404, True),
-    "its credits": (POOR_KEY, {"json": HELLO | {"model": "chat"}}, 402, True),
-    "its key": ("sk-wrong", {"json": HELLO}, 401, False),
-}
+    "its JSON": (TEAM_KEY, {"data": "{"}, 400, "invalid_request", True),
+    "nothing": (TEAM_KEY, {"data": ""}, 400, "invalid_request", True),
+    "a field": (TEAM_KEY, HELLO | {"n": 0}, 400, "invalid_request", True),
+    "its price": (TEAM_KEY, HELLO | {"speed": "fast"}, 400, "invalid_request", True),
+    "its type": (TEAM_KEY, {"data": "{}", "content_type": "text/plain"}, 415,
+                 "unsupported_media_type", True),
+    "no type": (TEAM_KEY, {"data": "{}", "content_type": None}, 415,
+                "unsupported_media_type", True),
+    "its size": (TEAM_KEY, {"data": b" " * (proxy.MAX_BODY + 1)}, 413,
+                 "request_too_large", True),
+    "its model": (TEAM_KEY, HELLO | {"model": "../passwd"}, 404, "model_not_found", True),
+    "a NUL": (TEAM_KEY, HELLO | {"model": "echo\0"}, 404, "model_not_found", True),
+    "its credits": (POOR_KEY, HELLO, 402, "insufficient_credits", True),
+    "no provider": (TEAM_KEY, HELLO | {"model": "chat"}, 503, "provider_unavailable", True),
+    "its key": ("sk-wrong", HELLO, 401, "unauthorized", False),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("why", COUNTED)
-def test_a_refused_request_counts_unless_its_key_is_wrong(app, why):
-    key, ask, status, counts = COUNTED[why]
+def test_a_refused_request_is_free_and_counts_unless_its_key_is_wrong(app, why):
+    key, ask, status, code, counts = COUNTED[why]
     accounts = {name: {"limits": {"rate": "9/minute;8/hour"}} for name in ("team", "poor")}
     api = Api(app(accounts=accounts))
     who = TEAM_KEY if key == "sk-wrong" else key
-    left = lambda: api.get("/v1/account", who)["live"]["requests_remaining"]
-    ask = {"content_type": "application/json"} | ask if "data" in ask else ask
-    assert api.send("POST", CHAT, key, **ask).status_code == status
-    assert left() == 8 - counts
+    ask = AS_JSON | ask if "data" in ask else {"json": ask}
+    answer = api.send("POST", CHAT, key, **ask)
+    assert code_of(answer) == (status, code)
+    assert answer.headers.get("x-ratelimit-remaining-requests", "8") == str(8 - counts)
+    assert api.get("/v1/account", who)["live"]["requests_remaining"] == 8 - counts
+    assert api.services.ledger.read("SELECT 1 FROM requests WHERE state != 2") == []
 
 
 def test_a_request_for_which_there_is_no_room_counts(app):
@@ -8726,23 +8577,6 @@ def test_retry_after_stays_between_1_and_60(app, rate, monkeypatch):
     first, second = (api("POST", CHAT, **HELLO) for _ in range(2))
     assert second.status_code == 429 and "Retry-After" not in first.headers
     assert 1 <= int(second.headers["Retry-After"]) <= 60
-
-
-@pytest.mark.parametrize(
-    "key, model, status, code",
-    [
-        (TEAM_KEY, 5, 400, "invalid_request"),
-        (POOR_KEY, "echo", 402, "insufficient_credits"),
-        (TEAM_KEY, "nope", 404, "model_not_found"),
-        (TEAM_KEY, "chat", 503, "provider_unavailable"),
-    ],
-)
-def test_a_request_that_fails_counts_and_tells_the_window(
-    api, key, model, status, code
-):
-    for left in "999", "998":
-        answer = api("POST", CHAT, key, **HELLO | {"model": model})
-        assert (code_of(answer), rates(answer)[:2]) == ((status, code), ["1000", left])
 
 
 @pytest.mark.parametrize(
@@ -8906,7 +8740,8 @@ def test_what_fails_between_commit_and_answer_ends_as_stated(
     def mend(*_: Any) -> None:
         failing.error = None
 
-    monkeypatch.setattr(proxy, "SWEEP_INTERVAL", 0.05)
+    for name, seconds in ("SWEEP_INTERVAL", 0.05), ("WATCH_INTERVAL", 0.02):
+        monkeypatch.setattr(proxy, name, seconds)
     monkeypatch.setattr(proxy, "SETTLE_PATIENCE", patience)
     monkeypatch.setattr(proxy.Watch, "sleep", mend)  # between two attempts
     monkeypatch.setattr(proxy.RequestLog, "flush", FLUSH)  # by its own thread, too
@@ -10300,11 +10135,6 @@ def test_credits_take_and_log_undo_and_tell(run):
     assert "a typo" in run("credits", "log")[1]
 
 
-@pytest.mark.parametrize("amount", ["0", "lots", "", "nan", "1e10"])
-def test_a_bad_amount_is_not_taken(run, amount):
-    assert "AMOUNT" in refused_in_one_line(run("credits", "take", "team", amount))
-
-
 def test_accounts_close_ends_all_keys_of_an_account(run, api):
     key = run("keys", "add", "alice", "--credits", "3")[1].strip()
     api.say("a", key)
@@ -10338,11 +10168,10 @@ def test_credits_add_up_exactly(run):
     assert "0.300001" in out and "team" in out
 
 
-@pytest.mark.parametrize(
-    "amount", ["lots", "", "nan", "inf", "0.0000001", "1e10", "0x5"]
-)
-def test_a_bad_amount_is_refused(run, amount):
-    assert "AMOUNT" in refused_in_one_line(run("credits", "add", "team", amount))
+@pytest.mark.parametrize("verb", ["add", "take"])
+@pytest.mark.parametrize("amount", ["0", "lots", "", "nan", "inf", "1e-7", "1e10", "0x5"])
+def test_a_bad_amount_is_refused(run, verb, amount):
+    assert "AMOUNT" in refused_in_one_line(run("credits", verb, "team", amount))
     assert run.rows("credits", "show", "team")[0]["granted"] == 100
 
 
@@ -10355,18 +10184,19 @@ def test_what_is_wrong_with_a_new_key_makes_no_account(run, option, value):
 @pytest.mark.parametrize(
     "words, told",
     [
-        ("credits add team -5", "-5: an amount is never negative"),
-        ("nonsense", "No such command 'nonsense'"),
-        ("key list", "No such command 'key'"),
-        ("serve --port 0", "'--port': 0"),
-        ("serve --port 99999", "'--port': 99999"),
-        ("usage --days 0", "'--days': 0"),
-        ("usage --days 99999999999999999999", "'--days': 99999999999999999999"),
+        ("credits add team -5", "-5: an amount is never negative; `credits take` takes"),
+        ("nonsense", "No such command 'nonsense'."),
+        ("keyz list", "No such command 'keyz'. Did you mean 'keys'?"),
+        ("serve --port 0", "Invalid value for '--port': 0"),
+        ("serve --port 99999", "Invalid value for '--port': 99999"),
+        ("usage --dayz 3", "No such option '--dayz'."),
+        ("usage --days 0", "Invalid value for '--days': 0"),
+        ("usage --days 99999999999999999999", "Invalid value for '--days': 99999999999"),
     ],
 )
-def test_a_mistyped_command_is_told_and_ends_with_2(run, words, told):
+def test_a_mistyped_command_gets_one_line_and_ends_with_2(words, told, run):
     status, out, err = run(*words.split())
-    assert (status, out) == (2, "") and told in err and "Traceback" not in err
+    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith(told)
 
 
 def test_check_passes_a_good_ledger_with_warnings(run, monkeypatch):
@@ -10514,29 +10344,18 @@ def test_a_refused_keys_json_is_told_in_one_line(run, command):
 
 
 @COMMANDS
-@pytest.mark.parametrize("spoil", [*DAMAGE, *(spoil for spoil, _ in UNUSABLE.values())])
+@pytest.mark.parametrize(
+    "spoil, words", [*((damage, "") for damage in DAMAGE), *UNUSABLE.values()]
+)
 def test_an_unusable_ledger_is_told_in_one_line(
-    run, monkeypatch, tmp_path, command, spoil
+    run, monkeypatch, tmp_path, command, spoil, words
 ):
     monkeypatch.setattr(proxy.Server, "run", lambda self: None)
     run.db = tmp_path / "disk" / "proxy.db"
     run.db.parent.mkdir()
     proxy.Ledger(run.db).close()
     spoil(run.db)
-    assert refused_in_one_line(run(*command.split()))
-
-
-@pytest.mark.parametrize("wrong", UNUSABLE)
-def test_an_unusable_ledger_ends_a_start_with_words(wrong, tmp_path):
-    keys, db = keys_file(tmp_path, "http://127.0.0.1:9"), tmp_path / "disk/proxy.db"
-    db.parent.mkdir()
-    proxy.Ledger(db).close()
-    spoil, words = UNUSABLE[wrong]
-    spoil(db)
-    command = [sys.executable, PROJECT / "proxy.py", "serve", "--keys", keys]
-    command += ["--db", db, "--port", str(free_port())]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    assert words in refused_in_one_line((ended.returncode, ended.stdout, ended.stderr))
+    assert words in refused_in_one_line(run(*command.split()))
 
 
 def test_the_ledger_stands_beside_the_keys_file(tmp_path, monkeypatch):
@@ -10629,20 +10448,6 @@ def test_the_greetings_curl_line_has_the_demo_key_only_and_works_as_it_stands(pl
 
 
 # -- Tables --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "words, told",
-    [
-        ("credits add team -5", "-5: an amount is never negative; `credits take` takes"),
-        ("keyz list", "No such command 'keyz'. Did you mean 'keys'?"),
-        ("usage --dayz 3", "No such option '--dayz'."),
-        ("serve --port 99999", "Invalid value for '--port': 99999"),
-    ],
-)
-def test_a_mistyped_command_gets_one_line(words, told, run):
-    status, out, err = run(*words.split())
-    assert status == 2 and not out and err.startswith(told) and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [["-h"], ["--version"], ["keys", "-h"]])
@@ -11423,14 +11228,11 @@ def test_many_keys_are_shown_in_pages_and_those_of_an_admin_are_not_ones_own(
     tab, newcomer
 ):
     account = client().get(f"{tab.server.url}/v1/account", headers=bearer(newcomer))
-    path = f"/v1/accounts/{quote(account.json()['id'])}/keys"
-    admin_post(tab.server, path, name="chief", admin=True)
-    for number in range(proxy.PAGE - 2):
-        id = admin_post(tab.server, path, name=f"k{number}")["id"]
-    client().delete(f"{tab.server.url}{path}/{id}", headers=bearer(ADMIN_KEY))
-    # A hundred in a day; one more that is older.
+    id = account.json()["id"]
+    admin_post(tab.server, f"/v1/accounts/{quote(id)}/keys", name="chief", admin=True)
     with closing(proxy.Ledger(Path(tab.server.log_file).with_name("proxy.db"))) as ledger:
-        ledger.make_key(account.json()["id"], "one more")
+        made = [ledger.make_key(id, f"k{number}") for number in range(proxy.PAGE - 1)]
+        ledger.revoke(made[-1][1])
     tab.sign_in(newcomer)
     assert len(tab.all("#keys tbody tr")) == proxy.PAGE
     assert len(tab.key_row("chief").find_elements("css selector", ".danger")) == 0
@@ -11621,7 +11423,7 @@ ACCOUNTS = {
     "minute": {**SIXTY, "keys": {"main": MINUTE_KEY}},
 }
 quickly = reported(usage_of(5, 3))
-QUICK_TERM = {"GRACE": 5, "GRACE_MARGIN": 3.0}  # streams are ended after 2 s
+QUICK_TERM = {"GRACE": 5, "GRACE_MARGIN": 3.8}  # streams are ended after 1.2 s
 
 
 def world(workers: int, threads: int, constants: Mapping[str, Any] = {}) -> Callable:
@@ -11643,7 +11445,7 @@ def world(workers: int, threads: int, constants: Mapping[str, Any] = {}) -> Call
 
 
 one = world(1, 64, {"CLIENT_TIMEOUT": 1, "BODY_TIMEOUT": 6, "UPSTREAM_IDLE": 0.5})
-two = world(2, 64, {"LEDGER_TIMEOUT": 1.5, "SWEEP_INTERVAL": 0.1})
+two = world(2, 64, {"LEDGER_TIMEOUT": 0.8, "SWEEP_INTERVAL": 0.1})
 four = world(4, 200)
 
 
@@ -11964,7 +11766,7 @@ def test_a_budget_is_never_exceeded_over_four_workers(gateway, gate, tmp_path):
             clock.to(day=2, before=1)
             adversary = Adversary(server, tmp_path, random.Random(3))
             with ThreadPoolExecutor(8) as pool, adversary.at_work(["kill"], 0.5):
-                end = time.monotonic() + 2
+                end = time.monotonic() + 1.3
                 asks = [pool.submit(ask_until, server, end) for _ in range(8)]
                 paid = sum(one.result() for one in asks)
         wait_held(tmp_path, 0, 5)
@@ -12065,7 +11867,7 @@ def test_draining_finishes_short_streams_and_settles_long_ones(sig, gateway, tmp
         workers, group = server.workers(), server.master_pid
         try:
             os.kill(group, sig)
-            threading.Timer(0.5, gates[0].set).start()
+            threading.Timer(0.2, gates[0].set).start()
             assert short.finish().done
             assert not long.finish().done
             assert json.loads(sse_events(long.body)[-1])["error"]["type"] == "api_error"
@@ -12341,7 +12143,7 @@ def test_a_full_disk_stops_new_requests_and_loses_no_charge(
         assert {error_code_of(one) for one in refused} == {"ledger_unavailable"}
         assert len(up.requests) == asked
         gate.set()
-        threading.Timer(1.5, filler.unlink).start()
+        threading.Timer(3 * min(patience, 0.5), filler.unlink).start()
         assert [one.finish().done for one in streams] == [patience > 1] * 3
         wait_for(lambda: status(server) == 200, 5, "recovery")
         wait_held(tmp_path, 0, 5)
@@ -12667,7 +12469,7 @@ STALLS = {  # of large bodies
 
 @pytest.mark.parametrize("name", STALLS)
 def test_two_large_bodies_that_stall_leave_their_room_within_seconds(name, gateway):
-    limits = {"BODY_TIMEOUT": 6, "ROOM_PATIENCE": 0.2, "WATCH_INTERVAL": 0.05}
+    limits = {"BODY_TIMEOUT": 3, "ROOM_PATIENCE": 0.2, "WATCH_INTERVAL": 0.05}
     server = gateway(constants=limits)
     line, data = STALLS[name]
     large = {"model": "unknown", "pad": "x" * (20 << 20)}  # 404 once it was read
@@ -13696,7 +13498,9 @@ def test_what_clients_saw_is_what_the_ledger_says(
         receipts = dict(
             pair for key in set(HISTORY_KEYS) for pair in receipts_of(server, key)
         )
-        assert max(one.files for one in idle(server, up, tmp_path)) < 40
+        left = idle(server, up, tmp_path)
+        assert max(one.files for one in left) < 40
+        assert max(one.threads for one in left) <= 64 + proxy.SPARE_THREADS + 4
     sql = f"SELECT {', '.join(Row._fields)} FROM requests WHERE asked IS NOT NULL"
     rows = [Row._make(row) for row in query(tmp_path, sql)]
     kept, spans = {row.name: row for row in rows}, player.spans
@@ -14138,11 +13942,9 @@ def trouble(server: Gateway, folder: Path, seed: int, until: float) -> Counter:
     return seen
 
 
-@pytest.mark.parametrize(
-    "seconds", [1, long(600)], ids="{} s".format
-)
-def test_a_mixed_load_with_faults_leaves_nothing_behind(seconds, gateway, tmp_path):
-    seconds = float(os.environ.get("PROXY_TEST_LOAD", seconds))
+@pytest.mark.long
+def test_a_mixed_load_with_faults_leaves_nothing_behind(gateway, tmp_path):
+    seconds = float(os.environ.get("PROXY_TEST_LOAD", 600))
     limits = {"rate": "10000/minute", "concurrent": 50}
     waits = {"CLIENT_TIMEOUT": 1, "UPSTREAM_IDLE": 0.5}
     with Upstream(Player()) as up:

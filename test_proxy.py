@@ -5497,25 +5497,6 @@ def test_the_cap_is_written_under_the_name_of_the_path(stage, path, asked, cap):
     assert sent.path == f"/v1/{path}" and found == cap
 
 
-@pytest.mark.parametrize(
-    "path, body",
-    [
-        ("responses", {"background": True}),
-        (CHATS, {"service_tier": "priority"}),
-        (CHATS, {"service_tier": "ultrafast"}),
-        (CHATS, {"modalities": ["text", "audio"]}),
-        ("messages", {"speed": "fast"}),
-        (IMAGES, {"stream": True}),
-    ],
-)
-def test_what_cannot_be_charged_rightly_is_refused(stage, path, body):
-    ask = {"model": "chat", "messages": SAY_HELLO, "prompt": "x", **body}
-    response = stage.post(path, ask)
-    told = response.json["error"]["message"]
-    assert response.status_code == 400 and ([*body][0] in told or "streamed" in told)
-    assert not stage.main.requests
-
-
 @pytest.mark.parametrize("name", [None, "max_tokens", "max_completion_tokens"])
 def test_the_cap_falls_to_what_the_account_can_pay(stage, name):
     stage.main.script = [json_answer(chat_json("", usage=usage_of(0, 0)))]
@@ -5850,20 +5831,24 @@ def test_a_form_that_is_no_good_is_a_bad_request(data, kind):
 @pytest.mark.parametrize(
     "path, model, more",
     [
+        ("responses", "chat", {"background": True}), ("messages", "chat", {"speed": "fast"}),
+        (CHATS, "chat", {"service_tier": "priority"}), (IMAGES, "picture", {"stream": True}),
+        (CHATS, "voice", {}), ("embeddings", "voice", {}),
         ("audio/speech", "whisper-tokens", {}), ("audio/speech", "picture", {}),
         ("audio/speech", "chat", {}), ("audio/speech", "voice", {"input": ""}),
-        ("audio/speech", "voice", {"input": ["a"]}), ("chat/completions", "voice", {}),
-        ("embeddings", "voice", {}), ("audio/transcriptions", "voice", {}),
+        ("audio/speech", "voice", {"input": ["a"]}), ("audio/transcriptions", "voice", {}),
         ("audio/transcriptions", "chat", {"response_format": "srt"}),
         ("audio/translations", "picture", {}),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_priced_is_refused_before_the_provider_is_asked(
     stage, path, model, more
 ):
-    ask = SPEAK | {"model": model, "messages": SAY_HELLO} | more
+    ask = SPEAK | {"model": model, "messages": SAY_HELLO, "prompt": "x"} | more
     response = stage.post(path, ask)
-    assert response.status_code in (400, 404) and error_of(response)["message"]
+    told = response.json["error"]["message"]
+    assert response.status_code in (400, 404) and told
+    assert [*more][0] in told or "streamed" in told if more else True
     id = response.headers["x-request-id"]
     assert not stage.main.requests and not stage.rows("id = ?", id)
 
@@ -6304,7 +6289,7 @@ def test_an_upstream_that_is_silent_for_its_timeout_is_given_up(described, scrip
 
 
 def test_a_timeout_is_between_two_events_and_not_of_the_whole_stream(described):
-    it = described(sse(chat_chunks("a b c d e f"), delay=0.1), timeout=0.4)
+    it = described(sse(chat_chunks("a b c d e f"), delay=0.06), timeout=0.4)
     assert stream_text(it.chat(stream=True).data) == "a b c d e f"
 
 
@@ -6740,13 +6725,6 @@ def test_what_the_operator_has_not_paid_is_no_mistake_of_the_client(stage, name)
     assert said(stage.chat("two")) == "hi"
 
 
-@pytest.mark.parametrize("code", [429, 503, "rate_limit_exceeded"])
-def test_an_upstream_that_is_busy_inside_a_200_is_left_for_the_next(stage, code):
-    stage.main.script = [json_answer({"error": {"code": code, "message": "busy"}})]
-    stage.spare.script = [json_answer(chat_json("hi"))]
-    assert said(stage.chat("two")) == "hi"
-
-
 @pytest.mark.parametrize(
     "model, retry", [("dead", "2"), ("lost", "2"), ("tls", "2"), ("unset", "no")]
 )
@@ -6911,7 +6889,7 @@ def test_the_operators_key_is_cut_out_of_a_message(stage, answer):
 
 
 REFUSING = ["401", "429", "503", "529", "a 503 first", "Anthropic's 529 first"]
-REFUSING += ["an error of JSON typed as a stream"]
+REFUSING += ["an error of JSON typed as a stream", "a 429 in a 200"]
 MAYBE = ["500", "a 500 first", "204", "307", "HTML", "no answer", "a cut body", "an error in a 200"]
 
 
@@ -6927,13 +6905,6 @@ def test_the_next_upstream_is_asked_while_nothing_can_be_generated(stage, name, 
     assert len(stage.main.requests) == 1
     assert [one.json["model"] for one in stage.spare.requests] == ["gpt-spare"] * asked
     assert SECRET not in str([one.headers for one in stage.spare.requests])
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_clients_own_mistake_is_not_asked_again(stage, stream):
-    stage.main.script = json_answer({}, 400)
-    assert stage.chat("two", stream=stream).status_code == 400
-    assert not stage.spare.requests
 
 
 @pytest.mark.parametrize("model", ["dead-first", "unset-first"])
@@ -6968,12 +6939,6 @@ def test_when_all_upstreams_are_busy_the_client_is_told_when_to_come_back(stage)
     stage.main.script = [json_answer({}, 429)]
     stage.spare.script = [json_answer({}, 503, [AFTER_7])]
     assert_unavailable(stage, stage.chat("two"), "7")
-
-
-def test_a_stream_that_was_cut_is_not_asked_for_elsewhere(stage):
-    stage.main.script = [sse(chat_chunks("a b c"), cut=450)]
-    assert "error" in documents(stage.chat("two", stream=True).data)[-1]
-    assert not stage.spare.requests
 
 
 # -- Forms ---------------------------------------------------------------------------
@@ -7397,12 +7362,6 @@ def test_a_stream_under_another_name_breaks_in_an_error_event_too(stage):
     assert ends_in_error(stage, stage.chat(stream=True))["code"] == "provider_unavailable"
 
 
-def test_a_line_that_does_not_end_ends_the_connection(stage):
-    stage.main.script = [endless("line")]
-    assert_unavailable(stage, stage.chat(stream=True), "no")  # nothing has begun
-    assert stage.main.requests[0].closed.wait(2)
-
-
 @pytest.mark.parametrize("error", [None, {}, "", False, []])
 def test_an_empty_error_is_none(stage, error):
     chunks = [{**one, "error": error} for one in chat_chunks("a b")]
@@ -7600,64 +7559,11 @@ FAILED = ("error", "response.failed")
 # -- Time ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "answer, limit",
-    [
-        (stall(before_headers=False), "STALL_TIMEOUT"),
-        (sse(HALF, gate=threading.Event()), "STALL_TIMEOUT"),
-        (endless("comments"), "STREAM_TIMEOUT"),
-        (endless("events"), "STREAM_TIMEOUT"),
-        (trickle(HALF_BYTES, 0.03, STREAM), "STREAM_TIMEOUT"),
-    ],
-)
-def test_a_stream_that_takes_too_long_ends_in_an_error(
-    stage, monkeypatch, answer, limit
-):
-    monkeypatch.setattr(proxy, limit, 0.2)
-    stage.main.script = [answer]
-    started = time.monotonic()
-    response = stage.chat(stream=True)
-    assert documents(told(response))[-1]["error"]["code"] == "provider_unavailable"
-    assert 0.15 < time.monotonic() - started < 5
-    assert stage.main.requests[0].closed.wait(2)
-    assert stage.row(response)["status"] == 503
-
-
 def test_comments_are_a_sign_of_life(stage, monkeypatch):
-    monkeypatch.setattr(proxy, "STALL_TIMEOUT", 0.5)
-
-    def queued(request: Request) -> None:
-        request.send(STREAM)
-        for _ in range(8):
-            request.send(b": OPENROUTER PROCESSING\n\n")
-            request.wait(None, 0.1)
-        request.send(sse_bytes(chat_chunks("a b")))
-        request.keep = False
-
-    stage.main.script = [queued]
+    monkeypatch.setattr(proxy, "STALL_TIMEOUT", 0.4)
+    events = [b": OPENROUTER PROCESSING\n\n"] * 6 + chat_chunks("a b")
+    stage.main.script = [sse(events, delay=0.1)]
     assert stream_text(stage.chat(stream=True).data) == "a b"
-
-
-def test_a_stream_that_goes_on_is_no_stall(stage, monkeypatch):
-    monkeypatch.setattr(proxy, "STALL_TIMEOUT", 0.2)
-    stage.main.script = [sse(chat_chunks("a b c d e f g"), delay=0.04)]
-    assert stream_text(stage.chat(stream=True).data) == "a b c d e f g"
-
-
-STALLED = [stall(), endless("blanks"), trickle(b"{}", 9), trickle(PLAIN, 0.05, b"")]
-
-
-@pytest.mark.parametrize(
-    "answer, stream", [*((each, False) for each in STALLED), (stall(), True)]
-)
-def test_an_answer_that_takes_too_long_is_a_free_503(
-    stage, monkeypatch, answer, stream
-):
-    monkeypatch.setattr(proxy, "ANSWER_TIMEOUT", 0.2)
-    stage.main.script = [answer]
-    started = time.monotonic()
-    assert_unavailable(stage, stage.chat(stream=stream), "no")
-    assert time.monotonic() - started < 5 and stage.main.requests[0].closed.wait(2)
 
 
 def test_done_is_not_held_back_by_an_upstream_that_stays(stage):
@@ -8590,27 +8496,21 @@ def test_of_several_windows_the_tightest_is_told(app, rate, limit):
 
 
 @pytest.mark.parametrize(
-    "method, path, status", [("GET", CHAT, 405), ("POST", "/v2/x", 404)]
-)
+    "method, path, status",
+    [
+        ("GET", CHAT, 405), ("POST", "/v2/x", 404), ("POST", "/v1/accounts/alice", 405),
+        ("POST", "/v1/accounts/alice/grant", 404), ("POST", "/v1/account/key", 404),
+        ("POST", "/v1/account", 405), ("POST", "/v1/models/chat", 405),
+        ("POST", "/v1/models", 405),
+    ],
+)  # fmt: skip
 def test_an_answer_to_a_key_tells_its_limits_even_where_nothing_is(
     api, method, path, status
 ):
-    known, unknown = api(method, path), api(method, path, "sk-unknown")
+    known, unknown = (api(method, path, key, **HELLO) for key in (TEAM_KEY, "sk-unknown"))
     assert known.status_code == unknown.status_code == status
     assert rates(known)[0] == "300"
     assert "x-ratelimit-limit-requests" not in unknown.headers
-
-
-@pytest.mark.parametrize(
-    "path, status",
-    [
-        ("accounts/alice", 405), ("accounts/alice/grant", 404), ("account/key", 404),
-        ("account", 405), ("models/chat", 405), ("models", 405),
-    ],
-)  # fmt: skip
-def test_a_mistyped_account_path_is_no_relay(api, path, status):
-    answer = api("POST", f"/v1/{path}", **HELLO)
-    assert (code_of(answer)[0], rates(answer)[0]) == (status, "300")
 
 
 @pytest.mark.parametrize(
@@ -10437,14 +10337,14 @@ def test_plain_gunicorn_serves_the_application(files):
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
-def test_the_greetings_curl_line_has_the_demo_key_only_and_works_as_it_stands(plain):
+def test_the_greetings_curl_line_has_the_demo_key_only_and_works_as_it_stands(one):
     greeting = re.compile(r"^  curl (?:.+\\\n)*.+$", re.MULTILINE)
-    line = wait_for(lambda: greeting.search(plain.log()), what="the greeting")[0]
-    assert f"curl {plain.url}{CHAT}" in line and DEMO_KEY in line
+    line = wait_for(lambda: greeting.search(one.log()), what="the greeting")[0]
+    assert f"curl {one.url}{CHAT}" in line and DEMO_KEY in line
     run = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
     assert json.loads(run.stdout)["choices"][0]["message"]["content"] == "Hello!"
     for secret in TEAM_KEY, ADMIN_KEY, SECRET:
-        assert secret not in plain.log()
+        assert secret not in one.log()
 
 
 # -- Tables --------------------------------------------------------------------------
@@ -10483,10 +10383,10 @@ def test_every_command_reads_the_env_file_beside_the_keys_file(files, monkeypatc
     assert ".env: line 2: must read like NAME=value" in capsys.readouterr().err
 
 
-def test_a_command_with_other_keys_than_the_servers_is_warned(plain, capsys, tmp_path):
+def test_a_command_with_other_keys_than_the_servers_is_warned(one, capsys, tmp_path):
     other = tmp_path / "keys.json"
     other.write_text("{}")
-    folder = plain.log_file.parent
+    folder = one.log_file.parent
     db = ["--db", str(folder / "proxy.db")]
     assert proxy.main(["credits", "show", "--keys", str(other), *db]) == 0
     server = str(folder / "keys.json")
@@ -11024,8 +10924,8 @@ class Tab:
 
     def key_row(self, name: str) -> Any:
         """The row of a key."""
-        rows = [row for row in self.all("#keys tbody tr") if name in row.text]
-        return rows[0] if rows else None
+        path = f"//*[@id='keys']//tbody/tr[contains(., '{name}')]"
+        return next(iter(self.driver.find_elements("xpath", path)), None)
 
     def revoke(self, name: str) -> None:
         """Revoke a key and say yes."""
@@ -11447,6 +11347,10 @@ def world(workers: int, threads: int, constants: Mapping[str, Any] = {}) -> Call
 one = world(1, 64, {"CLIENT_TIMEOUT": 1, "BODY_TIMEOUT": 6, "UPSTREAM_IDLE": 0.5})
 two = world(2, 64, {"LEDGER_TIMEOUT": 0.8, "SWEEP_INTERVAL": 0.1})
 four = world(4, 200)
+narrow = world(1, 1, {  # relays one request at a time
+    "ANSWER_TIMEOUT": 0.15, "STREAM_TIMEOUT": 0.25, "STALL_TIMEOUT": 0.15,
+    "COMMENTS_WAIT": 0.05, "WATCH_INTERVAL": 0.05,
+})  # fmt: skip
 
 
 def play(server: Gateway, script: Any) -> Upstream:
@@ -11661,20 +11565,18 @@ def test_ten_of_thirty_streams_run_and_ten_again_when(end, four):
 
 
 @contextmanager
-def lowest_balance(folder: Path, account: str) -> Iterator[list[int]]:
-    """Look all the time at what an account of the ledger has left; keep the least."""
-    lowest, over = [0], threading.Event()
-    sql = "SELECT granted - spent - held FROM accounts WHERE id = ?"
+def watched(folder: Path, pick: Callable, sql: str, *values: Any) -> Iterator[list[int]]:
+    """Look all the time at what a query says; keep the one that is picked (min, max)."""
+    kept, over = [0], threading.Event()
 
     def watch() -> None:
         while not over.is_set():
-            rows = query(folder, sql, account)
-            lowest[0] = min([lowest[0], *(left for (left,) in rows)])
+            kept[0] = pick([kept[0], *(row[-1] for row in query(folder, sql, *values))])
 
     with ThreadPoolExecutor(1) as pool:
         watcher = pool.submit(watch)
         try:
-            yield lowest
+            yield kept
         finally:
             over.set()
     watcher.result()
@@ -11683,7 +11585,8 @@ def lowest_balance(folder: Path, account: str) -> Iterator[list[int]]:
 def test_an_account_is_never_overspent_over_four_workers(four, gate):
     play(four, json_answer(chat_json("x", usage=usage_of(20, 10)), gate=gate))
     granted = 3 * POOR_HOLD
-    with lowest_balance(four.folder, "poor") as lowest:
+    left_now = "SELECT granted - spent - held FROM accounts WHERE id = 'poor'"
+    with watched(four.folder, min, left_now) as lowest:
         parallel = [Visit(four, POOR_KEY, max_tokens=10) for _ in range(50)]
         wait_for(lambda: sum(one.answered() for one in parallel) == 47, 10)
         gate.set()
@@ -11721,24 +11624,6 @@ BUDGETED = {"team": {"limits": {"concurrent": 1000}, "keys": {"bound": {
 DAYS = "SELECT created / 86400000, sum(iif(state = 0, hold, cost)) FROM requests GROUP BY 1"
 
 
-@contextmanager
-def most_of_a_day(folder: Path) -> Iterator[list[int]]:
-    """Look all the time at what is spent and held of each day; keep the most."""
-    most, over = [0], threading.Event()
-
-    def watch() -> None:
-        while not over.is_set():
-            most[0] = max([most[0], *(used for _, used in query(folder, DAYS))])
-
-    with ThreadPoolExecutor(1) as pool:
-        watcher = pool.submit(watch)
-        try:
-            yield most
-        finally:
-            over.set()
-    watcher.result()
-
-
 def test_a_budget_is_never_exceeded_over_four_workers(gateway, gate, tmp_path):
     clock, budget = Moved(tmp_path / "ahead"), 3 * POOR_HOLD
     answer = json_answer(chat_json("x", usage=usage_of(20, 10)), gate=gate)
@@ -11753,7 +11638,7 @@ def test_a_budget_is_never_exceeded_over_four_workers(gateway, gate, tmp_path):
             wait_for(lambda: sum(one.answered() for one in asked) == 47, 10)
             return asked
 
-        with most_of_a_day(tmp_path) as most:
+        with watched(tmp_path, max, DAYS) as most:
             for _ in range(2):  # what one day holds is nothing to the next
                 asked = fifty()
                 clock.to(day=1, before=-3600)
@@ -12348,27 +12233,19 @@ MALFORMED = {
 }
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """One gateway for the tests that leave nothing behind."""
-    folder = tmp_path_factory.mktemp("plain")
-    with Gateway(keys_file(folder, "http://127.0.0.1:9"), threads=64) as server:
-        yield server
-
-
 @pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_request_gets_one_answer_in_the_envelope(name, plain):
+def test_a_malformed_request_gets_one_answer_in_the_envelope(name, one):
     data, expected = MALFORMED[name]
-    answer = raw_http(plain.port, data, finish=True)
+    answer = raw_http(one.port, data, finish=True)
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % expected)
     assert list(json.loads(body)["error"]) == ["message", "type", "param", "code"]
     assert b"x-request-id: req_" in head and b"application/json" in head
 
 
-def test_a_coding_refused_about_messages_is_told_in_anthropics_shape(plain):
+def test_a_coding_refused_about_messages_is_told_in_anthropics_shape(one):
     head = POST.replace(b"/v1/chat/completions", b"//messages?beta=true")
-    answer = raw_http(plain.port, head + MALFORMED["TE gzip"][0][len(POST) :], 1)
+    answer = raw_http(one.port, head + MALFORMED["TE gzip"][0][len(POST) :], 1)
     assert answer.startswith(b"HTTP/1.1 415 ")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "error"
 
@@ -12383,10 +12260,10 @@ UNREAD = {
 
 
 @pytest.mark.parametrize("status", UNREAD)
-def test_a_request_whose_unread_body_is_broken_has_one_answer(status, plain):
+def test_a_request_whose_unread_body_is_broken_has_one_answer(status, one):
     head = UNREAD[status] + b"Host: x\r\nContent-Type: text/plain\r\n"
     broken = b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcXXXX\r\nzz\r\n0\r\n\r\n"
-    answer = raw_http(plain.port, head + broken)
+    answer = raw_http(one.port, head + broken)
     assert answer.startswith(b"HTTP/1.1 %s " % status.encode())
     assert answer.count(b"HTTP/1.1 ") == 1
 
@@ -12395,32 +12272,32 @@ CODINGS = {b"gzip": 400, b"deflate, chunked": 415, b"Chunked": 200, b"chunked": 
 
 
 @pytest.mark.parametrize("coding, status", CODINGS.items())
-def test_a_transfer_coding_is_undone_or_refused(coding, status, plain):
+def test_a_transfer_coding_is_undone_or_refused(coding, status, one):
     body = json.dumps({"model": "echo", "messages": SAY_HELLO}).encode()
     head = POST + b"Transfer-Encoding: " + coding + b"\r\n\r\n"
     ends = b"" if status != 200 else b"GET /healthz HTTP/1.0\r\n\r\n"
-    answer = raw_http(plain.port, head + chunk(body) + chunk(b"") + ends)
+    answer = raw_http(one.port, head + chunk(body) + chunk(b"") + ends)
     assert answer.startswith(b"HTTP/1.1 %d " % status)
     assert answer.count(b"x-request-id: ") == 1 + bool(ends)
 
 
-def test_a_chunked_body_over_the_limit_is_413(plain):
+def test_a_chunked_body_over_the_limit_is_413(one):
     data = CHUNKS + chunk(bytes(1 << 20)) * 33
-    assert raw_http(plain.port, data, 20).startswith(b"HTTP/1.1 413 ")
+    assert raw_http(one.port, data, 20).startswith(b"HTTP/1.1 413 ")
 
 
-def test_pipelined_requests_are_answered_in_order(plain):
+def test_pipelined_requests_are_answered_in_order(one):
     close = HIDDEN[:-2] + b"Connection: close\r\n\r\n"
     chunked = CHUNKS + chunk(BODY) + chunk(b"")
-    said = raw_http(plain.port, SIZED + b"\r\n" + BODY + chunked + HIDDEN + close)
+    said = raw_http(one.port, SIZED + b"\r\n" + BODY + chunked + HIDDEN + close)
     kinds = re.findall(rb"HTTP/1.1 200|chat.completion|\"ok\"", said)
     chat_, ok = [b"HTTP/1.1 200", b"chat.completion"], [b"HTTP/1.1 200", b'"ok"']
     assert kinds == chat_ + chat_ + ok + ok
 
 
-def test_an_expected_100_continue_is_sent(plain):
+def test_an_expected_100_continue_is_sent(one):
     head = SIZED + b"Expect: 100-continue\r\nConnection: close\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", plain.port), 5) as sock:
+    with socket.create_connection(("127.0.0.1", one.port), 5) as sock:
         sock.sendall(head)
         assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(BODY)
@@ -13798,8 +13675,6 @@ UPSTREAMS = {  # what comes, of a stream or not, how that ends, micro-credits
         repeated(STREAM, FAST, 10**6), True, ENDED, range(1000, 3000)
     ),
 }
-FAULT_WAITS = {"ANSWER_TIMEOUT": 0.15, "STREAM_TIMEOUT": 0.25, "STALL_TIMEOUT": 0.15}
-FAULT_WAITS |= {"COMMENTS_WAIT": 0.05, "WATCH_INTERVAL": 0.05}
 
 
 def memory(pid: int, field: str = "VmRSS") -> int:
@@ -13809,29 +13684,29 @@ def memory(pid: int, field: str = "VmRSS") -> int:
 
 
 @pytest.fixture(scope="module")
-def lone(tmp_path_factory):
-    """One worker that relays one request at a time, its memory, and its upstream."""
-    with Upstream(quickly) as up:
-        keys = keys_file(tmp_path_factory.mktemp("lone"), up.url)
-        with Gateway(keys, threads=1, constants=FAULT_WAITS) as server:
-            [pid] = server.workers()
-            for _ in range(10):
-                assert status(server, stream=True) == 200
-                wait_for(lambda: status(server) == 200)
-            yield server, up, pid, memory(pid)
+def lone(narrow):
+    """A worker that relays one request at a time, and its memory."""
+    [pid] = narrow.workers()
+    play(narrow, quickly)
+    for _ in range(10):
+        assert status(narrow, stream=True) == 200
+        wait_for(lambda: status(narrow) == 200)
+    return pid, memory(pid)
 
 
 @pytest.mark.parametrize("name", UPSTREAMS)
-def test_an_upstream_that_misbehaves_costs_what_is_stated_and_little_memory(name, lone):
-    server, up, pid, before = lone
-    folder, (up.script, stream, end, charge) = server.log_file.parent, UPSTREAMS[name]
+def test_an_upstream_that_misbehaves_costs_what_is_stated_and_little_memory(
+    name, lone, narrow
+):
+    server, up, folder, (pid, before) = narrow, narrow.up, narrow.folder, lone
+    up.script, stream, end, charge = UPSTREAMS[name]
     Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM begins anew
-    started, tail = time.monotonic(), b""
+    started, tail, number = time.monotonic(), b"", len(up.requests)
     answer = chat(server.url, TEAM_KEY, stream)
     for piece in answer.iter_content(1 << 16):
         tail = (tail + piece)[-4000:]
     assert ending(answer.status_code, tail) == end
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < 2.5 and up.requests[number].closed.wait(2)
     up.script = quickly
     wait_for(lambda: status(server) == 200, 0.5, "the only place is free again")
     wait_held(folder, 0)

@@ -1,16 +1,13 @@
 """The promises of proxy.py, in the order of the module, each as a test.
 
 Upstreams are real servers on loopback that misbehave on demand; what only shows
-across processes is tested against the real server. `-m long` runs the long versions,
-`-m bench` prints the main figures.
+across processes is tested against the real server. `-m long` runs the long versions.
 """
 
 from __future__ import annotations
 
 import ast
 import base64
-import asyncio
-import contextlib
 import email
 import errno
 import fcntl
@@ -32,7 +29,6 @@ import signal
 import socket
 import sqlite3
 import ssl
-import statistics
 import struct
 import subprocess
 import sys
@@ -91,6 +87,11 @@ def wait_for(predicate: Callable[[], T], timeout: float = 5, what: str = "") -> 
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
         time.sleep(POLL)
     return value
+
+
+def long(*values: Any, **more: Any) -> Any:
+    """A case that only `-m long` runs."""
+    return pytest.param(*values, marks=pytest.mark.long, **more)
 
 
 def short(value: Any) -> str:
@@ -1253,57 +1254,39 @@ def sleeping(monkeypatch: pytest.MonkeyPatch) -> None:
 # Errors ------------------------------------------------------------------------------
 
 INVALID = "invalid_request_error"
-ENVELOPES = [
-    (proxy.BadRequest("m", param="n"), 400, INVALID, "invalid_request"),
-    (proxy.Unauthorized(), 401, "authentication_error", "unauthorized"),
-    (proxy.InsufficientCredits("m"), 402, "insufficient_quota", "insufficient_credits"),
-    (proxy.NotFound("m"), 404, INVALID, "not_found"),
-    (proxy.TooLarge("m"), 413, INVALID, "request_too_large"),
-    (proxy.UnsupportedMediaType("m"), 415, INVALID, "unsupported_media_type"),
-    (proxy.RateLimited("m", 3), 429, "rate_limit_error", "rate_limit_exceeded"),
-    (proxy.ProxyError("m"), 500, "api_error", "internal_error"),
-    (proxy.UpstreamFailed("m"), 503, "api_error", "provider_unavailable"),
-    (proxy.Overloaded("m", 1), 503, "api_error", "overloaded"),
-    (proxy.LedgerUnavailable("m"), 503, "api_error", "ledger_unavailable"),
-    (proxy.Refused(422, "m", "c", "p"), 422, INVALID, "c"),
-    (proxy.Refused(404, "m", None, None), 404, INVALID, "invalid_request"),
-]
+ENVELOPES = [  # an error: status, OpenAI's type, code; Anthropic's type
+    (proxy.BadRequest("m", param="n"), 400, INVALID, "invalid_request", INVALID),
+    (proxy.Unauthorized(), 401, "authentication_error", "unauthorized",
+     "authentication_error"),
+    (proxy.InsufficientCredits("m"), 402, "insufficient_quota", "insufficient_credits",
+     "billing_error"),
+    (proxy.NotFound("m"), 404, INVALID, "not_found", "not_found_error"),
+    (proxy.ModelNotFound("m"), 404, INVALID, "model_not_found", "not_found_error"),
+    (proxy.MethodNotAllowed("m"), 405, INVALID, "method_not_allowed", INVALID),
+    (proxy.TooLarge("m"), 413, INVALID, "request_too_large", "request_too_large"),
+    (proxy.UnsupportedMediaType("m"), 415, INVALID, "unsupported_media_type", INVALID),
+    (proxy.RateLimited("m", 3), 429, "rate_limit_error", "rate_limit_exceeded",
+     "rate_limit_error"),
+    (proxy.ProxyError("m"), 500, "api_error", "internal_error", "api_error"),
+    (proxy.UpstreamFailed("m"), 503, "api_error", "provider_unavailable", "api_error"),
+    (proxy.Overloaded("m", 1), 503, "api_error", "overloaded", "api_error"),
+    (proxy.LedgerUnavailable("m"), 503, "api_error", "ledger_unavailable", "api_error"),
+    (proxy.Refused(422, "m", "c", "p"), 422, INVALID, "c", INVALID),
+    (proxy.Refused(404, "m", None, None), 404, INVALID, "invalid_request",
+     "not_found_error"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("error, status, type, code", ENVELOPES)
-def test_every_error_knows_its_envelope(
-    error: proxy.ProxyError, status: int, type: str, code: str
-) -> None:
+@pytest.mark.parametrize("error, status, type, code, anthropics", ENVELOPES)
+def test_every_error_knows_its_envelopes(error, status, type, code, anthropics):
     told = json.loads(error.envelope())
     assert list(told) == ["error"] and told["error"]["message"]
     assert list(told["error"]) == ["message", "type", "param", "code"]
     wanted = {"type": type, "param": error.param, "code": code}
     assert (error.status, told["error"] | wanted) == (status, told["error"])
-
-
-@pytest.mark.parametrize("path", ["messages", "/v1/messages/count_tokens"])
-@pytest.mark.parametrize(
-    "error, type",
-    [
-        (proxy.BadRequest("m"), INVALID),
-        (proxy.Unauthorized(), "authentication_error"),
-        (proxy.InsufficientCredits("m"), "billing_error"),
-        (proxy.ModelNotFound("m"), "not_found_error"),
-        (proxy.MethodNotAllowed("m"), INVALID),
-        (proxy.TooLarge("m"), "request_too_large"),
-        (proxy.UnsupportedMediaType("m"), INVALID),
-        (proxy.RateLimited("m", 3), "rate_limit_error"),
-        (proxy.ProxyError("m"), "api_error"),
-        (proxy.LedgerUnavailable("m"), "api_error"),
-        (proxy.Refused(404, "m", None, None), "not_found_error"),
-        (proxy.Refused(422, "m", "c", "p"), INVALID),
-    ],
-)
-def test_an_error_about_messages_is_anthropics(
-    error: proxy.ProxyError, type: str, path: str
-) -> None:
-    wanted = {"type": "error", "error": {"type": type, "message": error.message}}
-    assert json.loads(error.envelope(path)) == wanted
+    wanted = {"type": "error", "error": {"type": anthropics, "message": error.message}}
+    for path in "messages", "/v1/messages/count_tokens":
+        assert json.loads(error.envelope(path)) == wanted
 
 
 @pytest.mark.parametrize("text", ["half \ud83d a pair", "\udcff"])
@@ -1504,9 +1487,7 @@ REFUSALS = [(path, value) for path, values in NO_LISTS.items() for value in valu
 
 
 @pytest.mark.parametrize("path, value", REFUSALS)
-def test_a_refused_value_is_named_by_its_path(
-    load: Callable, path: str, value: Any
-) -> None:
+def test_a_refused_value_is_named_by_its_path(load, path, value):
     with pytest.raises(proxy.ConfigError) as refused:
         load(planted(path, value))
     assert str(refused.value).startswith((f"keys.json: {path}:", f"keys.json: {path} ("))
@@ -1548,29 +1529,6 @@ def test_refused_terms_of_a_key_are_named_by_their_path(
     with pytest.raises(proxy.ConfigError) as refused:
         load(planted("accounts.team.keys.bound", key))
     assert str(refused.value).startswith(f"keys.json: accounts.team.keys.bound.{path}:")
-
-
-@pytest.mark.parametrize(
-    "path, value, named",
-    [
-        ("accounts.team.keys.k", {"expires": "2030-01-01"}, "accounts.team.keys.k.key"),
-        ("accounts.team.keys.k", {"key": 5}, "accounts.team.keys.k.key"),
-        ("accounts.team.keys.k", {"key": "abc"}, "accounts.team.keys.k.key"),
-        ("accounts.team.keys.k", {"key": "sk-kk", "budget": {"credits": 5}},
-         "accounts.team.keys.k.budget.per"),
-        ("accounts.demo", {"demo": True, "models": ["echo"],
-                           "keys": {"k": {"key": "sk-kk", "metrics": True}}},
-         "accounts.demo.keys"),
-    ],
-)  # fmt: skip
-def test_a_key_that_cannot_be_meant_is_refused_by_path(
-    load: Callable, path: str, value: Any, named: str
-) -> None:
-    document = planted(path, value)
-    document["upstreams"]["echo"] = {"url": "echo:"}
-    document["models"]["echo"] = {"upstream": "echo/echo", "price": {"input": 1}}
-    with pytest.raises(proxy.ConfigError, match=re.escape(f"{named}: ")):
-        load(document)
 
 
 def test_a_key_may_be_an_object_with_its_terms(load: Callable) -> None:
@@ -1658,17 +1616,6 @@ def test_of_a_keys_limits_and_its_accounts_the_smaller_counts(
     whole = replace(TEAM, limits=proxy.parse_limits(account, ""))
     limits = whole.under(proxy.parse_terms({"limits": key})).limits
     assert ({*map(str, limits.items)}, limits.concurrent) == (rates, concurrent)
-
-
-@pytest.mark.parametrize(
-    "path, missing", [("upstreams.main", "url"), ("models.chat", "upstream")]
-)
-def test_a_missing_field_is_named_by_its_path(
-    load: Callable, path: str, missing: str
-) -> None:
-    told = re.escape(f"{path}.{missing}: is required")
-    with pytest.raises(proxy.ConfigError, match=told):
-        load(planted(path, {}))
 
 
 @pytest.mark.parametrize(
@@ -1788,62 +1735,52 @@ def test_prices_are_exact_and_cached_input_costs_as_input_unless_said(
 
 
 PEAK = {"utc": "Mon-Fri 01:00-04:00", "input": 2}
+KEY_PATH, HOURS_PATH = "accounts.team.keys.k", "models.chat.price.hours"
+NO_HOURS = [
+    5, None, "", "01:00", "1:00-2:00", "01:00-01:00", "24:00-01:00", "01:60-02:00",
+    "01:00-24:01", "25:00-26:00", "Mo 01:00-02:00", "Mon-Fri", "Mon,Tue 01:00-02:00",
+    "mon 01:00-02:00", "01:00-02:00 UTC", "Mon 01:00-02:00\n", "٠١:00-02:00",
+]  # fmt: skip
+OVERLAPS = [
+    ("01:00-04:00", "03:59-05:00"), ("Mon-Fri 01:00-04:00", "Fri-Sat 02:00-03:00"),
+    ("Mon 22:00-02:00", "Tue 01:00-03:00"), ("Sun 22:00-02:00", "Mon 01:59-03:00"),
+    ("Wed-Fri 00:00-24:00", "Thu 12:00-12:01"), ("12:00-13:00", "12:00-13:00"),
+]  # fmt: skip
+OVERLAPS += [(other, one) for one, other in OVERLAPS]
+TOLD_INSIDE = [  # path, value, and what is told of a part of it
+    ("upstreams.main", {}, "upstreams.main.url: is required"),
+    ("models.chat", {}, "models.chat.upstream: is required"),
+    (KEY_PATH, {"expires": "2030-01-01"}, f"{KEY_PATH}.key: "),
+    (KEY_PATH, {"key": 5}, f"{KEY_PATH}.key: "),
+    (KEY_PATH, {"key": "abc"}, f"{KEY_PATH}.key: "),
+    (KEY_PATH, {"key": "sk-kk", "budget": {"credits": 5}}, f"{KEY_PATH}.budget.per: "),
+    ("accounts.team", {"demo": True, "keys": {"k": {"key": "sk-kk", "metrics": True}}},
+     "accounts.team.keys: "),
+    ("models.chat.price", {"reported": 1}, "models.chat.price.reported: needs other"),
+    *(("models.chat.price", {"input": 1, "hours": hours}, f"{HOURS_PATH}.{told}")
+      for hours, told in [
+          ([5], "0:"),
+          ([{"input": 1}], "0.utc: is required"),
+          ([PEAK, {"utc": "Sat 01:00-04:00"}], "1: names no price"),
+          ([PEAK | {"colour": 1}], "0.colour: unknown field"),
+          ([PEAK | {"input": -1}], "0.input:"),
+          ([PEAK | {"hours": []}], "0.hours: unknown field"),
+          *(([PEAK | {"utc": utc}], "0.utc: must") for utc in NO_HOURS),
+          *(([PEAK | {"utc": utc} for utc in ("Sat 23:00-23:30", *both)],
+             f"2.utc: overlaps with '{both[0]}'") for both in OVERLAPS),
+      ]),
+]  # fmt: skip
 
 
-def clash(*utc: str) -> dict:
-    """A price with these hours."""
-    return {"input": 1, "hours": [{"utc": each, "input": 2} for each in utc]}
-
-
-@pytest.mark.parametrize(
-    "hours, path",
-    [
-        ([5], "0:"),
-        ([{"input": 1}], "0.utc: is required"),
-        ([PEAK, {"utc": "Sat 01:00-04:00"}], "1: names no price"),
-        ([PEAK | {"colour": 1}], "0.colour: unknown field"),
-        ([PEAK | {"input": -1}], "0.input:"),
-        ([PEAK | {"hours": []}], "0.hours: unknown field"),
-        *(
-            ([{"utc": utc, "input": 1}], "0.utc: must")
-            for utc in [
-                5, None, "", "01:00", "1:00-2:00", "01:00-01:00", "24:00-01:00",
-                "01:60-02:00", "01:00-24:01", "25:00-26:00", "Mo 01:00-02:00",
-                "Mon-Fri", "Mon,Tue 01:00-02:00", "mon 01:00-02:00", "01:00-02:00 UTC",
-                "Mon 01:00-02:00\n", "٠١:00-02:00",
-            ]
-        ),
-    ],
-)  # fmt: skip
-def test_hours_that_cannot_be_meant_are_refused_by_path(
-    load: Callable, hours: list, path: str
-) -> None:
+@pytest.mark.parametrize("path, value, told", TOLD_INSIDE)
+def test_what_cannot_be_meant_is_told_by_its_path(load, path, value, told):
+    document = planted(path, value)
+    document["models"]["echo"] = {"upstream": "echo/echo", "price": {"input": 1}}
+    document["upstreams"]["echo"] = {"url": "echo:"}
+    document["accounts"]["team"] |= {"models": ["echo"]} if "demo" in value else {}
     with pytest.raises(proxy.ConfigError) as refused:
-        load(planted("models.chat.price", {"input": 1, "hours": hours}))
-    assert str(refused.value).startswith(
-        f"keys.json: models.chat.price.hours.{path}"
-    )
-
-
-@pytest.mark.parametrize(
-    "one, other",
-    [
-        ("01:00-04:00", "03:59-05:00"),
-        ("Mon-Fri 01:00-04:00", "Fri-Sat 02:00-03:00"),
-        ("Mon 22:00-02:00", "Tue 01:00-03:00"),
-        ("Sun 22:00-02:00", "Mon 01:59-03:00"),
-        ("Wed-Fri 00:00-24:00", "Thu 12:00-12:01"),
-        ("12:00-13:00", "12:00-13:00"),
-    ],
-)
-def test_hours_that_overlap_are_refused_by_path(
-    load: Callable, one: str, other: str
-) -> None:
-    for utc in (one, other), (other, one):
-        with pytest.raises(proxy.ConfigError) as refused:
-            load(planted("models.chat.price", clash("Sat 23:00-23:30", *utc)))
-        told = f"keys.json: models.chat.price.hours.2.utc: overlaps with '{utc[0]}'"
-        assert str(refused.value) == told
+        load(document)
+    assert str(refused.value).startswith(f"keys.json: {told}")
 
 
 def test_hours_replace_the_prices_that_they_name(load: Callable) -> None:
@@ -2102,32 +2039,28 @@ def test_fifty_threads_over_two_ledgers_never_overspend(
     assert sums(ledger) == (1000, 0, 0)
 
 
-def test_fifty_holds_at_once_are_as_many_as_the_account_can_pay(
-    ledger: proxy.Ledger,
-) -> None:
-    with ThreadPoolExecutor(50) as pool:
-        asked = [pool.submit(admit, ledger, 300) for _ in range(50)]
-    refusals = [one.exception() for one in asked if one.exception()]
-    assert {type(one) for one in refusals} == {proxy.InsufficientCredits}
-    assert (len(refusals), sums(ledger)) == (47, (0, 900, 0))
-    release(ledger, *[one.result() for one in asked if not one.exception()])
-
-
 def bound(most: int, per: str = "day", key: proxy.Key = KEY) -> proxy.Key:
     """The key with a budget of so many micro-credits."""
     return replace(key, terms=proxy.Terms(budget=proxy.Budget(most, per)))
 
 
-def test_fifty_holds_at_once_are_as_many_as_the_budget_can_pay(
-    ledger: proxy.Ledger, make_ledger: MakeLedger
-) -> None:
-    both, key = [ledger, make_ledger()], bound(300)
+@pytest.mark.parametrize("size, key", [(300, KEY), (100, bound(300))], ids=short)
+def test_fifty_holds_at_once_are_as_many_as_account_and_budget_can_pay(
+    ledger, make_ledger, size, key
+):
+    both = [ledger, make_ledger()]
     with ThreadPoolExecutor(50) as pool:
-        asked = [pool.submit(admit, both[n % 2], 100, key=key) for n in range(50)]
+        asked = [pool.submit(admit, both[n % 2], size, key=key) for n in range(50)]
     refusals = [one.exception() for one in asked if one.exception()]
     assert {type(one) for one in refusals} == {proxy.InsufficientCredits}
-    assert (len(refusals), sums(ledger)) == (47, (0, 300, 0))
-    leases = [one.result() for one in asked if not one.exception()]
+    assert (len(refusals), sums(ledger)) == (47, (0, 3 * size, 0))
+    assert ledger.check() == []
+    release(ledger, *[one.result() for one in asked if not one.exception()])
+
+
+def test_what_a_budget_has_left_is_what_was_not_spent(ledger):
+    key = bound(300)
+    leases = [admit(ledger, 100, key=key) for _ in range(3)]
     for lease in leases[1:]:
         ledger.settle(lease, charge(40))
     release(ledger, leases[0])
@@ -2839,39 +2772,6 @@ INSERT INTO windows VALUES ('LIMITER/key_a/relay/60/1/minute', x'000000000000000
 """
 
 
-# What version 1 (12fcd57) had otherwise.
-VERSION_1 = """
-DROP TRIGGER resolved; DROP TABLE tallies; DROP TABLE usage;
-CREATE TABLE usage(
-    account TEXT NOT NULL, day INTEGER NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL,
-    status INTEGER NOT NULL, requests INTEGER NOT NULL DEFAULT 0,
-    released INTEGER NOT NULL DEFAULT 0, refused INTEGER NOT NULL DEFAULT 0,
-    answered INTEGER NOT NULL DEFAULT 0, input INTEGER NOT NULL DEFAULT 0,
-    cached INTEGER NOT NULL DEFAULT 0, output INTEGER NOT NULL DEFAULT 0,
-    images INTEGER NOT NULL DEFAULT 0, cost INTEGER NOT NULL DEFAULT 0,
-    ttfb INTEGER NOT NULL DEFAULT 0, duration INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (account, day, key, model, status)
-) STRICT, WITHOUT ROWID;
-CREATE TRIGGER resolved AFTER UPDATE OF state ON requests WHEN OLD.state = 0 BEGIN
-    UPDATE accounts SET held = held - OLD.hold, spent = spent + NEW.cost,
-        lost = lost + NEW.lost WHERE id = NEW.account;
-END;
-INSERT INTO usage VALUES
-    ('team', 19675, 'key_a', 'chat', 200, 1, 0, 0, 1, 20, 5, 25, 0, 70, 40, 90),
-    ('team', 19675, 'key_a', 'chat', 503, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 10);
-INSERT INTO meta VALUES ('id', '123456781abcdef0');
-PRAGMA user_version = 1; PRAGMA application_id = 0;
-"""
-
-
-@pytest.fixture
-def version_1(version_0: Path) -> Path:
-    """The ledger of version 1, with its lock file."""
-    with closing(sqlite3.connect(version_0)) as db:
-        db.executescript(VERSION_1)
-    return version_0
-
-
 @pytest.fixture
 def version_0(tmp_path: Path) -> Path:
     """The ledger of an older version, with its lock file."""
@@ -2919,19 +2819,6 @@ def test_an_older_ledger_opens_with_everything_kept(version_0: Path) -> None:
     assert not backup.exists()  # it is migrated once
 
 
-def test_a_ledger_of_version_1_opens_with_everything_kept(version_1: Path) -> None:
-    before = tables(version_1, [*KEPT, "usage"])
-    assert len(before["usage"]) == 2 and len(before["requests"]) == 3
-    for name, more in ADDED.items():
-        before[name] = [(*row, *more) for row in before[name]]
-    before["usage"] = [(*row, 0, 3 * (row[4] == 200)) for row in before["usage"]]
-    with closing(proxy.Ledger(version_1)) as ledger:
-        assert ledger.check() == []
-        assert ledger.read("PRAGMA user_version") == [(4,)]
-    assert tables(version_1, [*before]) == before
-    assert version_1.with_name("proxy.db-v1").exists()
-
-
 # Back to a version from the one after it.
 BACK = {
     3: "DROP TRIGGER opened; DROP TRIGGER resolved; DROP INDEX requests_open;"
@@ -2971,10 +2858,8 @@ def test_a_ledger_of_each_version_opens_with_everything_kept(
     assert after == before
 
 
-def test_a_migration_takes_what_was_spent_for_declared_and_dead_keys_for_dead(
-    version_1: Path,
-) -> None:
-    with sqlite3.connect(version_1) as db:
+def test_a_migration_takes_what_was_spent_for_declared_and_dead_keys_for_dead(version_0):
+    with sqlite3.connect(version_0) as db:
         db.execute("UPDATE accounts SET granted = 40, made = 1700000001")
         db.execute("UPDATE grants SET amount = 40")
         db.execute(
@@ -2983,7 +2868,7 @@ def test_a_migration_takes_what_was_spent_for_declared_and_dead_keys_for_dead(
             " ('key_d', 'gone', 'd', '', 'dd', 0, 1700000003)"
         )
     db.close()
-    with closing(proxy.Ledger(version_1)) as ledger:
+    with closing(proxy.Ledger(version_0)) as ledger:
         assert ledger.check() == []
         assert ledger.read("SELECT id, declared FROM accounts") == [("gone", 0), ("team", 60)]
         dead = ledger.read("SELECT id FROM keys WHERE former")
@@ -3389,12 +3274,11 @@ def test_a_header_that_could_not_pass_is_a_bad_request(value: str) -> None:
         proxy.passed_headers("messages", {"HTTP_ANTHROPIC_BETA": value})
 
 
-def read_body(data: bytes, length: Any = "", kind: str = "application/json") -> bytes:
-    """Read a request's body, of which at most ten bytes are allowed."""
-    about = {"CONTENT_TYPE": kind, "CONTENT_LENGTH": str(length)}
+def receive(data: bytes, limit: int = 1000, **environ: Any) -> tuple:
+    """Read a request's body; return it and its share of the room."""
     share = proxy.Share(proxy.Room(proxy.BODY_ROOM))
-    environ = about | {"wsgi.input": BytesIO(data)}
-    return proxy.read_body(environ, 10, share, lambda part: None)
+    about = {"CONTENT_TYPE": "application/json", "wsgi.input": BytesIO(data)}
+    return proxy.read_body(about | environ, limit, share, lambda part: None), share
 
 
 @pytest.mark.parametrize(
@@ -3406,22 +3290,15 @@ def read_body(data: bytes, length: Any = "", kind: str = "application/json") -> 
 )  # fmt: skip
 def test_415_for_any_other_content_type(kind: str) -> None:
     with pytest.raises(proxy.UnsupportedMediaType):
-        read_body(b"{}", 2, kind)
+        receive(b"{}", CONTENT_TYPE=kind)
 
 
 @pytest.mark.parametrize("parameters", ["", "; charset=utf-8", " ;x"])
-@pytest.mark.parametrize("length", ["", 10])
+@pytest.mark.parametrize("length", ["", "10"])
 def test_a_body_of_just_the_limit_passes(length: Any, parameters: str) -> None:
     data = b"x" * 10
-    assert read_body(data, length, f"Application/JSON{parameters}") == data
-
-
-def receive(data: bytes, limit: int = 1000, **environ: Any) -> tuple:
-    """Read a body; return it and its share of the room."""
-    share = proxy.Share(proxy.Room(proxy.BODY_ROOM))
-    stream = BytesIO(data)
-    about = {"CONTENT_TYPE": "application/json", "wsgi.input": stream}
-    return proxy.read_body(about | environ, limit, share, lambda part: None), share
+    kind = f"Application/JSON{parameters}"
+    assert receive(data, 10, CONTENT_LENGTH=length, CONTENT_TYPE=kind)[0] == data
 
 
 PACKED = {"gzip": gzip.compress, "deflate": zlib.compress, "GZIP ": gzip.compress}
@@ -4427,7 +4304,7 @@ def stage(in_process: InProcess, monkeypatch: pytest.MonkeyPatch):
 
 
 SHORT_WAITS = {"JIMENG_FIRST_POLL": 0.02, "JIMENG_POLL": 0.02}
-SHORT_WAITS |= {"COMMENT_INTERVAL": 0.05, "COMMENTS_WAIT": 0.02}
+SHORT_WAITS |= {"COMMENT_INTERVAL": 0.05, "COMMENTS_WAIT": 0.02, "REPORT_PATIENCE": 1}
 
 
 @pytest.fixture(scope="module")
@@ -4609,9 +4486,9 @@ def test_an_ambiguous_answer_is_a_503_and_its_connection_is_given_up(stage, data
     assert first.connection is not second.connection and first.closed.wait(2)
 
 
-@pytest.mark.parametrize("name", ["a trailer", "a length", "103 twice"])
+@pytest.mark.parametrize("name", ["a trailer", "a length", "no length"])
 def test_an_answer_cut_anywhere_on_the_wire_is_a_503(stage, name):
-    data = GOOD_WIRES[name]
+    data = (GOOD_WIRES | UNTIL_THE_END)[name]
     cuts = range(len(data))
     stage.main.script = [wire(data[:n], 10_000, ends=True) for n in cuts]
     assert {stage.chat().status_code for _ in cuts} == {503}
@@ -5625,25 +5502,6 @@ def test_the_cap_is_written_under_the_name_of_the_path(stage, path, asked, cap):
     assert sent.path == f"/v1/{path}" and found == cap
 
 
-@pytest.mark.parametrize(
-    "path, body",
-    [
-        ("responses", {"background": True}),
-        (CHATS, {"service_tier": "priority"}),
-        (CHATS, {"service_tier": "ultrafast"}),
-        (CHATS, {"modalities": ["text", "audio"]}),
-        ("messages", {"speed": "fast"}),
-        (IMAGES, {"stream": True}),
-    ],
-)
-def test_what_cannot_be_charged_rightly_is_refused(stage, path, body):
-    ask = {"model": "chat", "messages": SAY_HELLO, "prompt": "x", **body}
-    response = stage.post(path, ask)
-    told = response.json["error"]["message"]
-    assert response.status_code == 400 and ([*body][0] in told or "streamed" in told)
-    assert not stage.main.requests
-
-
 @pytest.mark.parametrize("name", [None, "max_tokens", "max_completion_tokens"])
 def test_the_cap_falls_to_what_the_account_can_pay(stage, name):
     stage.main.script = [json_answer(chat_json("", usage=usage_of(0, 0)))]
@@ -5978,20 +5836,24 @@ def test_a_form_that_is_no_good_is_a_bad_request(data, kind):
 @pytest.mark.parametrize(
     "path, model, more",
     [
+        ("responses", "chat", {"background": True}), ("messages", "chat", {"speed": "fast"}),
+        (CHATS, "chat", {"service_tier": "priority"}), (IMAGES, "picture", {"stream": True}),
+        (CHATS, "voice", {}), ("embeddings", "voice", {}),
         ("audio/speech", "whisper-tokens", {}), ("audio/speech", "picture", {}),
         ("audio/speech", "chat", {}), ("audio/speech", "voice", {"input": ""}),
-        ("audio/speech", "voice", {"input": ["a"]}), ("chat/completions", "voice", {}),
-        ("embeddings", "voice", {}), ("audio/transcriptions", "voice", {}),
+        ("audio/speech", "voice", {"input": ["a"]}), ("audio/transcriptions", "voice", {}),
         ("audio/transcriptions", "chat", {"response_format": "srt"}),
         ("audio/translations", "picture", {}),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_priced_is_refused_before_the_provider_is_asked(
     stage, path, model, more
 ):
-    ask = SPEAK | {"model": model, "messages": SAY_HELLO} | more
+    ask = SPEAK | {"model": model, "messages": SAY_HELLO, "prompt": "x"} | more
     response = stage.post(path, ask)
-    assert response.status_code in (400, 404) and error_of(response)["message"]
+    told = response.json["error"]["message"]
+    assert response.status_code in (400, 404) and told
+    assert [*more][0] in told or "streamed" in told if more else True
     id = response.headers["x-request-id"]
     assert not stage.main.requests and not stage.rows("id = ?", id)
 
@@ -6432,7 +6294,7 @@ def test_an_upstream_that_is_silent_for_its_timeout_is_given_up(described, scrip
 
 
 def test_a_timeout_is_between_two_events_and_not_of_the_whole_stream(described):
-    it = described(sse(chat_chunks("a b c d e f"), delay=0.1), timeout=0.4)
+    it = described(sse(chat_chunks("a b c d e f"), delay=0.06), timeout=0.4)
     assert stream_text(it.chat(stream=True).data) == "a b c d e f"
 
 
@@ -6683,11 +6545,6 @@ def test_the_providers_own_cost_is_charged_where_the_price_says_so(
     assert receipt["credits"] == pytest.approx(7e-6)  # a price of its own
 
 
-def test_a_price_that_only_reports_holds_nothing_and_is_refused(load):
-    with pytest.raises(proxy.ConfigError, match="price.reported: needs other prices"):
-        load(planted("models.chat.price", {"reported": 1}))
-
-
 # -- Failures ------------------------------------------------------------------------
 
 AWAY = ("Location", "/v1/chat/completions")  # where it would be asked once more
@@ -6792,12 +6649,6 @@ def test_whatever_fails_before_a_stream_begins_is_a_free_503(stage, name, stream
     assert len(stage.main.requests) == 1
 
 
-def test_a_json_answer_cut_anywhere_is_a_503(stage):
-    body = json.dumps(chat_json("hi", x="\U0001f600")).encode()
-    stage.main.script = [raw(PLAIN + body[:n]) for n in range(len(body))]
-    assert {stage.chat().status_code for _ in body} == {503}
-
-
 RAW = json.dumps({"error": {"message": "a bad picture", "param": "messages"}})
 TOO_LONG = {"message": "too long", "type": "invalid_request_error"}
 REASONS = {  # as an upstream tells it: status, body; the message and param that pass
@@ -6875,13 +6726,6 @@ def test_what_the_operator_has_not_paid_is_no_mistake_of_the_client(stage, name)
     status, body = OPERATORS[name]
     stage.main.script = [json_answer(body, status)] * 2
     assert_unavailable(stage, stage.chat(), "no")
-    stage.spare.script = [json_answer(chat_json("hi"))]
-    assert said(stage.chat("two")) == "hi"
-
-
-@pytest.mark.parametrize("code", [429, 503, "rate_limit_exceeded"])
-def test_an_upstream_that_is_busy_inside_a_200_is_left_for_the_next(stage, code):
-    stage.main.script = [json_answer({"error": {"code": code, "message": "busy"}})]
     stage.spare.script = [json_answer(chat_json("hi"))]
     assert said(stage.chat("two")) == "hi"
 
@@ -7050,7 +6894,7 @@ def test_the_operators_key_is_cut_out_of_a_message(stage, answer):
 
 
 REFUSING = ["401", "429", "503", "529", "a 503 first", "Anthropic's 529 first"]
-REFUSING += ["an error of JSON typed as a stream"]
+REFUSING += ["an error of JSON typed as a stream", "a 429 in a 200"]
 MAYBE = ["500", "a 500 first", "204", "307", "HTML", "no answer", "a cut body", "an error in a 200"]
 
 
@@ -7066,13 +6910,6 @@ def test_the_next_upstream_is_asked_while_nothing_can_be_generated(stage, name, 
     assert len(stage.main.requests) == 1
     assert [one.json["model"] for one in stage.spare.requests] == ["gpt-spare"] * asked
     assert SECRET not in str([one.headers for one in stage.spare.requests])
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_clients_own_mistake_is_not_asked_again(stage, stream):
-    stage.main.script = json_answer({}, 400)
-    assert stage.chat("two", stream=stream).status_code == 400
-    assert not stage.spare.requests
 
 
 @pytest.mark.parametrize("model", ["dead-first", "unset-first"])
@@ -7107,12 +6944,6 @@ def test_when_all_upstreams_are_busy_the_client_is_told_when_to_come_back(stage)
     stage.main.script = [json_answer({}, 429)]
     stage.spare.script = [json_answer({}, 503, [AFTER_7])]
     assert_unavailable(stage, stage.chat("two"), "7")
-
-
-def test_a_stream_that_was_cut_is_not_asked_for_elsewhere(stage):
-    stage.main.script = [sse(chat_chunks("a b c"), cut=450)]
-    assert "error" in documents(stage.chat("two", stream=True).data)[-1]
-    assert not stage.spare.requests
 
 
 # -- Forms ---------------------------------------------------------------------------
@@ -7319,56 +7150,20 @@ def assert_no_silent_half(got: bytes, sent: bytes, whole: bytes) -> None:
     assert events == ideal if ended else last["error"]["code"] == "provider_unavailable"
 
 
-def pieces_of(data: bytes, size: int, cut: bool) -> Iterator[bytes]:
-    """Yield data in pieces; a cut connection raises at its end, as a chunked one."""
-    yield from split(data, size)
-    if cut:
-        raise proxy.UpstreamFailed("IncompleteRead")
-
-
-@pytest.fixture(scope="module")
-def relayed(in_process):
-    """relayed(pieces) -> what proxy.Relay makes of them, without ledger and socket."""
-    model = in_process.app.extensions["proxy"].config.models["chat"]
-    body = proxy.to_json({"model": "chat", "messages": SAY_HELLO, "stream": True})
-    lease = proxy.Lease("req_1", "team", "main", 10**6, 1000)
-    services = MagicMock()
-    services.ledger.settle.return_value = 0
-
-    def relay(pieces):
-        dialect = services.dialect.return_value
-        dialect.send.return_value = proxy.Answer(pieces, True)
-        call = proxy.parse_call("chat/completions", body)
-        share = proxy.Share(proxy.Room(10**6))
-        one = proxy.Relay(services, call, model, lease, proxy.Watch(), share)
-        try:
-            one.respond()
-        except proxy.ProxyError as error:  # nothing had left
-            return error.events("chat/completions", 0)
-        with closing(one):
-            return b"".join(one)
-
-    return relay
-
-
-@pytest.mark.parametrize("size", [1, 4096])
-@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
-@pytest.mark.parametrize("done", [True, False])
-@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize(
+    "chunked, newline, done, pieces",
+    [
+        (True, b"\n", True, None), (False, b"\r\n", True, 7),
+        (True, b"\r\n", False, None), (False, b"\n", False, None),
+        long(True, b"\r", True, 1), long(False, b"\r", False, 1),
+    ],
+)  # fmt: skip
 def test_a_stream_cut_anywhere_is_never_a_silent_half(
-    relayed, size, newline, done, cut
+    stage, chunked, newline, done, pieces
 ):
     whole = story(newline, done)
-    for end in range(len(whole)):
-        got = relayed(pieces_of(whole[:end], size, cut))
-        assert_no_silent_half(got, whole[:end], whole)
-
-
-@pytest.mark.parametrize("chunked", [True, False])
-def test_a_connection_cut_anywhere_is_never_a_silent_half(stage, chunked):
-    whole = story(b"\n")
-    cuts = range(len(whole))
-    stage.main.script = [sse([whole], done=False, cut=n, chunked=chunked) for n in cuts]
+    cuts, how = range(len(whole)), {"chunked": chunked, "pieces": pieces}
+    stage.main.script = [sse([whole], done=False, cut=n, **how) for n in cuts]
     for end in cuts:
         got = told(stage.chat(stream=True))
         assert_no_silent_half(got, whole[:end], whole)
@@ -7572,12 +7367,6 @@ def test_a_stream_under_another_name_breaks_in_an_error_event_too(stage):
     assert ends_in_error(stage, stage.chat(stream=True))["code"] == "provider_unavailable"
 
 
-def test_a_line_that_does_not_end_ends_the_connection(stage):
-    stage.main.script = [endless("line")]
-    assert_unavailable(stage, stage.chat(stream=True), "no")  # nothing has begun
-    assert stage.main.requests[0].closed.wait(2)
-
-
 @pytest.mark.parametrize("error", [None, {}, "", False, []])
 def test_an_empty_error_is_none(stage, error):
     chunks = [{**one, "error": error} for one in chat_chunks("a b")]
@@ -7720,7 +7509,10 @@ def test_messages_end_with_their_own_last_event_and_never_with_done(stage, scrip
     assert (row["status"], row["estimated"], row["cost"]) == (200, 0, 110)
 
 
-def test_a_message_left_after_its_stop_reason_costs_what_was_reported(stage):
+def test_a_message_left_after_its_stop_reason_costs_what_was_reported(
+    stage, monkeypatch
+):
+    monkeypatch.setattr(proxy, "REPORT_PATIENCE", 0.1)
     stop = threading.Event()
     *events, last = message_events()
 
@@ -7740,22 +7532,6 @@ def test_a_message_left_after_its_stop_reason_costs_what_was_reported(stage):
     stop.set()
     row = stage.row(response)
     assert (row["status"], row["estimated"], row["output"]) == (499, 0, 30)
-
-
-def test_a_stream_of_messages_is_whole_and_its_reports_add_up(stage):
-    told = {"model": "m", "usage": {"input_tokens": 50, "output_tokens": 1}}
-    events = [
-        {"type": "message_start", "message": told},
-        {"type": "content_block_delta", "delta": {"type": "text_delta", "text": "Hi"}},
-        {"type": "message_delta", "usage": {"output_tokens": 30}},
-        {"type": "message_stop"},
-    ]
-    stage.main.script = [sse(events, done=False)]
-    ask = {"model": "chat", "messages": SAY_HELLO, "max_tokens": 99, "stream": True}
-    response = stage.post("messages", ask)
-    assert documents(response.data)[-1] == events[-1]
-    row = stage.row(response)
-    assert (row["status"], row["input"], row["output"]) == (200, 50, 30)
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
@@ -7788,64 +7564,11 @@ FAILED = ("error", "response.failed")
 # -- Time ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "answer, limit",
-    [
-        (stall(before_headers=False), "STALL_TIMEOUT"),
-        (sse(HALF, gate=threading.Event()), "STALL_TIMEOUT"),
-        (endless("comments"), "STREAM_TIMEOUT"),
-        (endless("events"), "STREAM_TIMEOUT"),
-        (trickle(HALF_BYTES, 0.03, STREAM), "STREAM_TIMEOUT"),
-    ],
-)
-def test_a_stream_that_takes_too_long_ends_in_an_error(
-    stage, monkeypatch, answer, limit
-):
-    monkeypatch.setattr(proxy, limit, 0.2)
-    stage.main.script = [answer]
-    started = time.monotonic()
-    response = stage.chat(stream=True)
-    assert documents(told(response))[-1]["error"]["code"] == "provider_unavailable"
-    assert 0.15 < time.monotonic() - started < 5
-    assert stage.main.requests[0].closed.wait(2)
-    assert stage.row(response)["status"] == 503
-
-
 def test_comments_are_a_sign_of_life(stage, monkeypatch):
-    monkeypatch.setattr(proxy, "STALL_TIMEOUT", 0.5)
-
-    def queued(request: Request) -> None:
-        request.send(STREAM)
-        for _ in range(8):
-            request.send(b": OPENROUTER PROCESSING\n\n")
-            request.wait(None, 0.1)
-        request.send(sse_bytes(chat_chunks("a b")))
-        request.keep = False
-
-    stage.main.script = [queued]
+    monkeypatch.setattr(proxy, "STALL_TIMEOUT", 0.4)
+    events = [b": OPENROUTER PROCESSING\n\n"] * 6 + chat_chunks("a b")
+    stage.main.script = [sse(events, delay=0.1)]
     assert stream_text(stage.chat(stream=True).data) == "a b"
-
-
-def test_a_stream_that_goes_on_is_no_stall(stage, monkeypatch):
-    monkeypatch.setattr(proxy, "STALL_TIMEOUT", 0.2)
-    stage.main.script = [sse(chat_chunks("a b c d e f g"), delay=0.04)]
-    assert stream_text(stage.chat(stream=True).data) == "a b c d e f g"
-
-
-STALLED = [stall(), endless("blanks"), trickle(b"{}", 9), trickle(PLAIN, 0.05, b"")]
-
-
-@pytest.mark.parametrize(
-    "answer, stream", [*((each, False) for each in STALLED), (stall(), True)]
-)
-def test_an_answer_that_takes_too_long_is_a_free_503(
-    stage, monkeypatch, answer, stream
-):
-    monkeypatch.setattr(proxy, "ANSWER_TIMEOUT", 0.2)
-    stage.main.script = [answer]
-    started = time.monotonic()
-    assert_unavailable(stage, stage.chat(stream=stream), "no")
-    assert time.monotonic() - started < 5 and stage.main.requests[0].closed.wait(2)
 
 
 def test_done_is_not_held_back_by_an_upstream_that_stays(stage):
@@ -7914,9 +7637,9 @@ def test_comments_leave_before_the_first_event_once_they_have_waited(
     stage, monkeypatch
 ):
     monkeypatch.setattr(proxy, "COMMENTS_WAIT", 0.02)
-    start = STREAM + b": wait\n\n" * 3
-    stage.main.script = [trickle(b": wait\n\n" * 5 + sse_bytes(WORDS), 0.002, start)]
-    first = next(stage.chat(stream=True).iter_encoded())
+    stage.main.script = [sse([b": wait\n\n"] * 8 + WORDS, delay=0.01)]
+    with stage.chat(stream=True) as response:
+        first = next(response.iter_encoded())
     assert first.startswith(b": wait") and b"data" not in first
 
 
@@ -8026,9 +7749,9 @@ CODEX = [
      "response": {"usage": {"input_tokens": 50, "output_tokens": 90}}},
 ]  # fmt: skip
 FINISHED_STREAMS = {
-    "chat/completions": (sse([LAST_WORD, ITS_REPORT], delay=0.3), b"abc"),
-    "messages": (sse(CLAUDES, delay=0.1, done=False), b"content_block_stop"),
-    "responses": (sse(CODEX, delay=0.3, done=False), b"output_text.done"),
+    "chat/completions": (sse([LAST_WORD, ITS_REPORT], delay=0.15), b"abc"),
+    "messages": (sse(CLAUDES, delay=0.05, done=False), b"content_block_stop"),
+    "responses": (sse(CODEX, delay=0.1, done=False), b"output_text.done"),
 }
 
 
@@ -8052,11 +7775,11 @@ def test_a_client_that_leaves_a_finished_answer_pays_by_its_report(real, path, l
     assert row["cost"] == 50 + 2 * 90
 
 
-def test_a_report_that_does_not_come_is_waited_for_two_seconds(real):
+def test_a_report_that_does_not_come_is_waited_for_and_no_longer(real):
     real.main.script = [sse([LAST_WORD, ITS_REPORT], gate=threading.Event())]
     started = time.monotonic()
     leave_stream(real, "chat/completions", b"abc", socket.socket.close)
-    assert 1.9 < time.monotonic() - started < 3.5
+    assert 0.9 < time.monotonic() - started < 2.5
     row = real.rows()[-1]
     assert (row["status"], row["estimated"], row["output"]) == (499, 1, 1)
 
@@ -8577,19 +8300,18 @@ def test_a_preflight_of_an_allowed_origin_needs_no_key(app, origins, path):
     assert {*methods} >= {"GET", "POST", "PATCH", "DELETE"}
 
 
-@pytest.mark.parametrize(
-    "method, path, key, body, status",
-    [
-        ("POST", CHAT, TEAM_KEY, HELLO, 200),
-        ("POST", CHAT, TEAM_KEY, {**HELLO, "stream": True}, 200),
-        ("POST", CHAT, "sk-nobody", HELLO, 401),
-        ("POST", CHAT, POOR_KEY, HELLO, 402),
-        ("POST", CHAT, TEAM_KEY, {**HELLO, "model": "chat"}, 503),
-        ("GET", "/v1/models", TEAM_KEY, None, 200),
-        ("GET", CHAT, TEAM_KEY, None, 405),
-        ("GET", "/nothing", TEAM_KEY, None, 404),
-    ],
-)
+TOLD_TO_PAGES = [  # method, path, key, body, status
+    ("POST", CHAT, TEAM_KEY, HELLO, 200),
+    ("POST", CHAT, TEAM_KEY, {**HELLO, "stream": True}, 200),
+    ("POST", CHAT, "sk-nobody", HELLO, 401),
+    ("POST", CHAT, POOR_KEY, HELLO, 402),
+    ("POST", CHAT, TEAM_KEY, {**HELLO, "model": "chat"}, 503),
+    ("GET", "/v1/models", TEAM_KEY, None, 200),
+    ("GET", CHAT, TEAM_KEY, None, 405),
+    ("GET", "/nothing", TEAM_KEY, None, 404),
+]
+
+
 @pytest.mark.parametrize(
     "cors, origin, allowed",
     [
@@ -8601,18 +8323,19 @@ def test_a_preflight_of_an_allowed_origin_needs_no_key(app, origins, path):
     ],
 )
 def test_an_allowed_origin_may_read_every_answer_and_no_other_one_any(
-    app, method, path, key, body, status, cors, origin, allowed
+    app, cors, origin, allowed
 ):
-    headers = bearer(key) | ({"Origin": origin} if origin else {})
-    asked = {"method": method, "json": body, "headers": headers}
-    answer = app(cors=cors).test_client().open(path, **asked)
-    assert answer.status_code == status and answer.data
-    names = [name for name in answer.headers.keys() if name.startswith("Access-")]
-    assert bool(names) == allowed
-    assert answer.headers.get(CORS) == (origin if allowed else None)
-    exposed = answer.headers.get("Access-Control-Expose-Headers", "")
-    wanted = {"x-request-id", "retry-after", "x-ratelimit-remaining-requests"}
-    assert wanted <= {*exposed.split(", ")} or not allowed
+    client = app(cors=cors).test_client()
+    for method, path, key, body, status in TOLD_TO_PAGES:
+        headers = bearer(key) | ({"Origin": origin} if origin else {})
+        answer = client.open(path, method=method, json=body, headers=headers)
+        assert answer.status_code == status and answer.data
+        names = [name for name in answer.headers.keys() if name.startswith("Access-")]
+        assert bool(names) == allowed
+        assert answer.headers.get(CORS) == (origin if allowed else None)
+        exposed = answer.headers.get("Access-Control-Expose-Headers", "")
+        wanted = {"x-request-id", "retry-after", "x-ratelimit-remaining-requests"}
+        assert wanted <= {*exposed.split(", ")} or not allowed
 
 
 @pytest.mark.parametrize(
@@ -8631,23 +8354,7 @@ def test_what_is_no_preflight_of_an_allowed_origin_needs_a_key(app, cors, change
 
 
 HALF_PAIR = r'"messages": [{"role": "user", "content": "half \ud83d a pair"}]'
-TOO_LONG = {"environ_overrides": {"CONTENT_LENGTH": str(proxy.MAX_BODY + 1)}}
 AS_JSON = {"content_type": "application/json"}
-BAD_BODIES = [
-    ({"data": b"{}"}, 415, "unsupported_media_type"),
-    ({"data": b"{", **AS_JSON}, 400, "invalid_request"),
-    ({"data": b"", **AS_JSON}, 400, "invalid_request"),
-    ({"data": b"{}", **AS_JSON, **TOO_LONG}, 413, "request_too_large"),
-    ({"json": {**HELLO, "max_tokens": True}}, 400, "invalid_request"),
-    ({"json": {**HELLO, "model": "../../etc/passwd"}}, 404, "model_not_found"),
-    ({"json": {**HELLO, "model": "echo\x00"}}, 404, "model_not_found"),
-]
-
-
-@pytest.mark.parametrize("more, status, code", BAD_BODIES)
-def test_a_refused_request_is_told_in_the_envelope_and_free(api, more, status, code):
-    assert code_of(api.send("POST", CHAT, **more)) == (status, code)
-    assert api.services.ledger.read("SELECT * FROM requests") == []
 
 
 @pytest.mark.parametrize("model", ["echo", "chat"])
@@ -8662,7 +8369,7 @@ def test_half_a_surrogate_pair_is_a_bad_request_and_leaves_no_hold(api, model, s
 @pytest.mark.parametrize("opening, closing", [(b"[", b"]"), (b'{"a":', b"}")])
 def test_no_depth_of_nesting_is_an_error_of_ours(api, opening, closing):
     start = json.dumps(HELLO).encode()[:-1] + b', "x": '
-    bodies = (start + opening * n + b"1" + closing * n + b"}" for n in range(880, 1000))
+    bodies = (start + opening * n + b"1" + closing * n + b"}" for n in range(880, 1000, 3))
     answers = [api.send("POST", CHAT, data=data, **AS_JSON) for data in bodies]
     assert {answer.status_code for answer in answers} == {200, 400}
 
@@ -8714,27 +8421,36 @@ def test_429_after_the_keys_rate_and_the_headers_count_down(app):
 
 
 COUNTED = {  # refusals: what is asked of whom, the answer, whether it counts
-    "its JSON": (TEAM_KEY, {"data": "{"}, 400, True),
-    "a field": (TEAM_KEY, {"json": HELLO | {"n": 0}}, 400, True),
-    "its price": (TEAM_KEY, {"json": HELLO | {"service_tier": "fast"}}, 400, True),
-    "its type": (TEAM_KEY, {"data": "{}", "content_type": "text/plain"}, 415, True),
-    "its size": (TEAM_KEY, {"data": b" " * (proxy.MAX_BODY + 1)}, 413, True),
-    "its model": (TEAM_KEY, {"json": HELLO | {"model": "nothing"}}, 404, True),
-    "its credits": (POOR_KEY, {"json": HELLO | {"model": "chat"}}, 402, True),
-    "its key": ("sk-wrong", {"json": HELLO}, 401, False),
-}
+    "its JSON": (TEAM_KEY, {"data": "{"}, 400, "invalid_request", True),
+    "nothing": (TEAM_KEY, {"data": ""}, 400, "invalid_request", True),
+    "a field": (TEAM_KEY, HELLO | {"n": 0}, 400, "invalid_request", True),
+    "its price": (TEAM_KEY, HELLO | {"speed": "fast"}, 400, "invalid_request", True),
+    "its type": (TEAM_KEY, {"data": "{}", "content_type": "text/plain"}, 415,
+                 "unsupported_media_type", True),
+    "no type": (TEAM_KEY, {"data": "{}", "content_type": None}, 415,
+                "unsupported_media_type", True),
+    "its size": (TEAM_KEY, {"data": b" " * (proxy.MAX_BODY + 1)}, 413,
+                 "request_too_large", True),
+    "its model": (TEAM_KEY, HELLO | {"model": "../passwd"}, 404, "model_not_found", True),
+    "a NUL": (TEAM_KEY, HELLO | {"model": "echo\0"}, 404, "model_not_found", True),
+    "its credits": (POOR_KEY, HELLO, 402, "insufficient_credits", True),
+    "no provider": (TEAM_KEY, HELLO | {"model": "chat"}, 503, "provider_unavailable", True),
+    "its key": ("sk-wrong", HELLO, 401, "unauthorized", False),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("why", COUNTED)
-def test_a_refused_request_counts_unless_its_key_is_wrong(app, why):
-    key, ask, status, counts = COUNTED[why]
+def test_a_refused_request_is_free_and_counts_unless_its_key_is_wrong(app, why):
+    key, ask, status, code, counts = COUNTED[why]
     accounts = {name: {"limits": {"rate": "9/minute;8/hour"}} for name in ("team", "poor")}
     api = Api(app(accounts=accounts))
     who = TEAM_KEY if key == "sk-wrong" else key
-    left = lambda: api.get("/v1/account", who)["live"]["requests_remaining"]
-    ask = {"content_type": "application/json"} | ask if "data" in ask else ask
-    assert api.send("POST", CHAT, key, **ask).status_code == status
-    assert left() == 8 - counts
+    ask = AS_JSON | ask if "data" in ask else {"json": ask}
+    answer = api.send("POST", CHAT, key, **ask)
+    assert code_of(answer) == (status, code)
+    assert answer.headers.get("x-ratelimit-remaining-requests", "8") == str(8 - counts)
+    assert api.get("/v1/account", who)["live"]["requests_remaining"] == 8 - counts
+    assert api.services.ledger.read("SELECT 1 FROM requests WHERE state != 2") == []
 
 
 def test_a_request_for_which_there_is_no_room_counts(app):
@@ -8775,23 +8491,6 @@ def test_retry_after_stays_between_1_and_60(app, rate, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "key, model, status, code",
-    [
-        (TEAM_KEY, 5, 400, "invalid_request"),
-        (POOR_KEY, "echo", 402, "insufficient_credits"),
-        (TEAM_KEY, "nope", 404, "model_not_found"),
-        (TEAM_KEY, "chat", 503, "provider_unavailable"),
-    ],
-)
-def test_a_request_that_fails_counts_and_tells_the_window(
-    api, key, model, status, code
-):
-    for left in "999", "998":
-        answer = api("POST", CHAT, key, **HELLO | {"model": model})
-        assert (code_of(answer), rates(answer)[:2]) == ((status, code), ["1000", left])
-
-
-@pytest.mark.parametrize(
     "rate, limit", [("3/minute;50/hour", 3), ("50/second;2/minute", 2)]
 )
 def test_of_several_windows_the_tightest_is_told(app, rate, limit):
@@ -8802,27 +8501,21 @@ def test_of_several_windows_the_tightest_is_told(app, rate, limit):
 
 
 @pytest.mark.parametrize(
-    "method, path, status", [("GET", CHAT, 405), ("POST", "/v2/x", 404)]
-)
+    "method, path, status",
+    [
+        ("GET", CHAT, 405), ("POST", "/v2/x", 404), ("POST", "/v1/accounts/alice", 405),
+        ("POST", "/v1/accounts/alice/grant", 404), ("POST", "/v1/account/key", 404),
+        ("POST", "/v1/account", 405), ("POST", "/v1/models/chat", 405),
+        ("POST", "/v1/models", 405),
+    ],
+)  # fmt: skip
 def test_an_answer_to_a_key_tells_its_limits_even_where_nothing_is(
     api, method, path, status
 ):
-    known, unknown = api(method, path), api(method, path, "sk-unknown")
+    known, unknown = (api(method, path, key, **HELLO) for key in (TEAM_KEY, "sk-unknown"))
     assert known.status_code == unknown.status_code == status
     assert rates(known)[0] == "300"
     assert "x-ratelimit-limit-requests" not in unknown.headers
-
-
-@pytest.mark.parametrize(
-    "path, status",
-    [
-        ("accounts/alice", 405), ("accounts/alice/grant", 404), ("account/key", 404),
-        ("account", 405), ("models/chat", 405), ("models", 405),
-    ],
-)  # fmt: skip
-def test_a_mistyped_account_path_is_no_relay(api, path, status):
-    answer = api("POST", f"/v1/{path}", **HELLO)
-    assert (code_of(answer)[0], rates(answer)[0]) == (status, "300")
 
 
 @pytest.mark.parametrize(
@@ -8952,7 +8645,8 @@ def test_what_fails_between_commit_and_answer_ends_as_stated(
     def mend(*_: Any) -> None:
         failing.error = None
 
-    monkeypatch.setattr(proxy, "SWEEP_INTERVAL", 0.05)
+    for name, seconds in ("SWEEP_INTERVAL", 0.05), ("WATCH_INTERVAL", 0.02):
+        monkeypatch.setattr(proxy, name, seconds)
     monkeypatch.setattr(proxy, "SETTLE_PATIENCE", patience)
     monkeypatch.setattr(proxy.Watch, "sleep", mend)  # between two attempts
     monkeypatch.setattr(proxy.RequestLog, "flush", FLUSH)  # by its own thread, too
@@ -10346,11 +10040,6 @@ def test_credits_take_and_log_undo_and_tell(run):
     assert "a typo" in run("credits", "log")[1]
 
 
-@pytest.mark.parametrize("amount", ["0", "lots", "", "nan", "1e10"])
-def test_a_bad_amount_is_not_taken(run, amount):
-    assert "AMOUNT" in refused_in_one_line(run("credits", "take", "team", amount))
-
-
 def test_accounts_close_ends_all_keys_of_an_account(run, api):
     key = run("keys", "add", "alice", "--credits", "3")[1].strip()
     api.say("a", key)
@@ -10384,11 +10073,10 @@ def test_credits_add_up_exactly(run):
     assert "0.300001" in out and "team" in out
 
 
-@pytest.mark.parametrize(
-    "amount", ["lots", "", "nan", "inf", "0.0000001", "1e10", "0x5"]
-)
-def test_a_bad_amount_is_refused(run, amount):
-    assert "AMOUNT" in refused_in_one_line(run("credits", "add", "team", amount))
+@pytest.mark.parametrize("verb", ["add", "take"])
+@pytest.mark.parametrize("amount", ["0", "lots", "", "nan", "inf", "1e-7", "1e10", "0x5"])
+def test_a_bad_amount_is_refused(run, verb, amount):
+    assert "AMOUNT" in refused_in_one_line(run("credits", verb, "team", amount))
     assert run.rows("credits", "show", "team")[0]["granted"] == 100
 
 
@@ -10401,18 +10089,19 @@ def test_what_is_wrong_with_a_new_key_makes_no_account(run, option, value):
 @pytest.mark.parametrize(
     "words, told",
     [
-        ("credits add team -5", "-5: an amount is never negative"),
-        ("nonsense", "No such command 'nonsense'"),
-        ("key list", "No such command 'key'"),
-        ("serve --port 0", "'--port': 0"),
-        ("serve --port 99999", "'--port': 99999"),
-        ("usage --days 0", "'--days': 0"),
-        ("usage --days 99999999999999999999", "'--days': 99999999999999999999"),
+        ("credits add team -5", "-5: an amount is never negative; `credits take` takes"),
+        ("nonsense", "No such command 'nonsense'."),
+        ("keyz list", "No such command 'keyz'. Did you mean 'keys'?"),
+        ("serve --port 0", "Invalid value for '--port': 0"),
+        ("serve --port 99999", "Invalid value for '--port': 99999"),
+        ("usage --dayz 3", "No such option '--dayz'."),
+        ("usage --days 0", "Invalid value for '--days': 0"),
+        ("usage --days 99999999999999999999", "Invalid value for '--days': 99999999999"),
     ],
 )
-def test_a_mistyped_command_is_told_and_ends_with_2(run, words, told):
+def test_a_mistyped_command_gets_one_line_and_ends_with_2(words, told, run):
     status, out, err = run(*words.split())
-    assert (status, out) == (2, "") and told in err and "Traceback" not in err
+    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith(told)
 
 
 def test_check_passes_a_good_ledger_with_warnings(run, monkeypatch):
@@ -10560,29 +10249,18 @@ def test_a_refused_keys_json_is_told_in_one_line(run, command):
 
 
 @COMMANDS
-@pytest.mark.parametrize("spoil", [*DAMAGE, *(spoil for spoil, _ in UNUSABLE.values())])
+@pytest.mark.parametrize(
+    "spoil, words", [*((damage, "") for damage in DAMAGE), *UNUSABLE.values()]
+)
 def test_an_unusable_ledger_is_told_in_one_line(
-    run, monkeypatch, tmp_path, command, spoil
+    run, monkeypatch, tmp_path, command, spoil, words
 ):
     monkeypatch.setattr(proxy.Server, "run", lambda self: None)
     run.db = tmp_path / "disk" / "proxy.db"
     run.db.parent.mkdir()
     proxy.Ledger(run.db).close()
     spoil(run.db)
-    assert refused_in_one_line(run(*command.split()))
-
-
-@pytest.mark.parametrize("wrong", UNUSABLE)
-def test_an_unusable_ledger_ends_a_start_with_words(wrong, tmp_path):
-    keys, db = keys_file(tmp_path, "http://127.0.0.1:9"), tmp_path / "disk/proxy.db"
-    db.parent.mkdir()
-    proxy.Ledger(db).close()
-    spoil, words = UNUSABLE[wrong]
-    spoil(db)
-    command = [sys.executable, PROJECT / "proxy.py", "serve", "--keys", keys]
-    command += ["--db", db, "--port", str(free_port())]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    assert words in refused_in_one_line((ended.returncode, ended.stdout, ended.stderr))
+    assert words in refused_in_one_line(run(*command.split()))
 
 
 def test_the_ledger_stands_beside_the_keys_file(tmp_path, monkeypatch):
@@ -10664,31 +10342,17 @@ def test_plain_gunicorn_serves_the_application(files):
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
-def test_the_greetings_curl_line_has_the_demo_key_only_and_works_as_it_stands(plain):
+def test_the_greetings_curl_line_has_the_demo_key_only_and_works_as_it_stands(one):
     greeting = re.compile(r"^  curl (?:.+\\\n)*.+$", re.MULTILINE)
-    line = wait_for(lambda: greeting.search(plain.log()), what="the greeting")[0]
-    assert f"curl {plain.url}{CHAT}" in line and DEMO_KEY in line
+    line = wait_for(lambda: greeting.search(one.log()), what="the greeting")[0]
+    assert f"curl {one.url}{CHAT}" in line and DEMO_KEY in line
     run = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
     assert json.loads(run.stdout)["choices"][0]["message"]["content"] == "Hello!"
     for secret in TEAM_KEY, ADMIN_KEY, SECRET:
-        assert secret not in plain.log()
+        assert secret not in one.log()
 
 
 # -- Tables --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "words, told",
-    [
-        ("credits add team -5", "-5: an amount is never negative; `credits take` takes"),
-        ("keyz list", "No such command 'keyz'. Did you mean 'keys'?"),
-        ("usage --dayz 3", "No such option '--dayz'."),
-        ("serve --port 99999", "Invalid value for '--port': 99999"),
-    ],
-)
-def test_a_mistyped_command_gets_one_line(words, told, run):
-    status, out, err = run(*words.split())
-    assert status == 2 and not out and err.startswith(told) and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [["-h"], ["--version"], ["keys", "-h"]])
@@ -10724,10 +10388,10 @@ def test_every_command_reads_the_env_file_beside_the_keys_file(files, monkeypatc
     assert ".env: line 2: must read like NAME=value" in capsys.readouterr().err
 
 
-def test_a_command_with_other_keys_than_the_servers_is_warned(plain, capsys, tmp_path):
+def test_a_command_with_other_keys_than_the_servers_is_warned(one, capsys, tmp_path):
     other = tmp_path / "keys.json"
     other.write_text("{}")
-    folder = plain.log_file.parent
+    folder = one.log_file.parent
     db = ["--db", str(folder / "proxy.db")]
     assert proxy.main(["credits", "show", "--keys", str(other), *db]) == 0
     server = str(folder / "keys.json")
@@ -11265,8 +10929,8 @@ class Tab:
 
     def key_row(self, name: str) -> Any:
         """The row of a key."""
-        rows = [row for row in self.all("#keys tbody tr") if name in row.text]
-        return rows[0] if rows else None
+        path = f"//*[@id='keys']//tbody/tr[contains(., '{name}')]"
+        return next(iter(self.driver.find_elements("xpath", path)), None)
 
     def revoke(self, name: str) -> None:
         """Revoke a key and say yes."""
@@ -11469,14 +11133,11 @@ def test_many_keys_are_shown_in_pages_and_those_of_an_admin_are_not_ones_own(
     tab, newcomer
 ):
     account = client().get(f"{tab.server.url}/v1/account", headers=bearer(newcomer))
-    path = f"/v1/accounts/{quote(account.json()['id'])}/keys"
-    admin_post(tab.server, path, name="chief", admin=True)
-    for number in range(proxy.PAGE - 2):
-        id = admin_post(tab.server, path, name=f"k{number}")["id"]
-    client().delete(f"{tab.server.url}{path}/{id}", headers=bearer(ADMIN_KEY))
-    # A hundred in a day; one more that is older.
+    id = account.json()["id"]
+    admin_post(tab.server, f"/v1/accounts/{quote(id)}/keys", name="chief", admin=True)
     with closing(proxy.Ledger(Path(tab.server.log_file).with_name("proxy.db"))) as ledger:
-        ledger.make_key(account.json()["id"], "one more")
+        made = [ledger.make_key(id, f"k{number}") for number in range(proxy.PAGE - 1)]
+        ledger.revoke(made[-1][1])
     tab.sign_in(newcomer)
     assert len(tab.all("#keys tbody tr")) == proxy.PAGE
     assert len(tab.key_row("chief").find_elements("css selector", ".danger")) == 0
@@ -11667,7 +11328,7 @@ ACCOUNTS = {
     "minute": {**SIXTY, "keys": {"main": MINUTE_KEY}},
 }
 quickly = reported(usage_of(5, 3))
-QUICK_TERM = {"GRACE": 5, "GRACE_MARGIN": 3.0}  # streams are ended after 2 s
+QUICK_TERM = {"GRACE": 5, "GRACE_MARGIN": 3.8}  # streams are ended after 1.2 s
 
 
 def world(workers: int, threads: int, constants: Mapping[str, Any] = {}) -> Callable:
@@ -11689,8 +11350,12 @@ def world(workers: int, threads: int, constants: Mapping[str, Any] = {}) -> Call
 
 
 one = world(1, 64, {"CLIENT_TIMEOUT": 1, "BODY_TIMEOUT": 6, "UPSTREAM_IDLE": 0.5})
-two = world(2, 64, {"LEDGER_TIMEOUT": 1.5, "SWEEP_INTERVAL": 0.1})
+two = world(2, 64, {"LEDGER_TIMEOUT": 0.8, "SWEEP_INTERVAL": 0.1})
 four = world(4, 200)
+narrow = world(1, 1, {  # relays one request at a time
+    "ANSWER_TIMEOUT": 0.15, "STREAM_TIMEOUT": 0.25, "STALL_TIMEOUT": 0.15,
+    "COMMENTS_WAIT": 0.05, "WATCH_INTERVAL": 0.05,
+})  # fmt: skip
 
 
 def play(server: Gateway, script: Any) -> Upstream:
@@ -11905,20 +11570,18 @@ def test_ten_of_thirty_streams_run_and_ten_again_when(end, four):
 
 
 @contextmanager
-def lowest_balance(folder: Path, account: str) -> Iterator[list[int]]:
-    """Look all the time at what an account of the ledger has left; keep the least."""
-    lowest, over = [0], threading.Event()
-    sql = "SELECT granted - spent - held FROM accounts WHERE id = ?"
+def watched(folder: Path, pick: Callable, sql: str, *values: Any) -> Iterator[list[int]]:
+    """Look all the time at what a query says; keep the one that is picked (min, max)."""
+    kept, over = [0], threading.Event()
 
     def watch() -> None:
         while not over.is_set():
-            rows = query(folder, sql, account)
-            lowest[0] = min([lowest[0], *(left for (left,) in rows)])
+            kept[0] = pick([kept[0], *(row[-1] for row in query(folder, sql, *values))])
 
     with ThreadPoolExecutor(1) as pool:
         watcher = pool.submit(watch)
         try:
-            yield lowest
+            yield kept
         finally:
             over.set()
     watcher.result()
@@ -11927,7 +11590,8 @@ def lowest_balance(folder: Path, account: str) -> Iterator[list[int]]:
 def test_an_account_is_never_overspent_over_four_workers(four, gate):
     play(four, json_answer(chat_json("x", usage=usage_of(20, 10)), gate=gate))
     granted = 3 * POOR_HOLD
-    with lowest_balance(four.folder, "poor") as lowest:
+    left_now = "SELECT granted - spent - held FROM accounts WHERE id = 'poor'"
+    with watched(four.folder, min, left_now) as lowest:
         parallel = [Visit(four, POOR_KEY, max_tokens=10) for _ in range(50)]
         wait_for(lambda: sum(one.answered() for one in parallel) == 47, 10)
         gate.set()
@@ -11965,24 +11629,6 @@ BUDGETED = {"team": {"limits": {"concurrent": 1000}, "keys": {"bound": {
 DAYS = "SELECT created / 86400000, sum(iif(state = 0, hold, cost)) FROM requests GROUP BY 1"
 
 
-@contextmanager
-def most_of_a_day(folder: Path) -> Iterator[list[int]]:
-    """Look all the time at what is spent and held of each day; keep the most."""
-    most, over = [0], threading.Event()
-
-    def watch() -> None:
-        while not over.is_set():
-            most[0] = max([most[0], *(used for _, used in query(folder, DAYS))])
-
-    with ThreadPoolExecutor(1) as pool:
-        watcher = pool.submit(watch)
-        try:
-            yield most
-        finally:
-            over.set()
-    watcher.result()
-
-
 def test_a_budget_is_never_exceeded_over_four_workers(gateway, gate, tmp_path):
     clock, budget = Moved(tmp_path / "ahead"), 3 * POOR_HOLD
     answer = json_answer(chat_json("x", usage=usage_of(20, 10)), gate=gate)
@@ -11997,7 +11643,7 @@ def test_a_budget_is_never_exceeded_over_four_workers(gateway, gate, tmp_path):
             wait_for(lambda: sum(one.answered() for one in asked) == 47, 10)
             return asked
 
-        with most_of_a_day(tmp_path) as most:
+        with watched(tmp_path, max, DAYS) as most:
             for _ in range(2):  # what one day holds is nothing to the next
                 asked = fifty()
                 clock.to(day=1, before=-3600)
@@ -12010,7 +11656,7 @@ def test_a_budget_is_never_exceeded_over_four_workers(gateway, gate, tmp_path):
             clock.to(day=2, before=1)
             adversary = Adversary(server, tmp_path, random.Random(3))
             with ThreadPoolExecutor(8) as pool, adversary.at_work(["kill"], 0.5):
-                end = time.monotonic() + 2
+                end = time.monotonic() + 1.3
                 asks = [pool.submit(ask_until, server, end) for _ in range(8)]
                 paid = sum(one.result() for one in asks)
         wait_held(tmp_path, 0, 5)
@@ -12052,7 +11698,7 @@ def kill_a_worker_under_load(server: Gateway, folder: Path) -> list[Visit]:
 
 
 @pytest.mark.parametrize(
-    "rounds", [3, pytest.param(20, marks=pytest.mark.long)], ids="{} times".format
+    "rounds", [3, long(20)], ids="{} times".format
 )
 def test_a_killed_worker_loses_no_charge_and_leaks_no_slot(rounds, four, gate):
     play(four, short_or_long(gate))
@@ -12100,11 +11746,9 @@ def test_orphans_drain_and_a_new_start_serves_beside_them(gateway, gate, tmp_pat
         assert query(tmp_path, "SELECT state, cost FROM requests") == [(1, COST)] * 2
 
 
-LONG_HUP = pytest.param(signal.SIGHUP, marks=pytest.mark.long)
-LONG_KILL = pytest.param(signal.SIGKILL, marks=pytest.mark.long)
-
-
-@pytest.mark.parametrize("sig", [signal.SIGTERM, LONG_HUP, LONG_KILL])
+@pytest.mark.parametrize(
+    "sig", [signal.SIGTERM, long(signal.SIGHUP), long(signal.SIGKILL)]
+)
 def test_draining_finishes_short_streams_and_settles_long_ones(sig, gateway, tmp_path):
     gates = [threading.Event(), threading.Event()]
     with Upstream([sse(WORDS, gate=gate) for gate in gates]) as up:
@@ -12113,7 +11757,7 @@ def test_draining_finishes_short_streams_and_settles_long_ones(sig, gateway, tmp
         workers, group = server.workers(), server.master_pid
         try:
             os.kill(group, sig)
-            threading.Timer(0.5, gates[0].set).start()
+            threading.Timer(0.2, gates[0].set).start()
             assert short.finish().done
             assert not long.finish().done
             assert json.loads(sse_events(long.body)[-1])["error"]["type"] == "api_error"
@@ -12231,7 +11875,7 @@ def test_a_reload_cuts_nobody(two, gate):
 
 
 @pytest.mark.parametrize(
-    "seconds", [0.5, pytest.param(35, marks=pytest.mark.long)], ids="{} s".format
+    "seconds", [0.5, long(35)], ids="{} s".format
 )
 def test_a_stopped_worker_keeps_its_holds(seconds, two, gate):
     play(two, short_or_long(gate))
@@ -12371,7 +12015,7 @@ def small_disk(tmp_path):
         yield fill
 
 
-@pytest.mark.parametrize("patience", [pytest.param(10.0, marks=pytest.mark.long), 0.5])
+@pytest.mark.parametrize("patience", [long(10.0), 0.5])
 def test_a_full_disk_stops_new_requests_and_loses_no_charge(
     patience, small_disk, gateway, gate, tmp_path
 ):
@@ -12389,7 +12033,7 @@ def test_a_full_disk_stops_new_requests_and_loses_no_charge(
         assert {error_code_of(one) for one in refused} == {"ledger_unavailable"}
         assert len(up.requests) == asked
         gate.set()
-        threading.Timer(1.5, filler.unlink).start()
+        threading.Timer(3 * min(patience, 0.5), filler.unlink).start()
         assert [one.finish().done for one in streams] == [patience > 1] * 3
         wait_for(lambda: status(server) == 200, 5, "recovery")
         wait_held(tmp_path, 0, 5)
@@ -12594,27 +12238,19 @@ MALFORMED = {
 }
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """One gateway for the tests that leave nothing behind."""
-    folder = tmp_path_factory.mktemp("plain")
-    with Gateway(keys_file(folder, "http://127.0.0.1:9"), threads=64) as server:
-        yield server
-
-
 @pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_request_gets_one_answer_in_the_envelope(name, plain):
+def test_a_malformed_request_gets_one_answer_in_the_envelope(name, one):
     data, expected = MALFORMED[name]
-    answer = raw_http(plain.port, data, finish=True)
+    answer = raw_http(one.port, data, finish=True)
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % expected)
     assert list(json.loads(body)["error"]) == ["message", "type", "param", "code"]
     assert b"x-request-id: req_" in head and b"application/json" in head
 
 
-def test_a_coding_refused_about_messages_is_told_in_anthropics_shape(plain):
+def test_a_coding_refused_about_messages_is_told_in_anthropics_shape(one):
     head = POST.replace(b"/v1/chat/completions", b"//messages?beta=true")
-    answer = raw_http(plain.port, head + MALFORMED["TE gzip"][0][len(POST) :], 1)
+    answer = raw_http(one.port, head + MALFORMED["TE gzip"][0][len(POST) :], 1)
     assert answer.startswith(b"HTTP/1.1 415 ")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "error"
 
@@ -12629,10 +12265,10 @@ UNREAD = {
 
 
 @pytest.mark.parametrize("status", UNREAD)
-def test_a_request_whose_unread_body_is_broken_has_one_answer(status, plain):
+def test_a_request_whose_unread_body_is_broken_has_one_answer(status, one):
     head = UNREAD[status] + b"Host: x\r\nContent-Type: text/plain\r\n"
     broken = b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcXXXX\r\nzz\r\n0\r\n\r\n"
-    answer = raw_http(plain.port, head + broken)
+    answer = raw_http(one.port, head + broken)
     assert answer.startswith(b"HTTP/1.1 %s " % status.encode())
     assert answer.count(b"HTTP/1.1 ") == 1
 
@@ -12641,32 +12277,32 @@ CODINGS = {b"gzip": 400, b"deflate, chunked": 415, b"Chunked": 200, b"chunked": 
 
 
 @pytest.mark.parametrize("coding, status", CODINGS.items())
-def test_a_transfer_coding_is_undone_or_refused(coding, status, plain):
+def test_a_transfer_coding_is_undone_or_refused(coding, status, one):
     body = json.dumps({"model": "echo", "messages": SAY_HELLO}).encode()
     head = POST + b"Transfer-Encoding: " + coding + b"\r\n\r\n"
     ends = b"" if status != 200 else b"GET /healthz HTTP/1.0\r\n\r\n"
-    answer = raw_http(plain.port, head + chunk(body) + chunk(b"") + ends)
+    answer = raw_http(one.port, head + chunk(body) + chunk(b"") + ends)
     assert answer.startswith(b"HTTP/1.1 %d " % status)
     assert answer.count(b"x-request-id: ") == 1 + bool(ends)
 
 
-def test_a_chunked_body_over_the_limit_is_413(plain):
+def test_a_chunked_body_over_the_limit_is_413(one):
     data = CHUNKS + chunk(bytes(1 << 20)) * 33
-    assert raw_http(plain.port, data, 20).startswith(b"HTTP/1.1 413 ")
+    assert raw_http(one.port, data, 20).startswith(b"HTTP/1.1 413 ")
 
 
-def test_pipelined_requests_are_answered_in_order(plain):
+def test_pipelined_requests_are_answered_in_order(one):
     close = HIDDEN[:-2] + b"Connection: close\r\n\r\n"
     chunked = CHUNKS + chunk(BODY) + chunk(b"")
-    said = raw_http(plain.port, SIZED + b"\r\n" + BODY + chunked + HIDDEN + close)
+    said = raw_http(one.port, SIZED + b"\r\n" + BODY + chunked + HIDDEN + close)
     kinds = re.findall(rb"HTTP/1.1 200|chat.completion|\"ok\"", said)
     chat_, ok = [b"HTTP/1.1 200", b"chat.completion"], [b"HTTP/1.1 200", b'"ok"']
     assert kinds == chat_ + chat_ + ok + ok
 
 
-def test_an_expected_100_continue_is_sent(plain):
+def test_an_expected_100_continue_is_sent(one):
     head = SIZED + b"Expect: 100-continue\r\nConnection: close\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", plain.port), 5) as sock:
+    with socket.create_connection(("127.0.0.1", one.port), 5) as sock:
         sock.sendall(head)
         assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(BODY)
@@ -12715,7 +12351,7 @@ STALLS = {  # of large bodies
 
 @pytest.mark.parametrize("name", STALLS)
 def test_two_large_bodies_that_stall_leave_their_room_within_seconds(name, gateway):
-    limits = {"BODY_TIMEOUT": 6, "ROOM_PATIENCE": 0.2, "WATCH_INTERVAL": 0.05}
+    limits = {"BODY_TIMEOUT": 3, "ROOM_PATIENCE": 0.2, "WATCH_INTERVAL": 0.05}
     server = gateway(constants=limits)
     line, data = STALLS[name]
     large = {"model": "unknown", "pad": "x" * (20 << 20)}  # 404 once it was read
@@ -12746,14 +12382,14 @@ def test_64_of_the_largest_bodies_stay_below_900_mb_and_delay_no_small_one(gatew
             started = time.monotonic()
             assert chat(server.url, OTHER_KEY, model="echo").ok
             slowest = max(slowest, time.monotonic() - started)
-            most = max(most, pss_mb(server.master_pid))
+            most = max(most, sum(map(pss, server.members())) / 2**20)
     seen = Counter(each.result()[9:12] for each in sent)
     print(f"{most:.0f} MiB, {slowest * 1000:.0f} ms, {seen}")
     assert seen[b"200"] > 4 and set(seen) <= {b"200", b"503", b""}  # refused in the send
     assert most < 900 and slowest < 1
 
 
-CROWDS = [(60, 1, 30), pytest.param(2600, 2, 1000, marks=pytest.mark.long)]
+CROWDS = [(60, 1, 30), long(2600, 2, 1000)]
 
 
 @pytest.mark.parametrize("count, workers, threads", CROWDS)
@@ -13150,7 +12786,8 @@ class Books:
             assert left == self.left(account) >= 0
 
 
-def test_any_interleaving_of_workers_keeps_the_ledgers_promises():
+@pytest.mark.parametrize("examples", [8, long(100)])
+def test_any_interleaving_of_workers_keeps_the_ledgers_promises(examples):
     hypothesis = pytest.importorskip("hypothesis")
     from hypothesis import stateful, strategies
 
@@ -13174,7 +12811,7 @@ def test_any_interleaving_of_workers_keeps_the_ledgers_promises():
         agree = stateful.invariant()(Books.agree)
 
     settings = hypothesis.settings(
-        max_examples=25, stateful_step_count=25, deadline=None, database=None,
+        max_examples=examples, stateful_step_count=25, deadline=None, database=None,
         derandomize=True, suppress_health_check=list(hypothesis.HealthCheck),
     )  # fmt: skip
     stateful.run_state_machine_as_test(Machine, settings=settings)
@@ -13281,7 +12918,7 @@ CUT = (200, "ledger_unavailable")  # a stream whose charge could not be written 
 
 @pytest.mark.parametrize("times", [1, 10**6], ids=["once", "for long"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("strike", STRIKES)
+@pytest.mark.parametrize("strike", ["full", long("I/O error"), "busy"])
 def test_any_statement_may_fail(strike, stream, times, struck, tmp_path, monkeypatch):
     monkeypatch.setattr(Faulty, "strike", STRIKES[strike])
     monkeypatch.setattr(Faulty, "times", times)
@@ -13313,7 +12950,7 @@ def in_child(action: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("stream", [long(False), True], ids=["whole", "stream"])
 def test_a_worker_may_be_killed_at_any_statement(stream, struck, tmp_path, monkeypatch):
     monkeypatch.setattr(Faulty, "strike", killed)
     with Upstream(quickly) as up, (tmp_path / "seen").open("ab", 0) as seen:
@@ -13702,10 +13339,8 @@ STATES = {proxy.SETTLED: "settled", proxy.RELEASED: "released"}
 ACTS = "kill edit stop edit prove fill edit".split()
 HISTORIES = [  # requests, seconds between a client's two, between two acts, a rate
     (200, 0.1, 0.2, 30, ACTS),
-    pytest.param(
-        20_000, 0.05, 0.8, 400, [*ACTS * 4, "restart"], marks=pytest.mark.long
-    ),
-]  # fmt: skip
+    long(20_000, 0.05, 0.8, 400, [*ACTS * 4, "restart"]),
+]
 
 
 @pytest.fixture
@@ -13745,7 +13380,9 @@ def test_what_clients_saw_is_what_the_ledger_says(
         receipts = dict(
             pair for key in set(HISTORY_KEYS) for pair in receipts_of(server, key)
         )
-        assert max(one.files for one in idle(server, up, tmp_path)) < 40
+        left = idle(server, up, tmp_path)
+        assert max(one.files for one in left) < 40
+        assert max(one.threads for one in left) <= 64 + proxy.SPARE_THREADS + 4
     sql = f"SELECT {', '.join(Row._fields)} FROM requests WHERE asked IS NOT NULL"
     rows = [Row._make(row) for row in query(tmp_path, sql)]
     kept, spans = {row.name: row for row in rows}, player.spans
@@ -13949,7 +13586,7 @@ def said_text(port: int, data: bytes) -> tuple[bytes, float]:
     return b"".join(received), -started if started < 0 else 20
 
 
-FUZZ_RUNS = [(1, 200), pytest.param(10**6, 10_000, marks=pytest.mark.long)]
+FUZZ_RUNS = [(1, 200), long(10**6, 10_000)]
 
 
 @pytest.mark.parametrize("seed, count", FUZZ_RUNS)
@@ -14043,8 +13680,6 @@ UPSTREAMS = {  # what comes, of a stream or not, how that ends, micro-credits
         repeated(STREAM, FAST, 10**6), True, ENDED, range(1000, 3000)
     ),
 }
-FAULT_WAITS = {"ANSWER_TIMEOUT": 0.3, "STREAM_TIMEOUT": 0.4, "STALL_TIMEOUT": 0.25}
-FAULT_WAITS["COMMENTS_WAIT"] = 0.1
 
 
 def memory(pid: int, field: str = "VmRSS") -> int:
@@ -14054,29 +13689,29 @@ def memory(pid: int, field: str = "VmRSS") -> int:
 
 
 @pytest.fixture(scope="module")
-def lone(tmp_path_factory):
-    """One worker that relays one request at a time, its memory, and its upstream."""
-    with Upstream(quickly) as up:
-        keys = keys_file(tmp_path_factory.mktemp("lone"), up.url)
-        with Gateway(keys, threads=1, constants=FAULT_WAITS) as server:
-            [pid] = server.workers()
-            for _ in range(10):
-                assert status(server, stream=True) == 200
-                wait_for(lambda: status(server) == 200)
-            yield server, up, pid, memory(pid)
+def lone(narrow):
+    """A worker that relays one request at a time, and its memory."""
+    [pid] = narrow.workers()
+    play(narrow, quickly)
+    for _ in range(10):
+        assert status(narrow, stream=True) == 200
+        wait_for(lambda: status(narrow) == 200)
+    return pid, memory(pid)
 
 
 @pytest.mark.parametrize("name", UPSTREAMS)
-def test_an_upstream_that_misbehaves_costs_what_is_stated_and_little_memory(name, lone):
-    server, up, pid, before = lone
-    folder, (up.script, stream, end, charge) = server.log_file.parent, UPSTREAMS[name]
+def test_an_upstream_that_misbehaves_costs_what_is_stated_and_little_memory(
+    name, lone, narrow
+):
+    server, up, folder, (pid, before) = narrow, narrow.up, narrow.folder, lone
+    up.script, stream, end, charge = UPSTREAMS[name]
     Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM begins anew
-    started, tail = time.monotonic(), b""
+    started, tail, number = time.monotonic(), b"", len(up.requests)
     answer = chat(server.url, TEAM_KEY, stream)
     for piece in answer.iter_content(1 << 16):
         tail = (tail + piece)[-4000:]
     assert ending(answer.status_code, tail) == end
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < 2.5 and up.requests[number].closed.wait(2)
     up.script = quickly
     wait_for(lambda: status(server) == 200, 0.5, "the only place is free again")
     wait_held(folder, 0)
@@ -14113,7 +13748,7 @@ def flood_of_events(count: int) -> Answer:
     return answer
 
 
-@pytest.mark.parametrize("count", [10**5, pytest.param(10**6, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [10**5, long(10**6)])
 def test_a_flood_of_events_passes_whole_and_delays_nobody(count, gateway, tmp_path):
     with Upstream(lambda it: (flood if it.json.get("n") else quickly)(it)) as up:
         flood, server = flood_of_events(count), gateway(up.url)
@@ -14187,11 +13822,9 @@ def trouble(server: Gateway, folder: Path, seed: int, until: float) -> Counter:
     return seen
 
 
-@pytest.mark.parametrize(
-    "seconds", [1, pytest.param(600, marks=pytest.mark.long)], ids="{} s".format
-)
-def test_a_mixed_load_with_faults_leaves_nothing_behind(seconds, gateway, tmp_path):
-    seconds = float(os.environ.get("PROXY_TEST_LOAD", seconds))
+@pytest.mark.long
+def test_a_mixed_load_with_faults_leaves_nothing_behind(gateway, tmp_path):
+    seconds = float(os.environ.get("PROXY_TEST_LOAD", 600))
     limits = {"rate": "10000/minute", "concurrent": 50}
     waits = {"CLIENT_TIMEOUT": 1, "UPSTREAM_IDLE": 0.5}
     with Upstream(Player()) as up:
@@ -14329,223 +13962,3 @@ def test_a_clock_that_jumps_changes_nothing_but_dates(
         assert rest.endswith(b"data: [DONE]\n\n")
         sql = "SELECT state, cost, duration < 60000 FROM requests"
         assert query(tmp_path, sql) == [(proxy.SETTLED, COST, 1)] * 4
-
-
-# Bench -------------------------------------------------------------------------------
-
-FLOOR = """
-import requests
-from flask import Flask, Response, request
-from requests.adapters import HTTPAdapter
-HEAD = {"Authorization": "Bearer sk-upstream", "Content-Type": "application/json"}
-session = requests.Session()
-session.mount("http://", HTTPAdapter(pool_connections=4, pool_maxsize=256))
-app = Flask(__name__)
-@app.post("/v1/chat/completions")
-def chat():
-    answer = session.post("UPSTREAM/chat/completions", data=request.get_data(),
-                          headers=HEAD, stream=True, timeout=(5, 600))
-    kind = answer.headers.get("Content-Type", "application/json")
-    if kind.startswith("text/event-stream"):
-        return Response(answer.raw.stream(65536), answer.status_code, content_type=kind)
-    return Response(answer.content, answer.status_code, content_type=kind)
-@app.get("/healthz")
-def health():
-    return "ok"
-"""
-BENCH_UPSTREAM = """
-import asyncio, json, sys
-TEXT = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "fake"}
-USAGE = {"prompt_tokens": 50, "completion_tokens": 60, "total_tokens": 110}
-MESSAGE = {"role": "assistant", "content": "word " * 60}
-CHOICE = {"index": 0, "message": MESSAGE, "finish_reason": "stop"}
-WHOLE = json.dumps({**TEXT, "choices": [CHOICE], "usage": USAGE}).encode()
-def event(delta, finish=None, **more):
-    choice = {"index": 0, "delta": delta, "finish_reason": finish}
-    data = json.dumps({**TEXT, "choices": [choice], **more}).encode()
-    return b"data: " + data + b"\\\\n\\\\n"
-def chunk(data):
-    return b"%x\\\\r\\\\n%s\\\\r\\\\n" % (len(data), data)
-WORD = chunk(event({"content": "word "}))
-END = chunk(event({}, "stop", usage=USAGE)) + chunk(b"data: [DONE]\\\\n\\\\n")
-JSON = b"HTTP/1.1 200 OK\\\\r\\\\nContent-Type: application/json\\\\r\\\\nContent-Length: %d\\\\r\\\\n\\\\r\\\\n"
-SSE = b"HTTP/1.1 200 OK\\\\r\\\\nContent-Type: text/event-stream\\\\r\\\\nTransfer-Encoding: chunked\\\\r\\\\n\\\\r\\\\n"
-async def serve(reader, writer):
-    try:
-        while True:
-            head = await reader.readuntil(b"\\\\r\\\\n\\\\r\\\\n")
-            size = int(head.lower().split(b"content-length:")[1].split(b"\\\\r\\\\n")[0])
-            body = json.loads(await reader.readexactly(size) or b"{}")
-            if not body.get("stream"):
-                writer.write(JSON % len(WHOLE) + WHOLE)
-                continue
-            writer.write(SSE)
-            for _ in range(int(body["user"].split("x")[0])):
-                writer.write(WORD)
-                await writer.drain()
-                if pause := int(body["user"].split("x")[1]):
-                    await asyncio.sleep(pause / 1000)
-            writer.write(END + b"0\\\\r\\\\n\\\\r\\\\n")
-    except (asyncio.IncompleteReadError, OSError):
-        writer.close()
-async def main():
-    server = await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]))
-    await server.serve_forever()
-asyncio.run(main())
-""".replace("\\\\", "\\")
-
-
-def cpu_seconds(group: int) -> float:
-    """CPU seconds of all processes of a group, reaped children included."""
-    ticks = 0
-    for pid, _, of in processes():
-        if of == group:
-            with contextlib.suppress(OSError):
-                fields = (
-                    Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                )
-                ticks += sum(map(int, fields[11:15]))
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def pss_mb(group: int) -> float:
-    """Proportional memory of a group, in MiB."""
-    total = 0
-    for pid, _, of in processes():
-        if of == group:
-            with contextlib.suppress(OSError):
-                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                    total += int(line.split()[1]) if line.startswith("Pss:") else 0
-    return total / 1024
-
-
-async def visitor(port: int, keys: list[str], body: dict, until: float) -> list[float]:
-    """Asks again and again on one connection; seconds of each whole answer."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
-    data, took = json.dumps(body).encode(), []
-    while time.monotonic() < until or not took:
-        head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type:"
-            f" application/json\r\nAuthorization: Bearer {keys[len(took) % len(keys)]}"
-            f"\r\nContent-Length: {len(data)}\r\n\r\n"
-        )
-        start = time.perf_counter()
-        writer.write(head.encode() + data)
-        answer = (await reader.readuntil(b"\r\n\r\n")).lower()
-        assert answer.startswith(b"http/1.1 200"), answer
-        if b"content-length:" in answer:
-            size = answer.split(b"content-length:")[1].split(b"\r\n")[0]
-            await reader.readexactly(int(size))
-        else:
-            await reader.readuntil(b"\r\n0\r\n\r\n")
-        took.append(time.perf_counter() - start)
-    writer.close()
-    return took
-
-
-def visit(port: int, body: dict, visitors: int, seconds: float) -> list[float]:
-    """What `visitors` at once see in `seconds`, each with keys of its own."""
-
-    async def run() -> list[float]:
-        until, each = time.monotonic() + seconds, 1000 // visitors
-        names = [f"sk-bench-{i:05d}" for i in range(each * visitors)]
-        parts = [names[i * each : (i + 1) * each] for i in range(visitors)]
-        runs = [visitor(port, part, body, until) for part in parts]
-        return sum(await asyncio.gather(*runs), [])
-
-    return asyncio.run(run())
-
-
-@contextlib.contextmanager
-def bench_server(
-    command: list[str], port: int, **more: Any
-) -> Iterator[tuple[int, float]]:
-    """(group, seconds to the first answer) of a server on this port."""
-    start = time.monotonic()
-    process = subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, **more,
-    )  # fmt: skip
-    try:
-        wait_for(lambda: healthy(port), 20, f"port {port}")
-        yield process.pid, time.monotonic() - start
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-@pytest.fixture
-def contenders(tmp_path: Path) -> Iterator[dict[str, tuple[int, int, float]]]:
-    """name -> (port, group, seconds to start) of the floor and of proxy.py."""
-    ports = {name: free_port() for name in ("upstream", "floor", "ours")}
-    url = f"http://127.0.0.1:{ports['upstream']}/v1"
-    keys = {f"k{i}": f"sk-bench-{i:05d}" for i in range(1000)}
-    limits = {"rate": "10000/minute", "concurrent": 1000}
-    accounts = {"bench": {"credits": 1000, "keys": keys, "limits": limits}}
-    price = {"input": 0.3, "output": 1.2}
-    model = {"upstream": "main/fake", "max_output": 100, "price": price}
-    config = {"accounts": accounts, "upstreams": {"main": {"url": url}}}
-    config["models"] = {"fake": model}
-    (tmp_path / "keys.json").write_text(json.dumps(config))
-    (tmp_path / "floor.py").write_text(FLOOR.replace("UPSTREAM", url))
-    upstream = [sys.executable, "-c", BENCH_UPSTREAM, str(ports["upstream"])]
-    floor = [sys.executable, "-m", "gunicorn", "-k", "gthread", "-w", "2", "--threads"]
-    floor += ["32", "-b", f"127.0.0.1:{ports['floor']}", "--keep-alive", "75"]
-    floor += ["--no-control-socket", "floor:app"]
-    ours = [sys.executable, str(PROJECT / "proxy.py"), "--port", str(ports["ours"])]
-    ours += ["--workers", "2", "--keys", str(tmp_path / "keys.json")]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(bench_server(upstream, ports["upstream"]))
-        found = {}
-        for name, command in (("floor", floor), ("ours", ours)):
-            group, took = stack.enter_context(
-                bench_server(command, ports[name], cwd=tmp_path)
-            )
-            found[name] = ports[name], group, took
-        yield found
-
-
-CHAT_BODY = {
-    "model": "fake",
-    "messages": [{"role": "user", "content": "Explain what a gateway does. " * 12}],
-    "max_tokens": 100,
-}
-
-
-def bench_figures(name: str, contenders: dict) -> dict[str, float]:
-    """The main figures of one contender."""
-    port, group, started = contenders[name]
-    stream = CHAT_BODY | {"stream": True}
-    figures = {"start, s": started, "memory idle, MiB": pss_mb(group)}
-
-    def cpu(body: dict, visitors: int, seconds: float) -> tuple[float, list[float]]:
-        before = cpu_seconds(group)
-        took = visit(port, body, visitors, seconds)
-        return cpu_seconds(group) - before, took
-
-    visit(port, CHAT_BODY, 8, 1)
-    figures["lone request p50, ms"] = 1000 * statistics.median(cpu(CHAT_BODY, 1, 2)[1])
-    spent, took = cpu(CHAT_BODY, 32, 3)
-    figures["CPU a request, ms"] = 1000 * spent / len(took)
-    spent, took = cpu(stream | {"user": "100x20"}, 50, 0)
-    figures["CPU a chunk, 50 streams, ms"] = 1000 * spent / (102 * len(took))
-    spent, took = cpu(stream | {"user": "500x0"}, 16, 2)
-    figures["CPU a chunk, flood, ms"] = 1000 * spent / (502 * len(took))
-    figures["memory after, MiB"] = pss_mb(group)
-    return figures
-
-
-@pytest.mark.bench
-def test_the_main_figures(contenders: dict, capsys: pytest.CaptureFixture) -> None:
-    runs: dict[str, list[dict[str, float]]] = {"floor": [], "ours": []}
-    for name in ("floor", "ours", "ours", "floor"):
-        runs[name].append(bench_figures(name, contenders))
-    lines = [f"{'':30}{'floor':>10}{'proxy.py':>10}{'ratio':>8}"]
-    for figure in runs["ours"][0]:
-        floor, ours = (
-            statistics.mean(run[figure] for run in runs[name]) for name in runs
-        )
-        lines.append(f"{figure:30}{floor:10.3f}{ours:10.3f}{ours / floor:8.2f}")
-    with capsys.disabled():
-        print("\n" + "\n".join(lines))
-    assert all(run["CPU a request, ms"] > 0 for run in runs["ours"])

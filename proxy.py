@@ -80,7 +80,6 @@ import time
 import traceback
 import unicodedata
 import zlib
-from array import array
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
@@ -2533,6 +2532,11 @@ class Ledger:
 
 MOMENT = struct.Struct(">Q")  # monotonic microseconds, in the order of their bytes
 WINDOW = "SELECT hits FROM windows WHERE key = ?"
+HIT = """
+INSERT INTO windows VALUES (?1, ?2) ON CONFLICT DO UPDATE
+    SET hits = substr(CAST(hits || excluded.hits AS BLOB), -?3)
+    WHERE length(hits) < ?3 OR substr(hits, -?3, length(?2)) <= ?4 RETURNING hits
+"""
 ACCOUNT_ITEMS = tuple(parse_many("300/minute"))  # of all routes that relay nothing
 
 
@@ -2541,88 +2545,44 @@ class LedgerStorage(Storage, MovingWindowSupport):
 
     A window is one row: the moments of its last `limit` hits, oldest first, each as
     eight bytes of monotonic microseconds, most significant first, so that SQL compares
-    them. Whether one more fits is decided and written by one statement. One of these
-    storages works in the transaction of `db`, or in one of its own for each operation.
-    `seen` is what the last look or hit saw of its window: the hits left, and when
-    (monotonic seconds) the oldest leaves.
+    them. Whether one more fits is decided and written by one statement. `rows` runs
+    one, and returns what it finds. `seen` is what the last look or hit saw of its
+    window: the hits left, and when (monotonic seconds) the oldest leaves.
     """
 
     STORAGE_SCHEME = ["sqlite"]
+    base_exceptions = (LedgerUnavailable,)
 
-    def __init__(
-        self, uri: str = "", *, ledger: Ledger | None = None,
-        db: sqlite3.Connection | None = None, **options: Any,
-    ):  # fmt: skip
-        super().__init__(uri, **options)
-        self._ledger, self._db = ledger, db
+    def __init__(self, uri: str = "", *, rows: Callable[..., list[tuple]]):
+        super().__init__(uri)
+        self._rows = rows
         self.seen = (0, 0.0)
 
-    @property
-    def base_exceptions(self) -> tuple[type[Exception], ...]:
-        return (LedgerUnavailable,)
-
     def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        """Adds `amount` hits unless `limit` of them are younger than `expiry` s."""
-        if self._db is None:
-            hit = (key, limit, expiry, amount)
-            return self._ledger.write(
-                lambda db: LedgerStorage(db=db).acquire_entry(*hit)
-            )
-        if amount > limit:
-            return False
+        """Adds a hit unless `limit` of them are younger than `expiry` seconds."""
         now = int(time.monotonic() * 10**6)
-        oldest = -MOMENT.size * (limit - amount + 1)
         since = MOMENT.pack(max(0, now - expiry * 10**6))
-        rows = self._db.execute(
-            "INSERT INTO windows VALUES (?1, ?2) ON CONFLICT DO UPDATE"
-            " SET hits = substr(CAST(hits || excluded.hits AS BLOB), ?3)"
-            " WHERE length(hits) < -?4 OR substr(hits, ?4, ?5) <= ?6"
-            " RETURNING hits",
-            (key, MOMENT.pack(now) * amount, -MOMENT.size * limit, oldest)
-            + (MOMENT.size, since),
-        ).fetchall()
-        hits = rows or self._db.execute(WINDOW, (key,)).fetchall()
-        self._look(hits, limit, expiry, now)
+        rows = self._rows(HIT, key, MOMENT.pack(now), MOMENT.size * limit, since)
+        self._look(rows, limit, expiry)
         return bool(rows)
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
         """(monotonic start, hits) of the window."""
-        if self._db is None:
-            rows = self._ledger.read(WINDOW, key)
-        else:
-            rows = self._db.execute(WINDOW, (key,)).fetchall()
-        return self._look(rows, limit, expiry, int(time.monotonic() * 10**6))
+        return self._look(self._rows(WINDOW, key), limit, expiry)
 
-    def _look(
-        self, rows: list[tuple], limit: int, expiry: int, now: int
-    ) -> tuple[float, int]:
-        start, count = self._stats(rows[0][0] if rows else b"", now, expiry)
-        self.seen = max(0, limit - count), start + expiry
-        return start, count
+    def _look(self, rows: list[tuple], limit: int, expiry: int) -> tuple[float, int]:
+        now, hits = int(time.monotonic() * 10**6), rows[0][0] if rows else b""
+        places = range(0, len(hits), MOMENT.size)
+        since = MOMENT.pack(max(0, now - expiry * 10**6))
+        old = bisect_right(places, since, key=lambda at: hits[at : at + MOMENT.size])
+        start = MOMENT.unpack_from(hits, places[old])[0] if old < len(places) else now
+        self.seen = max(0, limit - len(places) + old), start / 10**6 + expiry
+        return start / 10**6, len(places) - old
 
-    @staticmethod
-    def _stats(hits: bytes, now: int, expiry: int) -> tuple[float, int]:
-        moments = array("Q", hits)
-        if sys.byteorder == "little":
-            moments.byteswap()
-        old = bisect_right(moments, now - expiry * 10**6)
-        start = moments[old] if old < len(moments) else now
-        return start / 10**6, len(moments) - old
-
-    def incr(self, key: str, expiry: int, amount: int = 1) -> int:
+    def incr(self, *unused: Any) -> NoReturn:
         raise NotImplementedError("only moving windows are exact")
 
-    get = get_expiry = incr
-
-    def check(self) -> bool:
-        return True
-
-    def reset(self) -> int | None:
-        return self._ledger.write(lambda db: db.execute("DELETE FROM windows").rowcount)
-
-    def clear(self, key: str) -> None:
-        sql = "DELETE FROM windows WHERE key = ?"
-        self._ledger.write(lambda db: db.execute(sql, (key,)))
+    get = get_expiry = check = reset = clear = incr
 
 
 def hit_windows(
@@ -2630,7 +2590,7 @@ def hit_windows(
 ) -> list[Window]:
     """Counts one request in each window of a key, in this transaction; if one is full,
     in none, and that is the last one returned. `scope`: "relay" or "account"."""
-    storage = LedgerStorage(db=db)
+    storage = LedgerStorage(rows=lambda sql, *row: db.execute(sql, row).fetchall())
     strategy = MovingWindowRateLimiter(storage)
     for ask in strategy.test, strategy.hit:
         seen = []
@@ -5419,7 +5379,7 @@ class Services:
         self._dialects: dict[UpstreamConfig, Dialect] = {}  # kept while keys.json changes
         self.limiter = Limiter(
             key_func=lambda: g.key.id, storage_uri="sqlite://",
-            storage_options={"ledger": self.ledger}, strategy="moving-window",
+            storage_options={"rows": self.ledger.read}, strategy="moving-window",
         )  # fmt: skip
         self.reload()  # the file may have changed since the master read it
         self.watcher = Watcher(self.upkeep)

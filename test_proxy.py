@@ -10103,7 +10103,7 @@ SUMS = """
 INSERT INTO accounts(id, made, created, spent) VALUES ('team', 0, 1, 4000000);
 INSERT INTO usage SELECT account, created / 86400000, key, model, status, count(*), 0,
     0, count(*), sum(input), sum(cached), sum(output), sum(images), sum(cost),
-    sum(ttfb), sum(duration), 0 FROM requests GROUP BY 1, 2, 3, 4, 5;
+    sum(ttfb), sum(duration), 0, 0 FROM requests GROUP BY 1, 2, 3, 4, 5;
 """
 
 

@@ -80,7 +80,6 @@ import time
 import traceback
 import unicodedata
 import zlib
-from array import array
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
@@ -2025,28 +2024,25 @@ KEY_ROWS = (
 KEY_ORDER = "revoked IS NOT NULL, k.created, k.id"
 
 
-# Of each account what is kept, and the same summed from its rows.
-PROOF = """
-SELECT a.id, declared, granted, coalesce(g.amount, 0), spent, coalesce(r.cost, 0), held,
-    coalesce(r.hold, 0), a.lost, coalesce(r.lost, 0)
-FROM accounts a
-LEFT JOIN (SELECT account, sum(amount) AS amount FROM grants GROUP BY account) g
-    ON g.account = a.id
-LEFT JOIN (SELECT account, sum(lost) AS lost, sum(cost) AS cost, sum(hold) AS hold FROM (
-    SELECT account, lost, iif(state = 1, cost, 0) AS cost, iif(state = 0, hold, 0) AS hold
-    FROM requests WHERE state = 0 OR created >= ?1 * 86400000
-    UNION ALL SELECT account, lost, cost, 0 FROM usage WHERE day < ?1
-) GROUP BY account) r ON r.account = a.id
+# The first day whose receipts are kept.
+KEPT = "SELECT coalesce(max(CAST(value AS INTEGER)), 0) FROM meta WHERE name = 'kept'"
+# What an account's sums have too much beside those of its rows.
+PROOF = f"""
+SELECT account, sum(granted), sum(spent), sum(held), sum(lost) FROM (
+    SELECT id AS account, granted, spent, held, lost FROM accounts
+    UNION ALL SELECT account, -amount, 0, 0, 0 FROM grants
+    UNION ALL SELECT account, 0, -cost * (state = 1), -hold * (state = 0), -lost
+        FROM requests WHERE state = 0 OR created >= ({KEPT}) * 86400000
+    UNION ALL SELECT account, 0, -cost, 0, -lost FROM usage WHERE day < ({KEPT})
+) GROUP BY account HAVING sum(granted) OR sum(spent) OR sum(held) OR sum(lost)
 """
-# What usage has too much of a key and a day, from the day ?1 to before ?2, where ids of
-# requests are from ?3 to before ?4.
+# What usage has too much of a key and a day, from the first day to before the last.
 USAGE_PROOF = """
 SELECT account, key, day, sum(requests), sum(released), sum(cost), sum(lost) FROM (
     SELECT account, key, day, requests, released, cost, lost FROM usage
-    WHERE day >= ?1 AND day < ?2
     UNION ALL SELECT account, key, created / 86400000, -(state = 1), -(state = 2),
-        -iif(state = 1, cost, 0), -lost FROM requests WHERE state != 0
-        AND id >= ?3 AND id < ?4 AND created >= ?1 * 86400000 AND created < ?2 * 86400000)
+        -cost * (state = 1), -lost FROM requests WHERE state != 0
+) WHERE day >= :first AND day < :last
 GROUP BY 1, 2, 3 HAVING sum(requests) OR sum(released) OR sum(cost) OR sum(lost)
 """
 # What a key has spent, and what it holds, in the days of a row `b` of budgets.
@@ -2055,19 +2051,23 @@ BILLED = """(SELECT coalesce(sum(u.cost), 0) FROM usage u
 HELD = """(SELECT coalesce(sum(o.hold), 0) FROM requests o WHERE o.key = b.key
     AND o.state = 0 AND o.created >= b.since * 86400000
     AND o.created < b.until * 86400000)"""
-BUDGETS_PROOF = f"SELECT key, since, most, spent, {BILLED}, {HELD} FROM budgets b"
-# The first day whose receipts are kept.
-KEPT = "SELECT coalesce(max(CAST(value AS INTEGER)), 0) FROM meta WHERE name = 'kept'"
+# Rows that do not add up, or exceed what was granted when it was held; in words.
+PROOFS = {
+    "SELECT quick_check FROM pragma_quick_check WHERE quick_check != 'ok'": "{}",
+    PROOF: "{}: granted, spent, held and lost have {}, {}, {} and {} more than its rows",
+    "SELECT id FROM accounts WHERE spent + held > granted + declared":
+        "{}: spent and held exceed what was granted",
+    USAGE_PROOF: "{}: usage of {} on day {} is not its requests'",
+    f"SELECT key, since, spent, {BILLED} AS billed FROM budgets b WHERE spent != billed":
+        "{}: the budget from day {} on has spent {}, its usage sums to {}",
+    f"SELECT key, since, spent, {HELD} AS held, most FROM budgets b"
+    " WHERE spent + held > most":
+        "{}: the budget from day {} on is exceeded: {} and {} of {}",
+}  # fmt: skip
 EXPIRED = """
 DELETE FROM requests WHERE (account, id) IN (SELECT account, id FROM requests
     WHERE account = ? AND id < ? AND state != 0 AND created < ? * 86400000 LIMIT 500)
 """
-ORPHANS = """
-SELECT count(*) FROM (SELECT account FROM requests UNION ALL
-    SELECT account FROM grants UNION ALL SELECT account FROM usage WHERE refused = 0)
-WHERE account NOT IN (SELECT id FROM accounts)
-"""
-CHECKS = 6  # queries of `check`
 
 
 def new_request_id() -> str:
@@ -2186,7 +2186,7 @@ class Ledger:
         mark = "INSERT INTO meta VALUES ('kept', ?1) ON CONFLICT DO UPDATE SET value = ?1"
         for day in range(start - 1, first):  # the last time may not have come to its end
             with self.snapshot() as db:
-                days = (day, day + 1, id_of_day(day - 1), id_of_day(day + 1))
+                days = {"first": day, "last": day + 1}
                 wrong = day >= start and db.execute(USAGE_PROOF, days).fetchone()
                 sql = "SELECT DISTINCT account FROM usage WHERE day = ?"
                 accounts = db.execute(sql, (day,)).fetchall()
@@ -2488,38 +2488,13 @@ class Ledger:
     # Proof
 
     def check(self, done: Callable[[], None] = lambda: None) -> list[str]:
-        """Re-sums everything in one read transaction; what does not add up, or exceeds
-        what was granted when it was held. `done` is called after each of CHECKS steps."""
-
-        def all_of(sql: str, *values: Any) -> list[sqlite3.Row]:
-            rows = db.execute(sql, values).fetchall()
-            done()
-            return rows
-
+        """What PROOFS find in one state of the ledger, `done` being called after each."""
+        wrong = []
         with self.snapshot() as db:
-            db.row_factory = sqlite3.Row
-            pages = all_of("PRAGMA quick_check")
-            [(kept,)], [(orphans,)] = all_of(KEPT), all_of(ORPHANS)
-            rows, budgets = all_of(PROOF, kept), all_of(BUDGETS_PROOF)
-            usage = all_of(USAGE_PROOF, kept, FOREVER, "", "s")
-        wrong = [page[0] for page in pages if page[0] != "ok"]
-        if orphans:
-            wrong.append(f"{orphans} rows belong to no account")
-        for row in rows:
-            id, declared, *sums = row
-            for name, kept, total in zip(row.keys()[2::2], sums[::2], sums[1::2]):
-                if kept != total:
-                    wrong.append(f"{id}: {name} is {kept}, its rows sum to {total}")
-            if row["spent"] + row["held"] > row["granted"] + declared:
-                wrong.append(f"{id}: spent and held exceed what was granted")
-        for account, key, day, *_ in usage:
-            wrong.append(f"{account}: usage of {key} on day {day} is not its requests'")
-        for key, since, most, spent, billed, held in budgets:
-            name = f"{key}: the budget from day {since} on"
-            if spent != billed:
-                wrong.append(f"{name} has spent {spent}, its usage sums to {billed}")
-            if spent + held > most:
-                wrong.append(f"{name} is exceeded: {spent} and {held} of {most}")
+            days = {"first": db.execute(KEPT).fetchone()[0], "last": FOREVER}
+            for sql, told in PROOFS.items():
+                wrong += [told.format(*row) for row in db.execute(sql, days)]
+                done()
         return wrong
 
     def close(self) -> None:
@@ -2532,6 +2507,11 @@ class Ledger:
 
 MOMENT = struct.Struct(">Q")  # monotonic microseconds, in the order of their bytes
 WINDOW = "SELECT hits FROM windows WHERE key = ?"
+HIT = """
+INSERT INTO windows VALUES (?1, ?2) ON CONFLICT DO UPDATE
+    SET hits = substr(CAST(hits || excluded.hits AS BLOB), -?3)
+    WHERE length(hits) < ?3 OR substr(hits, -?3, length(?2)) <= ?4 RETURNING hits
+"""
 ACCOUNT_ITEMS = tuple(parse_many("300/minute"))  # of all routes that relay nothing
 
 
@@ -2540,88 +2520,44 @@ class LedgerStorage(Storage, MovingWindowSupport):
 
     A window is one row: the moments of its last `limit` hits, oldest first, each as
     eight bytes of monotonic microseconds, most significant first, so that SQL compares
-    them. Whether one more fits is decided and written by one statement. One of these
-    storages works in the transaction of `db`, or in one of its own for each operation.
-    `seen` is what the last look or hit saw of its window: the hits left, and when
-    (monotonic seconds) the oldest leaves.
+    them. Whether one more fits is decided and written by one statement. `rows` runs
+    one, and returns what it finds. `seen` is what the last look or hit saw of its
+    window: the hits left, and when (monotonic seconds) the oldest leaves.
     """
 
     STORAGE_SCHEME = ["sqlite"]
+    base_exceptions = (LedgerUnavailable,)
 
-    def __init__(
-        self, uri: str = "", *, ledger: Ledger | None = None,
-        db: sqlite3.Connection | None = None, **options: Any,
-    ):  # fmt: skip
-        super().__init__(uri, **options)
-        self._ledger, self._db = ledger, db
+    def __init__(self, uri: str = "", *, rows: Callable[..., list[tuple]]):
+        super().__init__(uri)
+        self._rows = rows
         self.seen = (0, 0.0)
 
-    @property
-    def base_exceptions(self) -> tuple[type[Exception], ...]:
-        return (LedgerUnavailable,)
-
     def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        """Adds `amount` hits unless `limit` of them are younger than `expiry` s."""
-        if self._db is None:
-            hit = (key, limit, expiry, amount)
-            return self._ledger.write(
-                lambda db: LedgerStorage(db=db).acquire_entry(*hit)
-            )
-        if amount > limit:
-            return False
+        """Adds a hit unless `limit` of them are younger than `expiry` seconds."""
         now = int(time.monotonic() * 10**6)
-        oldest = -MOMENT.size * (limit - amount + 1)
         since = MOMENT.pack(max(0, now - expiry * 10**6))
-        rows = self._db.execute(
-            "INSERT INTO windows VALUES (?1, ?2) ON CONFLICT DO UPDATE"
-            " SET hits = substr(CAST(hits || excluded.hits AS BLOB), ?3)"
-            " WHERE length(hits) < -?4 OR substr(hits, ?4, ?5) <= ?6"
-            " RETURNING hits",
-            (key, MOMENT.pack(now) * amount, -MOMENT.size * limit, oldest)
-            + (MOMENT.size, since),
-        ).fetchall()
-        hits = rows or self._db.execute(WINDOW, (key,)).fetchall()
-        self._look(hits, limit, expiry, now)
+        rows = self._rows(HIT, key, MOMENT.pack(now), MOMENT.size * limit, since)
+        self._look(rows, limit, expiry)
         return bool(rows)
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
         """(monotonic start, hits) of the window."""
-        if self._db is None:
-            rows = self._ledger.read(WINDOW, key)
-        else:
-            rows = self._db.execute(WINDOW, (key,)).fetchall()
-        return self._look(rows, limit, expiry, int(time.monotonic() * 10**6))
+        return self._look(self._rows(WINDOW, key), limit, expiry)
 
-    def _look(
-        self, rows: list[tuple], limit: int, expiry: int, now: int
-    ) -> tuple[float, int]:
-        start, count = self._stats(rows[0][0] if rows else b"", now, expiry)
-        self.seen = max(0, limit - count), start + expiry
-        return start, count
+    def _look(self, rows: list[tuple], limit: int, expiry: int) -> tuple[float, int]:
+        now, hits = int(time.monotonic() * 10**6), rows[0][0] if rows else b""
+        places = range(0, len(hits), MOMENT.size)
+        since = MOMENT.pack(max(0, now - expiry * 10**6))
+        old = bisect_right(places, since, key=lambda at: hits[at : at + MOMENT.size])
+        start = MOMENT.unpack_from(hits, places[old])[0] if old < len(places) else now
+        self.seen = max(0, limit - len(places) + old), start / 10**6 + expiry
+        return start / 10**6, len(places) - old
 
-    @staticmethod
-    def _stats(hits: bytes, now: int, expiry: int) -> tuple[float, int]:
-        moments = array("Q", hits)
-        if sys.byteorder == "little":
-            moments.byteswap()
-        old = bisect_right(moments, now - expiry * 10**6)
-        start = moments[old] if old < len(moments) else now
-        return start / 10**6, len(moments) - old
-
-    def incr(self, key: str, expiry: int, amount: int = 1) -> int:
+    def incr(self, *unused: Any) -> NoReturn:
         raise NotImplementedError("only moving windows are exact")
 
-    get = get_expiry = incr
-
-    def check(self) -> bool:
-        return True
-
-    def reset(self) -> int | None:
-        return self._ledger.write(lambda db: db.execute("DELETE FROM windows").rowcount)
-
-    def clear(self, key: str) -> None:
-        sql = "DELETE FROM windows WHERE key = ?"
-        self._ledger.write(lambda db: db.execute(sql, (key,)))
+    get = get_expiry = check = reset = clear = incr
 
 
 def hit_windows(
@@ -2629,7 +2565,7 @@ def hit_windows(
 ) -> list[Window]:
     """Counts one request in each window of a key, in this transaction; if one is full,
     in none, and that is the last one returned. `scope`: "relay" or "account"."""
-    storage = LedgerStorage(db=db)
+    storage = LedgerStorage(rows=lambda sql, *row: db.execute(sql, row).fetchall())
     strategy = MovingWindowRateLimiter(storage)
     for ask in strategy.test, strategy.hit:
         seen = []
@@ -5429,7 +5365,7 @@ class Services:
         self._dialects: dict[UpstreamConfig, Dialect] = {}  # kept while keys.json changes
         self.limiter = Limiter(
             key_func=lambda: g.key.id, storage_uri="sqlite://",
-            storage_options={"ledger": self.ledger}, strategy="moving-window",
+            storage_options={"rows": self.ledger.read}, strategy="moving-window",
         )  # fmt: skip
         self.reload()  # the file may have changed since the master read it
         self.watcher = Watcher(self.upkeep)
@@ -7701,7 +7637,7 @@ def check(keys: str, db: str | None, online: bool) -> None:
             click.echo(f"warning: {line}")
         if not there:
             return
-        with progress("Adding up", length=CHECKS) as bar:
+        with progress("Adding up", length=len(PROOFS)) as bar:
             wrong = ledger.check(lambda: bar.update(1))
         for line in wrong:
             click.echo(f"wrong: {line}")

@@ -740,18 +740,23 @@ def to_micro(value: Any, path: str, low: int = 0) -> int:
     return int(micro)
 
 
-def number(text: str) -> Decimal | str:
+def number(text: str) -> int | Decimal | str:
     """The number that was typed on the command line; a text that is none is returned
     for the parsers, which refuse it by its name."""
     try:
-        return Decimal(text)
+        return int(text) if re.fullmatch("[0-9]{1,9}", text) else Decimal(text)
     except InvalidOperation:
         return text
 
 
-def to_credits(micro: int) -> int | float:
+def to_credits(micro: int) -> float:
     """Micro-credits as the number of credits that JSON and people are shown."""
-    return micro // MICRO if micro % MICRO == 0 else micro / MICRO
+    return micro / MICRO
+
+
+def amount_text(credits: float) -> str:
+    """An amount of credits without an exponent: six decimals at the most."""
+    return f"{credits:.6f}".rstrip("0").rstrip(".")
 
 
 MAX_RATE = 10_000  # requests of one window: it is read and written whole
@@ -5942,8 +5947,21 @@ def add_error_handlers(app: Flask, services: Services) -> None:
         return tell(ProxyError("Something went wrong here."))
 
 
+# A text of JSON, whole, or a number that has a fraction.
+FRACTION = re.compile(r'"(?:[^"\\]|\\.)*"|(-?[0-9]+\.?[0-9]*(?:e-[0-9]+|\.[0-9]+))')
+
+
+def plain_json(document: Any, indent: int | None = None) -> str:
+    """JSON of our own: its amounts look alike, with six decimals at the most."""
+    text = json.dumps(document, ensure_ascii=False, indent=indent)
+    return FRACTION.sub(
+        lambda found: amount_text(float(found[1])) if found[1] else found[0], text
+    )
+
+
 def json_response(document: Any, status: int = 200) -> Response:
-    return Response(to_json(document), status, None, None, "application/json")
+    body = plain_json(document).encode()
+    return Response(body, status, None, None, "application/json")
 
 
 def list_response(rows: list[dict[str, Any]], **more: Any) -> Response:
@@ -6801,7 +6819,7 @@ UNITS = {
 def price_text(entry: dict[str, Any]) -> str:
     """A price_entry for people: credits per million tokens, per image, per request."""
     parts = [
-        f"{amount} {UNITS.get(name, f'per million {name} tokens')}"
+        f"{amount_text(amount)} {UNITS.get(name, f'per million {name} tokens')}"
         for name, amount in entry.items() if name not in ("utc", "hours")
     ]  # fmt: skip
     alike: dict[str, list[str]] = {}
@@ -6924,14 +6942,10 @@ def read_env(keys: str | os.PathLike) -> None:
             os.environ.setdefault(name, value)
 
 
-def default_files(
-    keys: str | os.PathLike | None, db: str | os.PathLike | None
-) -> tuple[str, str]:
-    """keys.json and, beside it, proxy.db; unless the environment names others."""
-    keys = os.fspath(keys or os.environ.get("PROXY_KEYS") or "keys.json")
-    read_env(keys)
+def ledger_path(keys: str, db: str | os.PathLike | None) -> str:
+    """The ledger that is named, by the environment too; or the one beside keys.json."""
     beside = os.path.join(os.path.dirname(keys), "proxy.db")
-    return keys, os.fspath(db or os.environ.get("PROXY_DB") or beside)
+    return os.fspath(db or os.environ.get("PROXY_DB") or beside)
 
 
 def create_app(
@@ -6942,8 +6956,9 @@ def create_app(
     keys, db: the two files; by default PROXY_KEYS and PROXY_DB as on the command
     line. Raises ConfigError.
     """
-    keys, db = default_files(keys, db)
-    return build_app(ConfigFile(keys), db)
+    keys = os.fspath(keys or os.environ.get("PROXY_KEYS") or "keys.json")
+    read_env(keys)
+    return build_app(ConfigFile(keys), ledger_path(keys, db))
 
 
 # Command line ------------------------------------------------------------------------
@@ -7105,24 +7120,20 @@ class Server(BaseApplication):
     """gunicorn in this process, with the settings that a streaming proxy needs."""
 
     def __init__(
-        self, keys: ConfigFile, db: str, bind: str, workers: int, threads: int,
-        keep_days: int | None, greeting: str, activated: bool,
+        self, make: Callable[[], Flask], bind: str, workers: int, threads: int,
+        greeting: str,
     ):  # fmt: skip
-        self._files, self._bind, self.greeting = (keys, db), bind, greeting
-        self._activated = activated  # by systemd, which keeps the socket
-        self._workers, self._threads, self._keep_days = workers, threads, keep_days
-        super().__init__()
-
-    def load_config(self) -> None:
-        threads = self._threads + SPARE_THREADS
-        settings = {
-            "bind": [self._bind],
-            "workers": self._workers,
+        self.load, self.greeting = make, greeting
+        self._settings = {
+            "bind": [bind],
+            "workers": workers,
             "worker_class": Worker,
-            "threads": threads,
+            "threads": threads + SPARE_THREADS,
             # A worker accepts while all its threads are busy; what is left over is
             # room for idle connections. Each relay needs a second descriptor.
-            "worker_connections": min(threads + IDLE, raised_descriptors() // 2),
+            "worker_connections": min(
+                threads + SPARE_THREADS + IDLE, raised_descriptors() // 2
+            ),
             "keepalive": 75,
             "timeout": 60,
             "graceful_timeout": GRACE,
@@ -7133,15 +7144,11 @@ class Server(BaseApplication):
             "post_fork": after_fork,
             "when_ready": when_ready,
         }
-        for name, value in settings.items():
-            self.cfg.set(name, value)
+        super().__init__()
 
-    def load(self) -> Flask:
-        app = build_app(*self._files, self._threads, self._keep_days)
-        services = app.extensions["proxy"]
-        services.watcher.serves_on = self._activated
-        atexit.register(services.close)  # the last lines, too
-        return app
+    def load_config(self) -> None:
+        for name, value in self._settings.items():
+            self.cfg.set(name, value)
 
 
 def file_options(command: Callable) -> Callable:
@@ -7151,16 +7158,19 @@ def file_options(command: Callable) -> Callable:
         read_env(keys)  # before the other options look into the environment
         return keys
 
-    shown = {"show_default": True, "help": "The operator's file."}
-    shown |= {"is_eager": True, "callback": find_env}
-    keys = click.option("--keys", envvar="PROXY_KEYS", default="keys.json", **shown)
-    db = click.option("--db", envvar="PROXY_DB", help="The ledger (beside --keys).")
-    return keys(db(command))
+    def find_ledger(context: click.Context, option: click.Parameter, db: Any) -> str:
+        return ledger_path(context.params["keys"], db)
+
+    keys = {"default": "keys.json", "is_eager": True, "callback": find_env}
+    add = click.option("--keys", envvar="PROXY_KEYS", help="The operator's file.", **keys)
+    db = {"callback": find_ledger, "help": "The ledger (beside --keys)."}
+    return add(click.option("--db", envvar="PROXY_DB", **db)(command))
 
 
 VERSION = "1.0"
-json_option = click.option("--json", "as_json", is_flag=True, help="For scripts.")
-SETTINGS = {"max_content_width": 88, "help_option_names": ["-h", "--help"]}
+SETTINGS = {
+    "max_content_width": 88, "show_default": True, "help_option_names": ["-h", "--help"],
+}  # fmt: skip
 
 
 @click.group(context_settings=SETTINGS)
@@ -7220,40 +7230,35 @@ def refuse_taken(host: str, port: int, patience: float) -> None:
     """Raises ConfigError for a port that another server has: gunicorn would try it for
     five seconds. `patience`: seconds, for a server of the same ledger that is ending."""
     deadline = time.monotonic() + patience
-    while not (free := is_free(host, port)) and time.monotonic() < deadline:
+    while not is_free(host, port):
+        if time.monotonic() > deadline:
+            others = range(port + 1, min(port + 100, 65536))
+            free = [f": --port {each}" for each in others if is_free(host, each)]
+            raise ConfigError(f"port {port} is taken" + "".join(free[:1]))
         time.sleep(0.05)
-    if not free:
-        others = range(port + 1, min(port + 100, 65536))
-        other = next((each for each in others if is_free(host, each)), None)
-        raise ConfigError(f"port {port} is taken" + (f": --port {other}" if other else ""))
 
 
-@cli.command()
+@cli.command(context_settings={"auto_envvar_prefix": "PROXY"})
 @file_options
-@click.option("--host", envvar="PROXY_HOST", default="127.0.0.1", show_default=True)
+@click.option("--host", default="127.0.0.1")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000)
+@click.option("--workers", type=click.IntRange(1, MAX_WORKERS), help="As cores, 2 at least.")
 @click.option(
-    "--port", envvar="PROXY_PORT", type=click.IntRange(1, 65535), default=8000,
-    show_default=True,
-)  # fmt: skip
-@click.option("--workers", envvar="PROXY_WORKERS", type=click.IntRange(1, MAX_WORKERS))
-@click.option(
-    "--threads", envvar="PROXY_THREADS", type=click.IntRange(1, 10_000), default=1000,
-    show_default=True, help="Requests that one worker relays at once.",
+    "--threads", type=click.IntRange(1, 10_000), default=1000,
+    help="Requests that one worker relays at once.",
 )  # fmt: skip
 @click.option(
-    "--keep-days", envvar="PROXY_KEEP_DAYS", type=click.IntRange(1, 100_000),
+    "--keep-days", type=click.IntRange(1, 100_000),
     help="Delete older receipts (default: never).",
 )  # fmt: skip
 def serve(
-    keys: str, db: str | None, host: str, port: int, workers: int | None, threads: int,
+    keys: str, db: str, host: str, port: int, workers: int | None, threads: int,
     keep_days: int | None,
 ) -> None:  # fmt: skip
     """Serves the API (also without naming the command)."""
     os.umask(0o077)
     secure_standard_files()
-    keys, db = default_files(keys, db)
     config_file = ConfigFile(keys)
-    workers = workers or max(2, os.cpu_count() or 2)
     kept = "LISTEN_FDS" in os.environ  # by systemd (sd_listen_fds(3): from number 3 on)
     if kept:
         with socket.socket(fileno=os.dup(3)) as sock:
@@ -7265,65 +7270,156 @@ def serve(
             refuse_taken(host, port, patience=ORPHANS_END if ending else 0)
         ledger.file.keys_file = os.path.realpath(keys)
         text = greeting(config_file.current, ledger, f"http://{bind}")
-    Server(config_file, db, bind, workers, threads, keep_days, text, kept).run()
+
+    def make() -> Flask:
+        app = build_app(config_file, db, threads, keep_days)
+        app.extensions["proxy"].watcher.serves_on = kept
+        atexit.register(app.extensions["proxy"].close)  # the last lines, too
+        return app
+
+    Server(make, bind, workers or max(2, os.cpu_count() or 2), threads, text).run()
+
+
+class Files(NamedTuple):
+    """What a command works on: the operator's file and the program's."""
+
+    config: Config
+    ledger: Ledger
+
+    def existing(self, account: str) -> str:
+        """The account's name, if there is one, or ConfigError."""
+        account_name(account, "ACCOUNT")
+        if account not in self.config.accounts and self.ledger.made(account) is None:
+            raise ConfigError(f"no account is named {account!r}")
+        return account
+
+    def names(self, account: str | None) -> list[str]:
+        """Of this account, or of all."""
+        return [account] if account else account_names(*self)
 
 
 @contextlib.contextmanager
-def opened(
-    keys: str, db: str | None, makes: bool = False
-) -> Iterator[tuple[Config, Ledger]]:
+def opened(keys: str, db: str, makes: bool = False) -> Iterator[Files]:
     """The two files, for one command; unless it `makes` something, a ledger that is
     not there yet is not made either."""
-    keys, path = default_files(keys, db)
     config = ConfigFile(keys).current
     with contextlib.ExitStack() as stack:
-        if not (makes or os.path.exists(path) or os.path.exists(path + "-lock")):
-            os.stat(os.path.dirname(path) or ".")  # OSError: it could not be made
-            click.echo(f"{path}: there is no ledger yet.", err=True)
-            path = stack.enter_context(tempfile.TemporaryDirectory()) + "/proxy.db"
-        ledger = stack.enter_context(contextlib.closing(Ledger(path)))
+        if not (makes or os.path.exists(db) or os.path.exists(db + "-lock")):
+            os.stat(os.path.dirname(db) or ".")  # OSError: it could not be made
+            click.echo(f"{db}: there is no ledger yet.", err=True)
+            db = stack.enter_context(tempfile.TemporaryDirectory()) + "/proxy.db"
+        ledger = stack.enter_context(contextlib.closing(Ledger(db)))
         if ledger.file.keys_file not in ("", os.path.realpath(keys)):
             told = f"the server of this ledger reads {ledger.file.keys_file}"
             click.echo(f"warning: {told}, this is {os.path.realpath(keys)}", err=True)
-        yield config, ledger
+        yield Files(config, ledger)
 
 
-def existing(config: Config, ledger: Ledger, account: str) -> str:
-    """The account's name, if there is one, or ConfigError."""
-    account_name(account, "ACCOUNT")
-    if account not in config.accounts and ledger.made(account) is None:
-        raise ConfigError(f"no account is named {account!r}")
-    return account
+def columns(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    wide = sum([unicodedata.east_asian_width(sign) in "WF" for sign in text])
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def readable(row: dict[str, Any]) -> dict[str, str]:
+    """A row of a table: amounts, times, lists and objects as people read them."""
+    out = {}
+    for name, value in row.items():
+        if name in ("created", "last_used", "revoked"):
+            value = stamp(value) if value else ""
+        elif name == "budget" and value:
+            value = f"{value['available']:.6f} of {value['credits']:.6f} ({value['per']})"
+        elif name == "credits" and isinstance(value, dict):
+            out |= readable(value)
+            continue
+        elif isinstance(value, dict):
+            value = " ".join([f"{each}={part}" for each, part in value.items()])
+        elif isinstance(value, list):
+            value = ",".join(value)
+        out[name] = cell(value)
+    return out
+
+
+def show(rows: list[dict[str, Any]], as_json: bool = False) -> None:
+    """Rows as an aligned table for people, or as JSON for scripts."""
+    if as_json:
+        return click.echo(plain_json(rows, indent=1))
+    if not rows:
+        return click.echo("Nothing yet.")
+    lines = list(map(readable, rows))
+    table = [list(lines[0]), *(line.values() for line in lines)]
+    widths = [max(map(columns, column)) for column in zip(*table)]
+    for line in table:
+        cells = (text + " " * (width - columns(text)) for text, width in zip(line, widths))
+        click.echo("  ".join(cells).rstrip())
+
+
+ACCOUNT = click.argument("account")
+NOUNS = {
+    "keys": "Makes, lists, changes and revokes API keys.",
+    "accounts": "Lists and closes accounts.",
+    "credits": "Grants and takes credits, shows balances and grants.",
+}
+for noun, about in NOUNS.items():
+    cli.add_command(click.Group(noun, help=about))
+
+
+def command(words: str, makes: bool = False, lists: bool = False) -> Callable:
+    """What makes a function a command on the two files. The rows that it returns are
+    shown; one that `lists` has those of one account or of all, for scripts too."""
+
+    def add(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def run(
+            keys: str, db: str, as_json: bool = False, as_csv: bool = False, **given: Any
+        ) -> None:
+            with opened(keys, db, makes) as files:
+                if lists and given["account"]:
+                    files.existing(given["account"])
+                rows = function(files, **given)
+                if as_csv:
+                    click.echo(csv_text(rows), nl=False)
+                elif rows is not None:
+                    show(rows, as_json)
+
+        if lists:
+            run = click.option("--json", "as_json", is_flag=True, help="For scripts.")(run)
+            run = click.argument("account", required=False)(run)
+        *noun, name = words.split()
+        (cli.commands[noun[0]] if noun else cli).command(name)(file_options(run))
+        return function
+
+    return add
+
+
+def names(text: str) -> list[str]:
+    return text.split(",")
 
 
 def term_options(command: Callable) -> Callable:
     """The terms of a key, of the commands that make or change one."""
-    for name, about in reversed({
-        "--expires": "The last day (UTC) on which it works: 2027-01-31.",
-        "--budget": "Credits that it may spend per period.",
-        "--per": f"The period of its budget: {', '.join(PERIODS)}.",
-        "--models": "Those that it may use: chat,echo.",
-        "--rate": "Like 10/minute; of its account's and this the smaller counts.",
-        "--concurrent": "Requests at once.",
-    }.items()):  # fmt: skip
-        command = click.option(name, help=about)(command)
     about = "It reads /metrics, and nothing else."
-    return click.option("--metrics", is_flag=True, default=None, help=about)(command)
+    command = click.option("--metrics", is_flag=True, default=None, help=about)(command)
+    for name, kind, about in reversed([
+        ("--expires", str, "The last day (UTC) on which it works: 2027-01-31."),
+        ("--budget", number, "Credits that it may spend per period."),
+        ("--per", str, f"The period of its budget: {', '.join(PERIODS)}."),
+        ("--models", names, "Those that it may use: chat,echo."),
+        ("--rate", str, "Like 10/minute; of its account's and this the smaller counts."),
+        ("--concurrent", number, "Requests at once."),
+    ]):  # fmt: skip
+        command = click.option(name, type=kind, help=about)(command)
+    return command
 
 
 def typed_terms(
-    expires: str | None, budget: str | None, per: str | None, models: str | None,
-    rate: str | None, concurrent: str | None, metrics: bool | None,
-) -> dict[str, Any]:  # fmt: skip
+    budget: Any, per: str | None, rate: str | None, concurrent: Any, **others: Any
+) -> dict[str, Any]:
     """What was typed of a key's terms, as a merge patch."""
-    most = concurrent
-    if concurrent and re.fullmatch("[0-9]{1,9}", concurrent):
-        most = int(concurrent)
-    parts = {
-        "expires": expires, "models": models and models.split(","), "metrics": metrics,
-        "budget": {"credits": budget and number(budget), "per": per},
-        "limits": {"rate": rate, "concurrent": most},
-    }  # fmt: skip
+    parts = others | {
+        "budget": {"credits": budget, "per": per},
+        "limits": {"rate": rate, "concurrent": concurrent},
+    }
     return {name: part for name, part in patched({}, parts).items() if part != {}}
 
 
@@ -7339,254 +7435,144 @@ def typed_key(config: Config, ledger: Ledger, text: str) -> Key:
     return known_key(config, ledger, *ids or [text])
 
 
-@cli.group(name="keys")
-def keys_group() -> None:
-    """Makes, lists, changes and revokes API keys."""
-
-
-@keys_group.command("add")
-@file_options
-@click.argument("account")
-@click.option("--name", default="key", show_default=True)
-@click.option("--credits", help="Granted to the account at once.")
+@command("keys add", makes=True)
+@ACCOUNT
+@click.option("--name", default="key")
+@click.option("--credits", type=number, default="0", help="Granted to the account at once.")
 @click.option("--admin", is_flag=True, help="The key may use the admin routes.")
 @term_options
 def keys_add(
-    keys: str, db: str | None, account: str, name: str, credits: str | None,
-    admin: bool, **given: Any,
-) -> None:  # fmt: skip
+    files: Files, account: str, name: str, credits: Any, admin: bool, **given: Any
+) -> None:
     """Prints a new key, once; makes the account if it is new."""
+    config, ledger = files
     account_name(account, "ACCOUNT")
     printable_name(name, "--name")
-    amount = to_micro(number(credits), "--credits") if credits is not None else 0
-    with opened(keys, db, makes=True) as (config, ledger):
-        terms = changed_terms(NO_TERMS, typed_terms(**given), config.models)
-        new = account not in config.accounts
-        spent = ledger.make_account(account) if new else None
-        if amount:
-            ledger.grant(config.account(account), amount, "keys add")
-        if spent is not None:
-            left = balances(config, ledger, [account])[account]["available"]
+    amount = to_micro(credits, "--credits")
+    terms = changed_terms(NO_TERMS, typed_terms(**given), config.models)
+    new = account not in config.accounts
+    spent = ledger.make_account(account) if new else None
+    if amount:
+        ledger.grant(config.account(account), amount, "keys add")
+    if spent is not None:
+        left = balances(config, ledger, [account])[account]["available"]
+        told = f", and has no credits yet: credits add {account} AMOUNT"
+        if left:
             told = f", with {left:.6f} credits."
-            if not left:
-                told = f", and has no credits yet: credits add {account} AMOUNT"
-            click.echo(f"{account} is new{told}", err=True)
-        if spent:
-            click.echo(history(account, spent), err=True)
-        click.echo(ledger.make_key(account, name, admin, terms)[0])
+        click.echo(f"{account} is new{told}", err=True)
+    if spent:
+        click.echo(history(account, spent), err=True)
+    click.echo(ledger.make_key(account, name, admin, terms)[0])
 
 
-def columns(text: str) -> int:
-    """How many columns of a terminal a text takes."""
-    wide = sum([unicodedata.east_asian_width(sign) in "WF" for sign in text])
-    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+@command("keys list", lists=True)
+def keys_list(files: Files, account: str | None) -> list[dict]:
+    """Hints and ids of keys, never the keys."""
+    return [row for name in files.names(account) for row in key_entries(*files, name)]
 
 
-def show(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Rows as an aligned table for people, or as JSON for scripts."""
-    if as_json:
-        return click.echo(json.dumps(rows, ensure_ascii=False, indent=1))
-    if not rows:
-        return click.echo("Nothing yet.")
-    table = [list(rows[0])] + [[cell(value) for value in row.values()] for row in rows]
-    widths = [max(map(columns, column)) for column in zip(*table)]
-    for line in table:
-        cells = (text + " " * (width - columns(text)) for text, width in zip(line, widths))
-        click.echo("  ".join(cells).rstrip())
-
-
-def readable(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with its times, lists and objects as people read them."""
-    out = {}
-    for name, value in row.items():
-        if name in ("created", "last_used", "revoked"):
-            value = stamp(value) if value else ""
-        elif name == "budget" and value:
-            left, most, per = value["available"], value["credits"], value["per"]
-            value = f"{left:.6f} of {most:.6f} ({per})"
-        elif isinstance(value, dict):
-            value = " ".join([f"{each}={part}" for each, part in value.items()])
-        elif isinstance(value, list):
-            value = ",".join(value)
-        out[name] = value
-    return out
-
-
-@keys_group.command("list")
-@file_options
-@json_option
-def keys_list(keys: str, db: str | None, as_json: bool) -> None:
-    """Hints and ids of all keys, never the keys."""
-    with opened(keys, db) as (config, ledger):
-        names = account_names(config, ledger)
-        rows = [each for name in names for each in key_entries(config, ledger, name)]
-        show(rows if as_json else list(map(readable, rows)), as_json)
-
-
-@keys_group.command("set")
-@file_options
+@command("keys set")
 @click.argument("id")
 @click.option("--name", help="Another name.")
 @term_options
 @click.option("--remove", type=click.Choice(TERMS.split()), multiple=True)
 def keys_set(
-    keys: str, db: str | None, id: str, name: str | None, remove: tuple[str, ...],
-    **given: Any,
-) -> None:  # fmt: skip
+    files: Files, id: str, name: str | None, remove: tuple[str, ...], **given: Any
+) -> None:
     """Changes the name, expiry, budget, models or limits of a key made here; ID is its
     id, or account/name."""
+    key = typed_key(*files, id)
     change = typed_terms(**given) | dict.fromkeys(remove)
-    with opened(keys, db) as (config, ledger):
-        key = typed_key(config, ledger, id)
-        terms = changed_terms(key.terms, change, config.models)
-        name = key.name if name is None else printable_name(name, "--name")
-        change_key(ledger, replace(key, name=name, terms=terms))
-        click.echo(f"{key.id} is changed.")
+    terms = changed_terms(key.terms, change, files.config.models)
+    name = key.name if name is None else printable_name(name, "--name")
+    change_key(files.ledger, replace(key, name=name, terms=terms))
+    click.echo(f"{key.id} is changed.")
 
 
-@keys_group.command("revoke")
-@file_options
+@command("keys revoke", makes=True)
 @click.argument("id")
-def keys_revoke(keys: str, db: str | None, id: str) -> None:
+def keys_revoke(files: Files, id: str) -> None:
     """Revokes a key, for ever; ID is its id, or account/name."""
-    with opened(keys, db, makes=True) as (config, ledger):
-        key = typed_key(config, ledger, id)
-        ledger.revoke(key)
-        click.echo(f"{key.id} is revoked.")
+    key = typed_key(*files, id)
+    files.ledger.revoke(key)
+    click.echo(f"{key.id} is revoked.")
 
 
-@cli.group(name="accounts")
-def accounts_group() -> None:
-    """Lists and closes accounts."""
+@command("accounts list", lists=True)
+def accounts_list(files: Files, account: str | None) -> list[dict]:
+    """Accounts, their keys that live and their credits."""
+    return account_entries(*files, files.names(account))
 
 
-@accounts_group.command("list")
-@file_options
-@json_option
-def accounts_list(keys: str, db: str | None, as_json: bool) -> None:
-    """All accounts, their keys that live and their credits."""
-    with opened(keys, db) as (config, ledger):
-        rows = account_entries(config, ledger, account_names(config, ledger))
-        if not as_json:
-            rows = [row | row.pop("credits") for row in rows]
-        show(rows, as_json)
-
-
-@accounts_group.command("close")
-@file_options
-@click.argument("account")
-def accounts_close(keys: str, db: str | None, account: str) -> None:
+@command("accounts close")
+@ACCOUNT
+def accounts_close(files: Files, account: str) -> None:
     """Revokes all keys of an account made here; its history stays."""
-    with opened(keys, db) as (config, ledger):
-        close_account(config, ledger, existing(config, ledger, account))
-        click.echo(f"{account} is closed.")
+    close_account(*files, files.existing(account))
+    click.echo(f"{account} is closed.")
 
 
-@cli.group(name="credits")
-def credits_group() -> None:
-    """Grants and takes credits, shows balances and grants."""
+def granted(files: Files, account: str, amount: int, note: str) -> list[dict]:
+    """Grants micro-credits, or takes them; the balance then."""
+    printable_name(note, "--note")
+    grant_or_tell(*files, files.existing(account), amount, note)
+    return credits_show(files, account)
 
 
-def grant_typed(
-    keys: str, db: str | None, account: str, amount: str, note: str, sign: int
-) -> None:
-    """Grants, or takes, what was typed."""
-    with opened(keys, db, makes=True) as (config, ledger):
-        micro = sign * parse_grant(number(amount), "AMOUNT", 0)
-        printable_name(note, "--note")
-        existing(config, ledger, account)
-        grant_or_tell(config, ledger, account, micro, note)
-        left = balances(config, ledger, [account])[account]
-        show([{"account": account, **left}], False)
-
-
-@credits_group.command("add")
-@file_options
-@click.argument("account")
-@click.argument("amount")
-@click.option("--note", default="granted", show_default=True)
-def credits_add(
-    keys: str, db: str | None, account: str, amount: str, note: str
-) -> None:
+@command("credits add", makes=True)
+@ACCOUNT
+@click.argument("amount", type=number)
+@click.option("--note", default="granted")
+def credits_add(files: Files, account: str, amount: Any, note: str) -> list[dict]:
     """Grants AMOUNT credits to ACCOUNT."""
-    grant_typed(keys, db, account, amount, note, 1)
+    return granted(files, account, parse_grant(amount, "AMOUNT", 0), note)
 
 
-@credits_group.command("take")
-@file_options
-@click.argument("account")
-@click.argument("amount")
-@click.option("--note", default="corrected", show_default=True)
-def credits_take(
-    keys: str, db: str | None, account: str, amount: str, note: str
-) -> None:
+@command("credits take", makes=True)
+@ACCOUNT
+@click.argument("amount", type=number)
+@click.option("--note", default="corrected")
+def credits_take(files: Files, account: str, amount: Any, note: str) -> list[dict]:
     """Takes AMOUNT credits from ACCOUNT, down to what is available."""
-    grant_typed(keys, db, account, amount, note, -1)
+    return granted(files, account, -parse_grant(amount, "AMOUNT", 0), note)
 
 
-@credits_group.command("log")
-@file_options
-@click.argument("account", required=False)
-@json_option
-def credits_log(keys: str, db: str | None, account: str | None, as_json: bool) -> None:
+@command("credits log", lists=True)
+def credits_log(files: Files, account: str | None) -> list[dict]:
     """Every grant and correction with its note, newest first."""
-    with opened(keys, db) as (config, ledger):
-        account = account and existing(config, ledger, account)
-        rows = grant_entries(ledger, account, -1)
-        show(rows if as_json else list(map(readable, rows)), as_json)
+    return grant_entries(files.ledger, account, -1)
 
 
-@credits_group.command("show")
-@file_options
-@click.argument("account", required=False)
-@json_option
-def credits_show(keys: str, db: str | None, account: str | None, as_json: bool) -> None:
+@command("credits show", lists=True)
+def credits_show(files: Files, account: str | None) -> list[dict]:
     """Balances of one account, or of all."""
-    with opened(keys, db) as (config, ledger):
-        every = [] if account else account_names(config, ledger)
-        names = [existing(config, ledger, account)] if account else every
-        credits = balances(config, ledger, names)
-        show([{"account": name, **credits[name]} for name in names], as_json)
+    credits = balances(*files, files.names(account))
+    return [{"account": name, **parts} for name, parts in credits.items()]
 
 
-@cli.command()
-@file_options
-@click.argument("account", required=False)
-@click.option("--days", type=click.IntRange(1, 366), default=30, show_default=True)
+@command("usage", lists=True)
+@click.option("--days", type=click.IntRange(1, 366), default=30)
 @click.option("--by", type=click.Choice(list(GROUPS)), multiple=True)
 @click.option("--csv", "as_csv", is_flag=True, help="For spreadsheets.")
-@json_option
 def usage(
-    keys: str, db: str | None, account: str | None, days: int, by: tuple[str, ...],
-    as_csv: bool, as_json: bool,
-) -> None:  # fmt: skip
+    files: Files, account: str | None, days: int, by: tuple[str, ...]
+) -> list[dict]:
     """Requests, tokens and credits: by day and model, or by what --by names."""
-    with opened(keys, db) as (config, ledger):
-        account = account and existing(config, ledger, account)
-        rows = usage_rows(ledger, account, days, by or ("day", "model"))
-        if as_csv:
-            return click.echo(csv_text(rows), nl=False)
-        show(rows, as_json)
+    return usage_rows(files.ledger, account, days, by or ("day", "model"))
 
 
-@cli.command("requests")
-@file_options
-@click.argument("account", required=False)
+@command("requests", lists=True)
 @click.option("--failed", is_flag=True, help="Those that did not end well.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
-@json_option
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50)
 def requests_command(
-    keys: str, db: str | None, account: str | None, failed: bool, limit: int,
-    as_json: bool,
-) -> None:  # fmt: skip
+    files: Files, account: str | None, failed: bool, limit: int
+) -> list[dict]:
     """The last receipts, newest first."""
-    with opened(keys, db) as (config, ledger):
-        every = [] if account else account_names(config, ledger)
-        names = [existing(config, ledger, account)] if account else every
-        wanted = {"failed": True} if failed else None
-        asked = [receipts(ledger, name, "", "s", limit, wanted) for name in names]
-        rows = sorted(itertools.chain(*asked), key=lambda row: row["id"], reverse=True)
-        show([row | {"created": stamp(row["created"])} for row in rows[:limit]], as_json)
+    wanted = {"failed": True} if failed else None
+    rows = []
+    for name in files.names(account):
+        rows += receipts(files.ledger, name, "", "s", limit, wanted)
+    return sorted(rows, key=lambda row: row["id"], reverse=True)[:limit]
 
 
 def key_state(upstream: UpstreamConfig, online: bool) -> str:
@@ -7628,22 +7614,22 @@ def warnings(config: Config, ledger: Ledger, keys: str) -> Iterator[str]:
 @cli.command()
 @file_options
 @click.option("--online", is_flag=True, help="Ask the providers; spends nothing.")
-def check(keys: str, db: str | None, online: bool) -> None:
+def check(keys: str, db: str, online: bool) -> int:
     """Proves the ledger, validates keys.json, warns of what would fail."""
-    there = os.path.exists(default_files(keys, db)[1])
+    there = os.path.exists(db)
     with opened(keys, db) as (config, ledger):
-        show(list(provider_rows(config, online)), False)
+        show(list(provider_rows(config, online)))
         for line in warnings(config, ledger, keys):
             click.echo(f"warning: {line}")
         if not there:
-            return
+            return 0
         with progress("Adding up", length=len(PROOFS)) as bar:
             wrong = ledger.check(lambda: bar.update(1))
         for line in wrong:
             click.echo(f"wrong: {line}")
         click.echo(f"The ledger's schema is version {SCHEMA_VERSION}.")
         click.echo("The ledger does not add up." if wrong else "The ledger adds up.")
-        click.get_current_context().exit(1 if wrong else 0)
+        return 1 if wrong else 0
 
 
 def named_first(arguments: list[str]) -> list[str]:

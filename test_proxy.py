@@ -5855,7 +5855,8 @@ def test_what_cannot_be_priced_is_refused_before_the_provider_is_asked(
     response = stage.post(path, ask)
     told = response.json["error"]["message"]
     assert response.status_code in (400, 404) and told
-    assert [*more][0] in told or "streamed" in told if more else True
+    words = [*more][:1] or ["model", "path"]
+    assert any(word in told for word in (*words, "streamed", "no price"))
     id = response.headers["x-request-id"]
     assert not stage.main.requests and not stage.rows("id = ?", id)
 
@@ -10447,7 +10448,7 @@ def test_check_fails_a_ledger_that_does_not_add_up(run):
     altered("UPDATE accounts SET granted = granted + 1")(run.db)
     status, out, _ = run("check")
     altered("UPDATE accounts SET granted = granted - 1")(run.db)
-    assert status == 1 and "wrong: alice: granted is 1000001" in out
+    assert status == 1 and "wrong: alice: granted, spent, held and lost have 1," in out
 
 
 COMMANDS = pytest.mark.parametrize("command", ["check", "keys list", "serve"])

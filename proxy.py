@@ -3513,6 +3513,7 @@ MAX_HEAD = 64 << 10  # bytes of an upstream's head or trailers
 MAX_CHUNK_LINE = 4096  # bytes of a chunk's size and extensions
 MAX_INFORMATIONAL = 20  # 1xx answers before the final one
 RECEIVE = 16 << 10  # bytes of one read: a TLS record, the rest would not wake a poll
+CLIENT_TIMEOUT = 30.0  # seconds for a client to send a piece, or to take one whole
 BODY_TIMEOUT = 60.0  # seconds for the whole body of a request
 BODY_DELAY = 1 / 6  # of them, by which it may fall behind an even pace
 ANSWER_READING = 120.0  # seconds for a client to read a JSON answer
@@ -3557,6 +3558,8 @@ class Watch:
 
         Each part gives its part of the time, and none is saved up: who sends nearly all
         of a body and then stalls would keep the room that was kept for it."""
+        if self.client:
+            self.client.settimeout(CLIENT_TIMEOUT)
         self.awaited, start = self.client, time.monotonic()
         delay, last = BODY_TIMEOUT * BODY_DELAY, start + BODY_TIMEOUT
         self.deadline = start + delay
@@ -6965,9 +6968,12 @@ def create_app(
 
 GRACE = 30  # seconds from SIGTERM to the end of the last stream
 GRACE_MARGIN = 3.0  # seconds before that in which streams are ended and settled
-CLIENT_TIMEOUT = 30  # seconds that one read from or write to a client may take
+PAGE_TIMEOUT = 10  # seconds for a client to take an answer that relays nothing
 LINGER = 0.4  # seconds for a client to stop sending what was refused
-FIRST_WORD = 5.0  # seconds that a new connection may be silent
+FIRST_WORD = 5.0  # seconds that a new connection may be silent, and for a whole head
+HEAD_PIECE, MAX_LOOKS = 8192, 100  # bytes of a look at a head that comes, and looks
+# Where a head ends, or cannot be one any more (RFC 9112 §2.2).
+HEAD_END = re.compile(rb"[^\r\n]\r\n\r\n|(?<!\r)\n")
 IDLE = 10_000  # connections of one worker beyond its threads
 SPARE_THREADS = 16  # per worker, kept for answers that relay nothing
 PARSER_STATUS = {
@@ -7029,20 +7035,36 @@ class Worker(gthread.ThreadWorker):
     # Connections
 
     def enqueue_req(self, conn: Any) -> None:
-        """A thread is for those that have spoken: gunicorn gives it, and a descriptor,
-        to each new connection for five seconds, and 75 more without them."""
-        if conn.initialized or conn.data_ready:
-            return super().enqueue_req(conn)
+        """A thread is for a request whose head is here: gunicorn gives it to each new
+        connection, and 300 heads that trickled in took all of them."""
+        conn.init()
         conn.sock.setblocking(False)
-        conn.timeout = time.monotonic() + FIRST_WORD
+        head, ended, now = conn.parser.unreader.buf, False, time.monotonic()
+        try:
+            data = conn.sock.recv(HEAD_PIECE)
+            head.seek(0, os.SEEK_END)
+            head.write(data)
+            ended = not data
+        except OSError as error:
+            ended = not isinstance(error, BlockingIOError)
+        if ended or HEAD_END.search(head.getvalue()):
+            conn.looks = []
+            return super().enqueue_req(conn)
+        conn.looks = [*getattr(conn, "looks", ()), now]
+        conn.timeout = conn.looks[0] + FIRST_WORD
+        if now > conn.timeout or len(conn.looks) > MAX_LOOKS or head.tell() > MAX_HEAD:
+            self.refuse(conn.sock, 431, "The request's head is too long, or too slow.")
+            self.nr_conns -= 1
+            return conn.close()
         self.pending_conns.append(conn)
-        spoken = functools.partial(self.on_pending_socket_readable, conn)
-        self.poller.register(conn.sock, selectors.EVENT_READ, spoken)
+        more = functools.partial(self.on_pending_socket_readable, conn)
+        self.poller.register(conn.sock, selectors.EVENT_READ, more)
 
     # One answer to each request
 
     def handle_request(self, req: Any, conn: Any) -> bool:
         """gunicorn reads every transfer coding, and undoes only `chunked`."""
+        conn.sock.settimeout(PAGE_TIMEOUT)
         codings = [text for name, text in req.headers if name == "TRANSFER-ENCODING"]
         if [coding.lower() for coding in codings] not in ([], ["chunked"]):
             message, path = "No transfer coding but 'chunked' is taken.", req.path
@@ -7095,17 +7117,12 @@ def when_ready(arbiter: Any) -> None:
 
 def after_fork(arbiter: Any, worker: Any) -> None:
     """Until a worker has handlers of its own a signal ends it: the master's, which it
-    was born with, would only note it for the master. No read from and no write to a
-    client takes longer than CLIENT_TIMEOUT: accepted sockets inherit the option."""
+    was born with, would only note it for the master."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     SocketUnreader.max_body_chunk = PIECE  # no body is read ahead of its share
     # The rest of a refused body keeps its thread: gunicorn would wait for five seconds.
     gthread.DEFAULT_WORKER_DATA_TIMEOUT = 0.1
-    limit = struct.pack("ll", CLIENT_TIMEOUT, 0)
-    for listener in worker.sockets:
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            listener.sock.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
 def raised_descriptors() -> int:

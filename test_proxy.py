@@ -11564,7 +11564,9 @@ def world(workers: int, threads: int, constants: Mapping[str, Any] = {}) -> Call
     return served
 
 
-one = world(1, 64, {"CLIENT_TIMEOUT": 1, "BODY_TIMEOUT": 6, "UPSTREAM_IDLE": 0.5})
+one = world(1, 64, {
+    "CLIENT_TIMEOUT": 1, "FIRST_WORD": 1, "BODY_TIMEOUT": 6, "UPSTREAM_IDLE": 0.5,
+})  # fmt: skip
 two = world(2, 64, {"LEDGER_TIMEOUT": 0.8, "SWEEP_INTERVAL": 0.1})
 four = world(4, 200)
 narrow = world(1, 1, {  # relays one request at a time
@@ -12670,16 +12672,31 @@ def test_a_body_that_trickles_in_is_refused_in_time(path, one):
     assert answer.startswith(b"HTTP/1.1 400") and b"did not arrive within 6" in answer
 
 
-def test_a_connection_that_never_spoke_gets_seconds_and_no_thread(gateway):
+def test_a_connection_that_never_spoke_or_trickles_gets_seconds_and_no_thread(gateway):
     server = gateway(threads=1, constants={"SPARE_THREADS": 1, "FIRST_WORD": 1})
+    health = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    begins = b"", b"GET /", health[:-4], health + b"GET /"
     with ExitStack() as crowd:
         connect = lambda: socket.create_connection(("127.0.0.1", server.port), 8)
-        silent = [crowd.enter_context(connect()) for _ in range(20)]
+        slow = [(crowd.enter_context(connect()), begin) for begin in begins * 10]
+        for sock, begin in slow:
+            sock.sendall(begin)
         started = time.monotonic()
-        assert requests.get(f"{server.url}/healthz", timeout=5).ok
+        for _ in range(10):
+            assert requests.get(f"{server.url}/healthz", timeout=5).ok
+            for sock, begin in slow:
+                sock.send(begin and b"x")
         assert time.monotonic() - started < 0.9
-        assert [sock.recv(1) for sock in silent] == [b""] * 20
+        ends = [b"".join(iter(lambda: sock.recv(65536), b"")) for sock, _ in slow]
+        assert [b"200 OK" in end for end in ends] == [False, False, False, True] * 10
         assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "head", [b"GET /" + b"x" * 70_000, b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000]
+)
+def test_a_head_that_is_too_long_is_told_so(head, one):
+    assert raw_http(one.port, head, 8).startswith(b"HTTP/1.1 431")
 
 
 def test_a_reader_that_stops_reading_is_given_up_and_settled(one):
@@ -13809,7 +13826,8 @@ def test_malformed_requests_are_refused_and_cost_nothing(
 ):
     limits = {"rate": "10000/second", "concurrent": 1000}
     server = gateway(
-        workers=1, threads=64, limits=limits, constants={"CLIENT_TIMEOUT": 1}
+        workers=1, threads=64, limits=limits,
+        constants={"CLIENT_TIMEOUT": 1, "FIRST_WORD": 1},
     )
     pids = server.workers()
 
@@ -14040,7 +14058,7 @@ def trouble(server: Gateway, folder: Path, seed: int, until: float) -> Counter:
 def test_a_mixed_load_with_faults_leaves_nothing_behind(gateway, tmp_path):
     seconds = float(os.environ.get("PROXY_TEST_LOAD", 600))
     limits = {"rate": "10000/minute", "concurrent": 50}
-    waits = {"CLIENT_TIMEOUT": 1, "UPSTREAM_IDLE": 0.5}
+    waits = {"CLIENT_TIMEOUT": 1, "FIRST_WORD": 1, "UPSTREAM_IDLE": 0.5}
     with Upstream(Player()) as up:
         more = {"limits": limits, "constants": waits, **played_models(up)}
         server = gateway(up.url, workers=2, threads=16, **more)

@@ -1290,7 +1290,7 @@ def test_every_error_knows_its_envelopes(error, status, type, code, anthropics):
 
 
 @pytest.mark.parametrize("text", ["half \ud83d a pair", "\udcff"])
-def test_an_envelope_is_utf8_whatever_its_texts(text: str) -> None:
+def test_an_envelope_is_utf8_whatever_its_texts(text):
     error = proxy.Refused(400, text, text, text)
     assert json.loads(error.envelope().decode())["error"]["param"]
 
@@ -1305,14 +1305,12 @@ REPEATS += [
 
 
 @pytest.mark.parametrize("error, headers", REPEATS)
-def test_an_error_says_whether_a_repeat_helps_and_when(
-    error: proxy.ProxyError, headers: dict
-) -> None:
+def test_an_error_says_whether_a_repeat_helps_and_when(error, headers):
     assert error.headers == headers
 
 
 @pytest.mark.parametrize("error", [proxy.UpstreamFailed, proxy.LedgerUnavailable])
-def test_what_went_wrong_inside_is_not_told(error: Callable) -> None:
+def test_what_went_wrong_inside_is_not_told(error):
     assert b"10.0.0.1 refused" not in error("10.0.0.1 refused").envelope()
 
 
@@ -1329,9 +1327,7 @@ def test_what_went_wrong_inside_is_not_told(error: Callable) -> None:
         (http_errors.InternalServerError(), 500, "internal_error"),
     ],
 )
-def test_the_frameworks_refusals_become_ours(
-    error: http_errors.HTTPException, status: int, code: str
-) -> None:
+def test_the_frameworks_refusals_become_ours(error, status, code):
     ours = proxy.from_http(error)
     assert (ours.status, ours.code) == (status, code)
 
@@ -1341,7 +1337,7 @@ def test_the_frameworks_refusals_become_ours(
 TREE = ast.parse(Path(proxy.__file__).read_text())
 
 
-def test_signatures_name_only_what_stands_above() -> None:
+def test_signatures_name_only_what_stands_above():
     places = {n.name: n.lineno for n in TREE.body if isinstance(n, ast.ClassDef)}
     functions = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
     late = [
@@ -1354,7 +1350,7 @@ def test_signatures_name_only_what_stands_above() -> None:
     assert len(functions) > 200 and late == []
 
 
-def test_every_package_that_is_imported_is_pinned() -> None:
+def test_every_package_that_is_imported_is_pinned():
     pinned = re.findall(r"^([a-z0-9-]+)==[\w.]+$", REQUIREMENTS, re.MULTILINE)
     nodes = [*ast.walk(TREE)]
     names = [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
@@ -1522,16 +1518,14 @@ def terms_with(path: str, value: Any) -> dict:
 
 
 @pytest.mark.parametrize("path, value", REFUSED_TERMS)
-def test_refused_terms_of_a_key_are_named_by_their_path(
-    load: Callable, path: str, value: Any
-) -> None:
+def test_refused_terms_of_a_key_are_named_by_their_path(load, path, value):
     key = {"key": "sk-key", **terms_with(path, value)}
     with pytest.raises(proxy.ConfigError) as refused:
         load(planted("accounts.team.keys.bound", key))
     assert str(refused.value).startswith(f"keys.json: accounts.team.keys.bound.{path}:")
 
 
-def test_a_key_may_be_an_object_with_its_terms(load: Callable) -> None:
+def test_a_key_may_be_an_object_with_its_terms(load):
     written = {
         "expires": "2030-01-31", "budget": {"credits": 2.5, "per": "week"},
         "models": ["chat"], "limits": {"rate": "5/minute"}, "metrics": True,
@@ -1553,9 +1547,7 @@ def test_a_key_may_be_an_object_with_its_terms(load: Callable) -> None:
         ("2030-01-31T12:00:00Z", "2030-01-31T11:59:59Z", "2030-01-31T12:00:00Z"),
     ],
 )
-def test_a_key_works_through_its_last_day(
-    wall_clock: Jumping, expires: str, last: str, first: str
-) -> None:
+def test_a_key_works_through_its_last_day(wall_clock, expires, last, first):
     terms = proxy.parse_terms({"expires": expires})
     told = []
     for moment in last, first:
@@ -1579,9 +1571,7 @@ def test_a_key_works_through_its_last_day(
         ("total", "2026-11-25", "1970-01-01", "4707-11-29"),
     ],
 )
-def test_the_window_of_a_budget_is_of_the_utc_calendar(
-    per: str, day: str, since: str, until: str
-) -> None:
+def test_the_window_of_a_budget_is_of_the_utc_calendar(per, day, since, until):
     number = [proxy.parse_moment(text, "") // proxy.DAY - 1 for text in (day, since, until)]
     assert proxy.Budget(1, per).window(number[0]) == tuple(number[1:])
 
@@ -1590,9 +1580,7 @@ ACCOUNT_MODELS = [(None, None), (None, {"a"}), ({"a", "b"}, None), ({"a", "b"}, 
 
 
 @pytest.mark.parametrize("account, key", ACCOUNT_MODELS, ids=str)
-def test_a_key_may_use_what_its_account_may_use_and_no_more(
-    account: set | None, key: set | None
-) -> None:
+def test_a_key_may_use_what_its_account_may_use_and_no_more(account, key):
     whole = replace(TEAM, models=account and frozenset(account))
     terms = proxy.Terms(models=key and frozenset(key))
     for model in "abcd":
@@ -1611,8 +1599,8 @@ def test_a_key_may_use_what_its_account_may_use_and_no_more(
     ],
 )  # fmt: skip
 def test_of_a_keys_limits_and_its_accounts_the_smaller_counts(
-    account: dict, key: dict, rates: set, concurrent: int
-) -> None:
+    account, key, rates, concurrent
+):
     whole = replace(TEAM, limits=proxy.parse_limits(account, ""))
     limits = whole.under(proxy.parse_terms({"limits": key})).limits
     assert ({*map(str, limits.items)}, limits.concurrent) == (rates, concurrent)
@@ -1637,8 +1625,8 @@ def test_of_a_keys_limits_and_its_accounts_the_smaller_counts(
     ],
 )
 def test_a_file_that_is_no_good_json_is_refused_with_the_reason(
-    config_path: Path, data: bytes, reason: str
-) -> None:
+    config_path, data, reason
+):
     config_path.write_bytes(data)
     with pytest.raises(proxy.ConfigError, match="keys.json") as refused:
         proxy.ConfigFile(config_path)
@@ -1646,16 +1634,14 @@ def test_a_file_that_is_no_good_json_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_defaults_are_json_that_can_be_forwarded(
-    config_path: Path, number: str
-) -> None:
+def test_defaults_are_json_that_can_be_forwarded(config_path, number):
     text = json.dumps(planted("models.chat.defaults", {"temperature": "?"}))
     config_path.write_text(text.replace('"?"', number))
     with pytest.raises(proxy.ConfigError):
         proxy.ConfigFile(config_path)
 
 
-def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused_by_name(tmp_path):
     with pytest.raises(proxy.ConfigError, match="keys.json: No such file"):
         proxy.ConfigFile(tmp_path / "keys.json")
 
@@ -1663,14 +1649,12 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "same", ["sk-team", "sha256:" + hashlib.sha256(b"sk-team").hexdigest()], ids=short
 )
-def test_one_key_cannot_be_two_accounts(load: Callable, same: str) -> None:
+def test_one_key_cannot_be_two_accounts(load, same):
     with pytest.raises(proxy.ConfigError, match="accounts.b.keys.k: .* twice"):
         load(planted("accounts.b.keys.k", same))
 
 
-def test_the_sample_is_accepted_without_any_provider_key(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_sample_is_accepted_without_any_provider_key(monkeypatch):
     names = {"DEEPSEEK_API_KEY", "JIMENG_ACCESS_KEY", "JIMENG_SECRET_KEY"}
     for name in names:
         monkeypatch.delenv(name, raising=False)
@@ -1680,26 +1664,24 @@ def test_the_sample_is_accepted_without_any_provider_key(
     assert config.demo == ("sk-demo", "echo")
 
 
-def test_limits_that_nobody_set_are_sixty_a_minute_and_ten_at_once() -> None:
+def test_limits_that_nobody_set_are_sixty_a_minute_and_ten_at_once():
     sample = proxy.ConfigFile(PROJECT / "keys.json").current.limits
     told = [(it.rate, it.concurrent) for it in (sample, proxy.parse_limits({}, ""))]
     assert told == [("60/minute", 10)] * 2
 
 
-def test_the_readmes_keys_json_is_accepted() -> None:
+def test_the_readmes_keys_json_is_accepted():
     (document,) = re.findall(r"```json\n(.*?)```", README, re.S)
     config = proxy.parse_config(json.loads(document))
     assert {*config.models} == {"qwen", "chat"} and config.demo is None
 
 
-def test_the_readme_names_tests_that_are_here() -> None:
+def test_the_readme_names_tests_that_are_here():
     named = {*re.findall(r"`(test_[a-z]\w+)`", README)}
     assert len(named) > 20 and named <= {*globals()}
 
 
-def test_names_are_taken_from_the_environment(
-    load: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_are_taken_from_the_environment(load, monkeypatch):
     monkeypatch.setenv("PROXY_TEST_KEY", "from-outside")
     monkeypatch.delenv("PROXY_TEST_UNSET", raising=False)
     config = load(planted("upstreams.main.key", "$PROXY_TEST_KEY:$PROXY_TEST_UNSET"))
@@ -1710,7 +1692,7 @@ def test_names_are_taken_from_the_environment(
 
 
 @pytest.mark.parametrize("form", [str.lower, str.upper])
-def test_a_key_and_its_hash_are_the_same_key(load: Callable, form: Callable) -> None:
+def test_a_key_and_its_hash_are_the_same_key(load, form):
     digest = form(hashlib.sha256(b"sk-team").hexdigest())
     hashed = load(planted("accounts.team.keys.main", f"sha256:{digest}"))
     assert [*hashed.keys] == [*load(planted()).keys]
@@ -1721,14 +1703,12 @@ def test_a_key_and_its_hash_are_the_same_key(load: Callable, form: Callable) -> 
     "credits, micro",
     [(0, 0), (1, 10**6), (0.1, 10**5), (1e-6, 1), (1.5, 1_500_000), (10**9, 10**15)],
 )
-def test_credits_are_exact_integers(load: Callable, credits: float, micro: int) -> None:
+def test_credits_are_exact_integers(load, credits, micro):
     config = load(planted("accounts.team.credits", credits))
     assert config.account("team").credits == micro
 
 
-def test_prices_are_exact_and_cached_input_costs_as_input_unless_said(
-    load: Callable,
-) -> None:
+def test_prices_are_exact_and_cached_input_costs_as_input_unless_said(load):
     price = {"input": 0.3, "output": 1.2, "request": 0.01, "image": 0.04}
     exact = load(planted("models.chat.price", price)).models["chat"].price
     assert exact == proxy.Price(300_000, 300_000, 300_000, 1_200_000, 4 * 10**10, 10**10)
@@ -1783,21 +1763,21 @@ def test_what_cannot_be_meant_is_told_by_its_path(load, path, value, told):
     assert str(refused.value).startswith(f"keys.json: {told}")
 
 
-def test_hours_replace_the_prices_that_they_name(load: Callable) -> None:
+def test_hours_replace_the_prices_that_they_name(load):
     price = {"input": 1, "cached": 0.1, "output": 2, "hours": [PEAK]}
     model = load(planted("models.chat.price", price)).models["chat"]
     assert model.price == proxy.Price(10**6, 10**5, 10**6, 2 * 10**6)
     assert model.hours[0].price == proxy.Price(2 * 10**6, 10**5, 2 * 10**6, 2 * 10**6)
 
 
-def test_an_accounts_limits_complete_the_common_ones(load: Callable) -> None:
+def test_an_accounts_limits_complete_the_common_ones(load):
     config = load(planted("accounts.team.limits", {"concurrent": 3}))
     limits = config.account("team").limits
     assert (limits.rate, limits.concurrent) == ("60/minute", 3)
     assert config.account("made at run time").limits == config.limits
 
 
-def test_several_upstreams_keep_their_order(load: Callable) -> None:
+def test_several_upstreams_keep_their_order(load):
     whole = planted("models.chat.upstream", ["spare/a", "main/b/c"])
     whole["upstreams"]["spare"] = {"url": "https://spare.example"}
     routes = load(whole).models["chat"].routes
@@ -1809,9 +1789,7 @@ def test_several_upstreams_keep_their_order(load: Callable) -> None:
     "change",
     [{"models": None}, {"models": []}, {"models": ["echo", "chat"]}, {"admin": True}],
 )
-def test_a_demo_may_reach_only_echo_models_and_is_no_admin(
-    tmp_path: Path, change: dict
-) -> None:
+def test_a_demo_may_reach_only_echo_models_and_is_no_admin(tmp_path, change):
     path = keys_file(tmp_path, "http://127.0.0.1:9")
     assert proxy.ConfigFile(path).current.demo == (DEMO_KEY, "echo")
     keys_file(tmp_path, "http://127.0.0.1:9", accounts={"demo": change})
@@ -1822,9 +1800,7 @@ def test_a_demo_may_reach_only_echo_models_and_is_no_admin(
 @pytest.mark.parametrize(
     "change", [{"demo": None}, {"keys": {"readme": "sha256:" + "0" * 64}}]
 )
-def test_only_demo_true_makes_a_key_public_and_no_hash_is_shown(
-    tmp_path: Path, change: dict
-) -> None:
+def test_only_demo_true_makes_a_key_public_and_no_hash_is_shown(tmp_path, change):
     path = keys_file(tmp_path, "http://127.0.0.1:9", accounts={"demo": change})
     assert proxy.ConfigFile(path).current.demo is None
 
@@ -1846,9 +1822,7 @@ SPOILS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
-def test_a_spoilt_file_keeps_the_last_good_one_and_says_so_once(
-    config_path: Path, spoil: Callable[[Path], Any]
-) -> None:
+def test_a_spoilt_file_keeps_the_last_good_one_and_says_so_once(config_path, spoil):
     file = proxy.ConfigFile(config_path)
     good = file.current
     spoil(config_path)
@@ -1856,7 +1830,7 @@ def test_a_spoilt_file_keeps_the_last_good_one_and_says_so_once(
     assert first and more == [None, None] and file.current is good
 
 
-def test_a_file_mended_after_it_was_spoilt_is_taken(config_path: Path) -> None:
+def test_a_file_mended_after_it_was_spoilt_is_taken(config_path):
     file = proxy.ConfigFile(config_path)
     config_path.write_text("")
     assert file.refresh()
@@ -1865,9 +1839,7 @@ def test_a_file_mended_after_it_was_spoilt_is_taken(config_path: Path) -> None:
     assert "new" in file.current.accounts
 
 
-def test_a_replaced_file_of_the_same_size_is_read(
-    config_path: Path, tmp_path: Path
-) -> None:
+def test_a_replaced_file_of_the_same_size_is_read(config_path, tmp_path):
     file = proxy.ConfigFile(config_path)
     stat, other = config_path.stat(), tmp_path / "other"
     other.write_text(config_path.read_text().replace("team", "crew"))
@@ -1880,7 +1852,7 @@ def test_a_replaced_file_of_the_same_size_is_read(
 # Ledger ------------------------------------------------------------------------------
 
 
-def test_a_hold_settles_once(ledger: proxy.Ledger) -> None:
+def test_a_hold_settles_once(ledger):
     lease = admit(ledger, 100)
     assert sums(ledger) == (0, 100, 0)
     ledger.settle(lease, charge(30))
@@ -1891,7 +1863,7 @@ def test_a_hold_settles_once(ledger: proxy.Ledger) -> None:
     assert ledger.read("SELECT requests, cost FROM usage") == [(1, 30)]
 
 
-def test_a_hold_is_released_once_and_free(ledger: proxy.Ledger) -> None:
+def test_a_hold_is_released_once_and_free(ledger):
     lease = admit(ledger, 100)
     ledger.settle(lease, proxy.Charge(503))
     ledger.settle(lease, charge(50))
@@ -1900,9 +1872,7 @@ def test_a_hold_is_released_once_and_free(ledger: proxy.Ledger) -> None:
     assert ledger.read("SELECT requests, released FROM usage") == [(0, 1)]
 
 
-def test_what_was_held_and_not_spent_is_available_to_the_micro_credit(
-    ledger: proxy.Ledger,
-) -> None:
+def test_what_was_held_and_not_spent_is_available_to_the_micro_credit(ledger):
     for hold, cost in (333, 1), (333, 0), (1, 1), (0, 0), (998, 998):
         ledger.settle(admit(ledger, hold), charge(cost))
     assert sums(ledger) == (1000, 0, 0)
@@ -1910,7 +1880,7 @@ def test_what_was_held_and_not_spent_is_available_to_the_micro_credit(
         admit(ledger, 1)
 
 
-def test_a_grant_adds_to_what_keys_json_declares(ledger: proxy.Ledger) -> None:
+def test_a_grant_adds_to_what_keys_json_declares(ledger):
     ledger.grant(declared_account("team"), 500, "thanks")
     ledger.settle(admit(ledger, 1500), charge(1500))
     with pytest.raises(proxy.InsufficientCredits):
@@ -1930,9 +1900,7 @@ def test_a_grant_adds_to_what_keys_json_declares(ledger: proxy.Ledger) -> None:
         (400_000, 300_000, 1, 2, 1),
     ],
 )
-def test_a_hold_is_rounded_up_once(
-    fixed: int, token: int, tokens: int, choices: int, micro: int
-) -> None:
+def test_a_hold_is_rounded_up_once(fixed, token, tokens, choices, micro):
     assert proxy.Quote(fixed, token, tokens, choices).hold(tokens) == micro
 
 
@@ -1957,22 +1925,20 @@ def test_a_hold_is_rounded_up_once(
     ],
 )
 def test_output_is_capped_to_what_the_account_can_pay(
-    fixed: int, token: int, tokens: int, choices: int, available: int, affordable: int
-) -> None:
+    fixed, token, tokens, choices, available, affordable
+):
     quote = proxy.Quote(fixed, token, tokens, choices)
     assert quote.affordable(available) == affordable
     assert affordable < 0 or quote.hold(affordable) <= available
 
 
-def test_a_lease_says_how_many_tokens_its_hold_pays_for(ledger: proxy.Ledger) -> None:
+def test_a_lease_says_how_many_tokens_its_hold_pays_for(ledger):
     lease = admit(ledger, 400, tokens=4096, price=1)
     assert (lease.tokens, lease.hold) == (600, 1000)
     release(ledger, lease)
 
 
-def test_402_when_not_one_token_fits_and_nothing_is_written(
-    ledger: proxy.Ledger,
-) -> None:
+def test_402_when_not_one_token_fits_and_nothing_is_written(ledger):
     other = admit(ledger, 600)
     with pytest.raises(proxy.InsufficientCredits):
         admit(ledger, 400, tokens=4096, price=1)
@@ -1982,7 +1948,7 @@ def test_402_when_not_one_token_fits_and_nothing_is_written(
     release(ledger, other, lease)
 
 
-def test_what_is_free_needs_no_credits(ledger: proxy.Ledger) -> None:
+def test_what_is_free_needs_no_credits(ledger):
     poor = proxy.Account("poor", LIMITS)
     lease = admit(ledger, 0, tokens=50, account=poor)
     assert (lease.hold, lease.tokens) == (0, 50)
@@ -2000,15 +1966,15 @@ def test_what_is_free_needs_no_credits(ledger: proxy.Ledger) -> None:
     ],
 )
 def test_a_cost_above_the_hold_is_charged_as_far_as_the_account_can_pay(
-    ledger: proxy.Ledger, elsewhere: int, hold: int, cost: int, spent: int, lost: int
-) -> None:
+    ledger, elsewhere, hold, cost, spent, lost
+):
     other, lease = admit(ledger, elsewhere), admit(ledger, hold)
     ledger.settle(lease, charge(cost))
     assert sums(ledger) == (spent, elsewhere, lost)
     release(ledger, other)
 
 
-def test_a_key_has_so_many_leases_at_once(ledger: proxy.Ledger) -> None:
+def test_a_key_has_so_many_leases_at_once(ledger):
     team = replace(TEAM, limits=proxy.parse_limits({"concurrent": 3}, "limits"))
     leases = [admit(ledger, account=team) for _ in range(3)]
     with pytest.raises(proxy.RateLimited) as refused:
@@ -2050,7 +2016,7 @@ def test_what_a_budget_has_left_is_what_was_not_spent(ledger):
     assert ledger.check() == []
 
 
-def test_output_is_capped_to_what_the_budget_can_pay(ledger: proxy.Ledger) -> None:
+def test_output_is_capped_to_what_the_budget_can_pay(ledger):
     lease = admit(ledger, 100, tokens=500, price=2, key=bound(300))
     assert (lease.hold, lease.tokens) == (300, 100)
     release(ledger, lease)
@@ -2067,8 +2033,8 @@ def test_output_is_capped_to_what_the_budget_can_pay(ledger: proxy.Ledger) -> No
     ],
 )  # fmt: skip
 def test_a_402_names_the_budget_what_is_left_and_its_next_window(
-    sleeping: None, ledger: proxy.Ledger, wall_clock: Jumping, per: str, told: str
-) -> None:
+    sleeping, ledger, wall_clock, per, told
+):
     wall_clock.set("2026-11-30T12:00:00Z")
     lease = admit(ledger, 200, key=bound(300, per))
     with pytest.raises(proxy.InsufficientCredits) as refused:
@@ -2084,9 +2050,7 @@ def test_a_402_names_the_budget_what_is_left_and_its_next_window(
     release(ledger, lease)
 
 
-def test_a_request_counts_in_the_window_of_its_admission(
-    sleeping: None, ledger: proxy.Ledger, wall_clock: Jumping
-) -> None:
+def test_a_request_counts_in_the_window_of_its_admission(sleeping, ledger, wall_clock):
     wall_clock.set("2026-11-30T23:59:59Z")
     first = [admit(ledger, 100, key=bound(300)) for _ in range(3)]
     with pytest.raises(proxy.InsufficientCredits):
@@ -2104,17 +2068,13 @@ def test_a_request_counts_in_the_window_of_its_admission(
     assert ledger.check() == []
 
 
-def test_a_cost_above_the_hold_is_charged_as_far_as_the_budget_can_pay(
-    ledger: proxy.Ledger
-) -> None:
+def test_a_cost_above_the_hold_is_charged_as_far_as_the_budget_can_pay(ledger):
     lease = admit(ledger, 100, key=bound(300))
     assert ledger.settle(lease, charge(700)) == 400
     assert (sums(ledger), ledger.check()) == ((300, 0, 400), [])
 
 
-def test_an_edited_budget_counts_from_the_next_hold_on_with_all_that_was_spent(
-    ledger: proxy.Ledger
-) -> None:
+def test_an_edited_budget_counts_from_the_next_hold_on_with_all_that_was_spent(ledger):
     ledger.settle(admit(ledger, 100), charge(100))  # without any
     running = admit(ledger, 100)
     for most, fits in (250, 50), (220, 20), (100, 0):
@@ -2131,7 +2091,7 @@ def test_an_edited_budget_counts_from_the_next_hold_on_with_all_that_was_spent(
     assert (sums(ledger), ledger.check()) == ((1000, 0, 0), [])
 
 
-def test_what_admission_costs_does_not_grow_with_history(ledger: proxy.Ledger) -> None:
+def test_what_admission_costs_does_not_grow_with_history(ledger):
     def steps(key: proxy.Key) -> int:
         count = itertools.count()
         progress = functools.partial(next, count)
@@ -2180,9 +2140,7 @@ FAILURES = {  # of one write in a batch: how many of the other four are written
 
 
 @pytest.mark.parametrize("fault, others", FAILURES.values(), ids=FAILURES)
-def test_what_is_told_to_be_written_is_written_and_nothing_else(
-    ledger: proxy.Ledger, fault: str, others: int
-) -> None:
+def test_what_is_told_to_be_written_is_written_and_nothing_else(ledger, fault, others):
     with one_batch(ledger, 5) as pool:
         notes = [fault, *map(NOTE.format, range(4))]
         told = [pool.submit(ledger.write, lambda db, n=n: db.execute(n)) for n in notes]
@@ -2192,9 +2150,7 @@ def test_what_is_told_to_be_written_is_written_and_nothing_else(
     assert [*rows] == [(name,) for name in written] and len(rows) == others
 
 
-def test_a_hold_beyond_sqlites_integers_is_what_can_be_paid(
-    ledger: proxy.Ledger,
-) -> None:
+def test_a_hold_beyond_sqlites_integers_is_what_can_be_paid(ledger):
     most = {"price": 10**9, "tokens": 128 * (2**31 - 1)}
     with pytest.raises(proxy.InsufficientCredits):
         admit(ledger, 0, **most)
@@ -2228,9 +2184,7 @@ def other_worker(db: str) -> Iterator[tuple[subprocess.Popen, int]]:
             process.kill()
 
 
-def test_a_dead_workers_holds_are_swept_and_a_living_ones_are_not(
-    ledger: proxy.Ledger,
-) -> None:
+def test_a_dead_workers_holds_are_swept_and_a_living_ones_are_not(ledger):
     with other_worker(ledger.path) as (process, slot):
         ledger.write(ledger._tidy)
         assert (slot, sums(ledger)) == (2, (0, 700, 0))
@@ -2242,9 +2196,7 @@ def test_a_dead_workers_holds_are_swept_and_a_living_ones_are_not(
     ledger.settle(admit(ledger, 1000), charge(1000))
 
 
-def test_who_claims_a_dead_workers_slot_clears_it(
-    sleeping: None, ledger: proxy.Ledger, make_ledger: MakeLedger
-) -> None:
+def test_who_claims_a_dead_workers_slot_clears_it(sleeping, ledger, make_ledger):
     with other_worker(ledger.path) as (process, slot):
         process.kill()
         process.wait()
@@ -2253,9 +2205,7 @@ def test_who_claims_a_dead_workers_slot_clears_it(
     assert sums(ledger) == (0, 0, 0)
 
 
-def test_a_late_settlement_of_a_swept_hold_charges_nothing(
-    ledger: proxy.Ledger,
-) -> None:
+def test_a_late_settlement_of_a_swept_hold_charges_nothing(ledger):
     dead = proxy.Ledger(ledger.path, worker=True)
     lease = admit(dead, 700)
     dead.close()
@@ -2264,9 +2214,7 @@ def test_a_late_settlement_of_a_swept_hold_charges_nothing(
     assert sums(ledger) == (0, 0, 0)
 
 
-def test_closing_another_ledger_of_the_process_keeps_the_slot(
-    ledger: proxy.Ledger, make_ledger: MakeLedger
-) -> None:
+def test_closing_another_ledger_of_the_process_keeps_the_slot(ledger, make_ledger):
     lease = admit(ledger)
     proxy.Ledger(ledger.path).close()
     other = make_ledger()
@@ -2279,7 +2227,7 @@ def test_closing_another_ledger_of_the_process_keeps_the_slot(
 # Ledger: the file
 
 
-def test_all_files_are_their_owners_alone(tmp_path: Path, ledger: proxy.Ledger) -> None:
+def test_all_files_are_their_owners_alone(tmp_path, ledger):
     release(ledger, admit(ledger))
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     names = ["proxy.db", "proxy.db-lock", "proxy.db-shm", "proxy.db-wal"]
@@ -2336,7 +2284,7 @@ FAILING_READS = {  # what is done to the file, what is read
 
 
 @pytest.mark.parametrize("case", FAILING_READS)
-def test_a_ledger_that_cannot_be_read_costs_no_descriptors(case, make_ledger) -> None:
+def test_a_ledger_that_cannot_be_read_costs_no_descriptors(case, make_ledger):
     ledger, (damage, sql) = make_ledger(), FAILING_READS[case]
     path, counts = Path(ledger.path), []
     good = path.read_bytes()
@@ -2368,9 +2316,7 @@ def contents(path: Path) -> bytes | bool:
 
 
 @pytest.mark.parametrize("make", NO_LEDGERS.values(), ids=NO_LEDGERS)
-def test_what_is_no_ledger_is_refused_in_one_line_and_left_alone(
-    tmp_path: Path, make: Callable[[Path], Any]
-) -> None:
+def test_what_is_no_ledger_is_refused_in_one_line_and_left_alone(tmp_path, make):
     path = tmp_path / "data" / "proxy.db"
     path.parent.mkdir()
     make(path)
@@ -2385,9 +2331,7 @@ def test_what_is_no_ledger_is_refused_in_one_line_and_left_alone(
 
 
 @pytest.mark.parametrize("missing", ["proxy.db", "proxy.db-lock"])
-def test_a_ledger_put_back_is_taken_again_without_a_restart(
-    ledger: proxy.Ledger, tmp_path: Path, missing: str
-) -> None:
+def test_a_ledger_put_back_is_taken_again_without_a_restart(ledger, tmp_path, missing):
     uses = [
         lambda: ledger.settle(admit(ledger), charge(100)),
         lambda: ledger.find_key("0" * 64),  # no key is unknown meanwhile
@@ -2408,9 +2352,7 @@ def test_a_ledger_put_back_is_taken_again_without_a_restart(
     assert sums(ledger) == (500, 0, 0)
 
 
-def test_a_copy_taken_while_it_is_written_adds_up(
-    ledger: proxy.Ledger, tmp_path: Path
-) -> None:
+def test_a_copy_taken_while_it_is_written_adds_up(ledger, tmp_path):
     ledger.settle(admit(ledger), charge(7))
     alter(ledger, f"VACUUM INTO '{tmp_path}/copy.db'")
     with closing(proxy.Ledger(tmp_path / "copy.db")) as copy:
@@ -2430,8 +2372,8 @@ def full_disk(ledger: proxy.Ledger) -> Iterator[None]:
 
 
 def test_a_settlement_that_could_not_be_written_is_retried_once_it_can(
-    sleeping: None, ledger: proxy.Ledger
-) -> None:
+    sleeping, ledger
+):
     lease = admit(ledger)
     with full_disk(ledger):
         with pytest.raises(proxy.LedgerUnavailable):
@@ -2445,8 +2387,8 @@ def test_a_settlement_that_could_not_be_written_is_retried_once_it_can(
 
 
 def test_a_ledger_locked_by_another_program_is_unavailable_until_it_is_not(
-    monkeypatch: pytest.MonkeyPatch, ledger: proxy.Ledger
-) -> None:
+    monkeypatch, ledger
+):
     monkeypatch.setattr(proxy, "LEDGER_TIMEOUT", 1.1)
     with pytest.raises(proxy.LedgerUnavailable):  # it opens with the shorter time then
         ledger.write(lambda db: db.execute("nonsense"))
@@ -2459,8 +2401,8 @@ def test_a_ledger_locked_by_another_program_is_unavailable_until_it_is_not(
 
 
 def test_a_writer_that_hangs_in_another_process_is_not_waited_for_for_ever(
-    monkeypatch: pytest.MonkeyPatch, ledger: proxy.Ledger
-) -> None:
+    monkeypatch, ledger
+):
     monkeypatch.setattr(proxy, "LEDGER_TIMEOUT", 0.05)
     hanging = proxy.LedgerFile(ledger.path)
     hanging.open()
@@ -2512,9 +2454,7 @@ def syncs(failing: type[Watched]) -> list[bytes]:
     return failing.syncs
 
 
-def test_a_settlement_waits_for_the_disk_and_nothing_else_does(
-    syncs: list[bytes], ledger: proxy.Ledger
-) -> None:
+def test_a_settlement_waits_for_the_disk_and_nothing_else_does(syncs, ledger):
     release(ledger, admit(ledger))
     lease = admit(ledger)
     assert syncs == []
@@ -2522,9 +2462,7 @@ def test_a_settlement_waits_for_the_disk_and_nothing_else_does(
     assert syncs == [SYNC]
 
 
-def test_settlements_that_wait_together_share_one_commit(
-    syncs: list[bytes], ledger: proxy.Ledger
-) -> None:
+def test_settlements_that_wait_together_share_one_commit(syncs, ledger):
     leases = [admit(ledger, 10) for _ in range(20)]
     with one_batch(ledger, 20) as pool:
         ends = [pool.submit(ledger.settle, lease, charge(1)) for lease in leases]
@@ -2537,9 +2475,7 @@ def test_settlements_that_wait_together_share_one_commit(
     [sqlite3.OperationalError("x"), OSError(28, "x"), ValueError("x"), MemoryError()],
     ids=repr,
 )
-def test_a_commit_that_fails_is_made_good_in_the_file_itself(
-    failing: type[Watched], ledger: proxy.Ledger, error: Exception
-) -> None:
+def test_a_commit_that_fails_is_made_good_in_the_file_itself(failing, ledger, error):
     ledger.settle(admit(ledger), charge(60))
     lease = admit(ledger)
     assert sums(ledger) == (60, 100, 0)  # a reader: who closes last moves the log too
@@ -2556,8 +2492,8 @@ def test_a_commit_that_fails_is_made_good_in_the_file_itself(
 
 
 def test_refusals_counted_while_the_ledger_is_in_trouble_are_kept(
-    sleeping: None, failing: type[Watched], ledger: proxy.Ledger
-) -> None:
+    sleeping, failing, ledger
+):
     sql = "SELECT account, key, model, status, requests, refused FROM usage"
     for failing.error in sqlite3.OperationalError("disk I/O error"), None, None:
         ledger.count_refusal("team", "key_main", "chat", 429)
@@ -2567,8 +2503,8 @@ def test_refusals_counted_while_the_ledger_is_in_trouble_are_kept(
 
 
 def test_a_log_that_was_long_is_not_checkpointed_for_ever(
-    sleeping: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    sleeping, tmp_path, monkeypatch
+):
     moved, real = [], proxy.LedgerFile._checkpoint
 
     def checkpoint(*values: Any) -> None:
@@ -2593,7 +2529,7 @@ def test_a_log_that_was_long_is_not_checkpointed_for_ever(
 # Ledger: identity and schema
 
 
-def test_a_kill_inside_a_checkpoint_leaves_a_ledger_that_opens(tmp_path: Path) -> None:
+def test_a_kill_inside_a_checkpoint_leaves_a_ledger_that_opens(tmp_path):
     path, kept = tmp_path / "proxy.db", tmp_path / "kept.db"
     with closing(proxy.Ledger(path, worker=True)) as ledger:
         for _ in range(50):
@@ -2611,7 +2547,7 @@ def test_a_kill_inside_a_checkpoint_leaves_a_ledger_that_opens(tmp_path: Path) -
         assert sums(ledger) == (350, 0, 0)
 
 
-def test_a_mark_that_the_old_code_could_leave_locks_nobody_out(tmp_path: Path) -> None:
+def test_a_mark_that_the_old_code_could_leave_locks_nobody_out(tmp_path):
     path, lock = tmp_path / "proxy.db", tmp_path / "proxy.db-lock"
     proxy.Ledger(path).close()
     mark = lock.read_bytes()
@@ -2620,9 +2556,7 @@ def test_a_mark_that_the_old_code_could_leave_locks_nobody_out(tmp_path: Path) -
     assert lock.read_bytes() == mark != b""
 
 
-def test_a_ledger_without_its_lock_file_is_nobodys_until_it_is_back(
-    tmp_path: Path,
-) -> None:
+def test_a_ledger_without_its_lock_file_is_nobodys_until_it_is_back(tmp_path):
     path, lock = tmp_path / "proxy.db", tmp_path / "proxy.db-lock"
     with other_worker(str(path)):
         os.rename(lock, tmp_path / "away")
@@ -2635,7 +2569,7 @@ def test_a_ledger_without_its_lock_file_is_nobodys_until_it_is_back(
             assert (ledger.slot, sums(ledger)) == (2, (0, 700, 0))
 
 
-def test_a_symlink_is_resolved_once(tmp_path: Path) -> None:
+def test_a_symlink_is_resolved_once(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "proxy.db").symlink_to(tmp_path / "disk" / "real.db")
     with closing(proxy.Ledger(tmp_path / "proxy.db", worker=True)) as ledger:
@@ -2654,9 +2588,7 @@ def test_a_symlink_is_resolved_once(tmp_path: Path) -> None:
         ("UPDATE meta SET value = 'x' WHERE name = 'id'", "another ledger"),
     ],
 )
-def test_a_schema_that_is_not_the_one_its_number_says_is_refused(
-    tmp_path: Path, sql: str, words: str
-) -> None:
+def test_a_schema_that_is_not_the_one_its_number_says_is_refused(tmp_path, sql, words):
     ledger = proxy.Ledger(tmp_path / "proxy.db")
     ledger.close()
     alter(ledger, sql)
@@ -2772,7 +2704,7 @@ def tables(path: Path, names: list[str]) -> dict[str, list[tuple]]:
         return {name: db.execute(f"SELECT * FROM {name}").fetchall() for name in names}
 
 
-def test_an_older_ledger_opens_with_everything_kept(version_0: Path) -> None:
+def test_an_older_ledger_opens_with_everything_kept(version_0):
     before = tables(version_0, [*KEPT, "tallies", "usage"])
     assert before["accounts"] == [("team", 0, 1700000000, 500, 70, 30, 3)]
     with closing(proxy.Ledger(version_0)) as ledger:
@@ -2812,9 +2744,7 @@ BACK = {
 
 
 @pytest.mark.parametrize("version", BACK)
-def test_a_ledger_of_each_version_opens_with_everything_kept(
-    make_ledger: MakeLedger, version: int
-) -> None:
+def test_a_ledger_of_each_version_opens_with_everything_kept(make_ledger, version):
     ledger = make_ledger()
     ledger.make_account("lab")
     ledger.grant(declared_account("team"), 500, "thanks")
@@ -2838,7 +2768,9 @@ def test_a_ledger_of_each_version_opens_with_everything_kept(
     assert after == before
 
 
-def test_a_migration_takes_what_was_spent_for_declared_and_dead_keys_for_dead(version_0):
+def test_a_migration_takes_what_was_spent_for_declared_and_dead_keys_for_dead(
+    version_0
+):
     with sqlite3.connect(version_0) as db:
         db.execute("UPDATE accounts SET granted = 40, made = 1700000001")
         db.execute("UPDATE grants SET amount = 40")
@@ -2855,9 +2787,7 @@ def test_a_migration_takes_what_was_spent_for_declared_and_dead_keys_for_dead(ve
     assert dead == [("key_a",)]
 
 
-def test_an_older_ledger_is_not_migrated_under_a_running_server(
-    version_0: Path,
-) -> None:
+def test_an_older_ledger_is_not_migrated_under_a_running_server(version_0):
     before = tables(version_0, KEPT)
     with closing(sqlite3.connect(version_0)) as db:
         db.execute("SELECT * FROM meta").fetchall()
@@ -2867,9 +2797,7 @@ def test_an_older_ledger_is_not_migrated_under_a_running_server(
     assert tables(version_0, KEPT) == before
 
 
-def test_a_migration_that_was_interrupted_is_made_again(
-    version_0: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_migration_that_was_interrupted_is_made_again(version_0, monkeypatch):
     before = tables(version_0, [*KEPT, "tallies", "usage"])
     steps = (*proxy.MIGRATIONS[:-1], proxy.MIGRATIONS[-1] + "SELECT * FROM nowhere;")
     monkeypatch.setattr(proxy, "MIGRATIONS", steps)
@@ -2895,8 +2823,8 @@ def opened(path: Path) -> str:
 
 
 def test_a_migration_on_a_disk_too_small_for_it_is_made_once_there_is_room(
-    small_disk, version_0: Path
-) -> None:
+    small_disk, version_0
+):
     with closing(sqlite3.connect(version_0, isolation_level=None)) as db:
         db.execute("PRAGMA journal_mode = WAL")
         numbers = "WITH n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300)"
@@ -2947,7 +2875,7 @@ TAMPERING = [
 
 
 @pytest.mark.parametrize("sql", TAMPERING)
-def test_check_finds_tampering(make_ledger: MakeLedger, sql: str) -> None:
+def test_check_finds_tampering(make_ledger, sql):
     ledger = make_ledger()
     ledger.grant(declared_account("team"), 500, "")
     ledger.grant(declared_account("saver"), 500, "")
@@ -2966,8 +2894,8 @@ VALUES ('team', 'req_x', 'k', 'm', 'p', 0, 1, 0, 200, 1)
 
 @pytest.mark.parametrize("credits", [None, 0, 50, 350])
 def test_check_finds_what_we_overspent_whatever_keys_json_says_now(
-    make_ledger: MakeLedger, credits: int | None
-) -> None:
+    make_ledger, credits
+):
     ledger = make_ledger()
     ledger.settle(admit(ledger, 300), charge(300))
     if credits is None:
@@ -2982,16 +2910,14 @@ def test_check_finds_what_we_overspent_whatever_keys_json_says_now(
     assert wrong == "team: spent and held exceed what was granted"
 
 
-def test_a_cost_above_its_hold_is_charged_by_what_is_declared_now(
-    ledger: proxy.Ledger,
-) -> None:
+def test_a_cost_above_its_hold_is_charged_by_what_is_declared_now(ledger):
     lease = admit(ledger, 100)
     release(ledger, admit(ledger, 100, account=replace(TEAM, credits=250)))
     ledger.settle(lease, charge(400))
     assert sums(ledger) == (250, 0, 150)
 
 
-def test_check_finds_a_file_that_is_damaged(make_ledger: MakeLedger) -> None:
+def test_check_finds_a_file_that_is_damaged(make_ledger):
     ledger = make_ledger()
     for _ in range(300):
         release(ledger, admit(ledger))
@@ -3030,18 +2956,14 @@ def window(ledger: proxy.Ledger) -> proxy.LedgerStorage:
         [(59, 1), (59, 1), (59, 1), (61, 0), (118.999, 0), (119, 1)],
     ],
 )
-def test_a_window_is_exact_at_its_edge(
-    ledger: proxy.Ledger, clock, hits: list[tuple[float, int]]
-) -> None:
+def test_a_window_is_exact_at_its_edge(ledger, clock, hits):
     storage = window(ledger)
     for at, fits in hits:
         clock.now = 1000 + at
         assert storage.acquire_entry("k", 3, 60) == bool(fits), at
 
 
-def test_a_window_agrees_with_its_definition_at_any_times(
-    ledger: proxy.Ledger, clock
-) -> None:
+def test_a_window_agrees_with_its_definition_at_any_times(ledger, clock):
     storage, passed, pick = window(ledger), deque(), random.Random(7)
     for _ in range(400):
         clock.now += pick.choice([0, 0.25, 1, 5, 20])
@@ -3051,24 +2973,20 @@ def test_a_window_agrees_with_its_definition_at_any_times(
         passed.extend([clock.now] * fits)
 
 
-def test_each_key_has_its_own_window(ledger: proxy.Ledger) -> None:
+def test_each_key_has_its_own_window(ledger):
     storage = window(ledger)
     assert [storage.acquire_entry(key, 1, 60) for key in "aabb"] == [1, 0, 1, 0]
 
 
 @pytest.mark.parametrize("boot, fits", [("value", False), ("'another'", True)])
-def test_a_window_survives_a_restart_but_not_a_reboot(
-    make_ledger: MakeLedger, boot: str, fits: bool
-) -> None:
+def test_a_window_survives_a_restart_but_not_a_reboot(make_ledger, boot, fits):
     with closing(make_ledger()) as first:
         assert window(first).acquire_entry("k", 1, 60)
     alter(first, f"UPDATE meta SET value = {boot} WHERE name = 'boot'")
     assert window(make_ledger()).acquire_entry("k", 1, 60) == fits
 
 
-def test_a_window_says_when_it_began_and_how_full_it_is(
-    ledger: proxy.Ledger, clock
-) -> None:
+def test_a_window_says_when_it_began_and_how_full_it_is(ledger, clock):
     storage = window(ledger)
     assert storage.get_moving_window("k", 3, 60) == (1000, 0)
     for clock.now in 1001, 1002:
@@ -3077,9 +2995,7 @@ def test_a_window_says_when_it_began_and_how_full_it_is(
         assert storage.get_moving_window("k", 3, 60) == (1001, 2)
 
 
-def test_a_request_counts_in_every_window_or_in_none(
-    ledger: proxy.Ledger, clock
-) -> None:
+def test_a_request_counts_in_every_window_or_in_none(ledger, clock):
     items, seen = proxy.parse_many("3/minute;2/second"), []
     for clock.now in 1000, 1000, 1000, 1000, 1001, 1002, 1060:
         hit = functools.partial(proxy.hit_windows, items, "k", "relay")
@@ -3092,9 +3008,7 @@ def test_a_request_counts_in_every_window_or_in_none(
 
 
 @pytest.mark.parametrize("rate", ["20/minute;2/second", "2/second;20/minute"])
-def test_who_repeats_at_once_gets_what_the_windows_allow(
-    ledger: proxy.Ledger, clock, rate: str
-) -> None:
+def test_who_repeats_at_once_gets_what_the_windows_allow(ledger, clock, rate):
     hit = functools.partial(proxy.hit_windows, proxy.parse_many(rate), "k", "relay")
     passed = 0
     for tenth in range(250):
@@ -3103,7 +3017,7 @@ def test_who_repeats_at_once_gets_what_the_windows_allow(
     assert passed == 20
 
 
-def test_a_window_named_twice_is_one() -> None:
+def test_a_window_named_twice_is_one():
     assert len(proxy.parse_limits({"rate": "5/minute;5/minute"}, "limits").items) == 1
 
 
@@ -3124,7 +3038,7 @@ BAD_JSON = [
 
 
 @pytest.mark.parametrize("data", BAD_JSON)
-def test_bad_json_is_a_bad_request(data: bytes) -> None:
+def test_bad_json_is_a_bad_request(data):
     with pytest.raises(proxy.BadRequest) as refused:
         proxy.parse_json(data)
     assert len(refused.value.envelope()) < 500
@@ -3147,14 +3061,14 @@ BAD_FIELDS = {
 @pytest.mark.parametrize(
     "name, value", [(name, value) for name, vs in BAD_FIELDS.items() for value in vs]
 )
-def test_a_wrong_type_is_a_bad_request_naming_the_field(name: str, value: Any) -> None:
+def test_a_wrong_type_is_a_bad_request_naming_the_field(name, value):
     whole = {"model": "chat", "messages": SAY_HELLO, name: value}
     with pytest.raises(proxy.BadRequest) as refused:
         proxy.parse_call("chat/completions", json.dumps(whole).encode())
     assert (refused.value.status, refused.value.param) == (400, name)
 
 
-def test_null_is_as_good_as_missing() -> None:
+def test_null_is_as_good_as_missing():
     call = make_call(stream=None, max_tokens=None, n=None, stream_options=None)
     assert (call.stream, call.wants_usage, call.choices) == (False, False, 1)
 
@@ -3169,7 +3083,7 @@ def test_null_is_as_good_as_missing() -> None:
         "chat\r\nHost: x", "http://x", "-chat", "chat-", "chat/-x",
     ],
 )  # fmt: skip
-def test_a_strange_path_is_not_found(path: str) -> None:
+def test_a_strange_path_is_not_found(path):
     with pytest.raises(proxy.NotFound):
         proxy.parse_call(path, json.dumps({"model": "chat"}).encode())
 
@@ -3199,7 +3113,7 @@ def test_whether_usage_is_wanted_is_true_or_false(value):
 
 
 @pytest.mark.parametrize("path", ["rerank", "fim/completions", "v2/chat-1/a_b", "a/b/c/d"])
-def test_any_plain_path_is_relayed(path: str) -> None:
+def test_any_plain_path_is_relayed(path):
     assert proxy.parse_call(path, b'{"model": "chat"}').path == path
 
 
@@ -3212,15 +3126,13 @@ def test_any_plain_path_is_relayed(path: str) -> None:
         ("chat/completions", {"VERSION": "2024-01-01", "BETA": "a"}, {}),
     ],
 )
-def test_only_what_anthropics_api_names_passes_of_a_clients_headers(
-    path: str, sent: dict, passed: dict
-) -> None:
+def test_only_what_anthropics_api_names_passes_of_a_clients_headers(path, sent, passed):
     environ = {f"HTTP_ANTHROPIC_{name}": value for name, value in sent.items()}
     assert proxy.passed_headers(path, environ) == passed
 
 
 @pytest.mark.parametrize("value", ["a\r\nx: y", "ü", "x" * 1001, "\t"])
-def test_a_header_that_could_not_pass_is_a_bad_request(value: str) -> None:
+def test_a_header_that_could_not_pass_is_a_bad_request(value):
     with pytest.raises(proxy.BadRequest, match="anthropic-beta"):
         proxy.passed_headers("messages", {"HTTP_ANTHROPIC_BETA": value})
 
@@ -3239,14 +3151,14 @@ def receive(data: bytes, limit: int = 1000, **environ: Any) -> tuple:
         "application/jsonp", "text/json", "application", "application/json-seq",
     ],
 )  # fmt: skip
-def test_415_for_any_other_content_type(kind: str) -> None:
+def test_415_for_any_other_content_type(kind):
     with pytest.raises(proxy.UnsupportedMediaType):
         receive(b"{}", CONTENT_TYPE=kind)
 
 
 @pytest.mark.parametrize("parameters", ["", "; charset=utf-8", " ;x"])
 @pytest.mark.parametrize("length", ["", "10"])
-def test_a_body_of_just_the_limit_passes(length: Any, parameters: str) -> None:
+def test_a_body_of_just_the_limit_passes(length, parameters):
     data = b"x" * 10
     kind = f"Application/JSON{parameters}"
     assert receive(data, 10, CONTENT_LENGTH=length, CONTENT_TYPE=kind)[0] == data
@@ -3256,13 +3168,13 @@ PACKED = {"gzip": gzip.compress, "deflate": zlib.compress, "GZIP ": gzip.compres
 
 
 @pytest.mark.parametrize("coding", PACKED)
-def test_a_packed_body_is_unpacked(coding: str) -> None:
+def test_a_packed_body_is_unpacked(coding):
     data = PACKED[coding](b"x" * 1000)
     assert receive(data, HTTP_CONTENT_ENCODING=coding)[0] == b"x" * 1000
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
-def test_a_bomb_is_too_large_and_never_held(coding: str) -> None:
+def test_a_bomb_is_too_large_and_never_held(coding):
     share = proxy.Share(proxy.Room(proxy.BODY_ROOM))
     stream = BytesIO(PACKED[coding](b"x" * (8 << 20)))
     about = {"CONTENT_TYPE": "application/json", "wsgi.input": stream}
@@ -3273,7 +3185,7 @@ def test_a_bomb_is_too_large_and_never_held(coding: str) -> None:
 
 
 @pytest.mark.parametrize("coding", ["br", "zstd", "gzip, gzip", "gzip;q=1"])
-def test_415_names_an_encoding_that_is_not_taken(coding: str) -> None:
+def test_415_names_an_encoding_that_is_not_taken(coding):
     with pytest.raises(proxy.UnsupportedMediaType, match=re.escape(coding)):
         receive(b"{}", HTTP_CONTENT_ENCODING=coding)
 
@@ -3281,12 +3193,12 @@ def test_415_names_an_encoding_that_is_not_taken(coding: str) -> None:
 @pytest.mark.parametrize(
     "data", [b"{}", b"", gzip.compress(b"{}")[:-1], gzip.compress(b"{}") + b"x"]
 )
-def test_what_is_no_whole_gzip_is_a_bad_request(data: bytes) -> None:
+def test_what_is_no_whole_gzip_is_a_bad_request(data):
     with pytest.raises(proxy.BadRequest):
         receive(data, HTTP_CONTENT_ENCODING="gzip")
 
 
-def test_a_body_of_too_many_values_is_a_bad_request(monkeypatch) -> None:
+def test_a_body_of_too_many_values_is_a_bad_request(monkeypatch):
     monkeypatch.setattr(proxy, "MAX_VALUES", 100)
     assert receive(b"[" + b"1," * 99 + b"1]")[0]
     with pytest.raises(proxy.BadRequest, match="100 JSON values"):
@@ -3300,7 +3212,7 @@ FULL_OF = {
 
 
 @pytest.mark.parametrize("kind", FULL_OF)
-def test_parsing_takes_no_more_memory_than_was_weighed(kind: str) -> None:
+def test_parsing_takes_no_more_memory_than_was_weighed(kind):
     each = FULL_OF[kind]
     many = each * (500_000 // len(each))
     data = b'{"a": [' + many.rstrip(b",") + b"]}"
@@ -3315,13 +3227,13 @@ def test_parsing_takes_no_more_memory_than_was_weighed(kind: str) -> None:
         tracemalloc.stop()
 
 
-def test_a_body_that_would_take_more_than_the_room_is_too_large(monkeypatch) -> None:
+def test_a_body_that_would_take_more_than_the_room_is_too_large(monkeypatch):
     monkeypatch.setattr(proxy, "BODY_ROOM", proxy.SMALL_SHARES + 1000)
     with pytest.raises(proxy.TooLarge):
         receive(b'{"a":{"b":{"c":1}}}' * 10)
 
 
-def test_a_share_counts_what_came_and_is_given_back_once(monkeypatch) -> None:
+def test_a_share_counts_what_came_and_is_given_back_once(monkeypatch):
     monkeypatch.setattr(proxy, "ROOM_PATIENCE", 0.01)
     room = proxy.Room(4 << 20)
     one, other = proxy.Share(room), proxy.Share(room)
@@ -3340,7 +3252,7 @@ def test_a_share_counts_what_came_and_is_given_back_once(monkeypatch) -> None:
         one.hold(2 << 20, spare=1 << 20)
 
 
-def test_a_body_in_tiny_chunks_is_refused_early(monkeypatch) -> None:
+def test_a_body_in_tiny_chunks_is_refused_early(monkeypatch):
     monkeypatch.setattr(proxy, "PIECE", 10)
     clock = itertools.count()
     monkeypatch.setattr(proxy.time, "thread_time", lambda: next(clock) * 0.06)
@@ -3350,7 +3262,7 @@ def test_a_body_in_tiny_chunks_is_refused_early(monkeypatch) -> None:
     assert receive(b"x" * 1000, CONTENT_LENGTH="1000")[0]  # a counted one is not asked
 
 
-def test_a_dropped_body_is_estimated_as_before() -> None:
+def test_a_dropped_body_is_estimated_as_before():
     call = make_call()
     short = proxy.without_body(call)
     assert short.body == {} and proxy.prompt_weight(short) == proxy.prompt_weight(call)
@@ -3374,7 +3286,7 @@ def data_of(events: Iterable[bytes]) -> list[str]:
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 4096])
-def test_a_stream_in_any_pieces_is_the_same_events(size: int, newline: bytes) -> None:
+def test_a_stream_in_any_pieces_is_the_same_events(size, newline):
     stream, reader = lines_of(newline), proxy.EventReader()
     events = [event for piece in split(stream, size) for event in reader.feed(piece)]
     whole = b"".join(events)
@@ -3383,14 +3295,14 @@ def test_a_stream_in_any_pieces_is_the_same_events(size: int, newline: bytes) ->
     assert reader.flush() == []
 
 
-def test_an_event_passes_as_soon_as_it_is_whole() -> None:
+def test_an_event_passes_as_soon_as_it_is_whole():
     reader = proxy.EventReader()
     assert reader.feed(b"data: a\n\nda") == [b"data: a\n\n"]
     assert reader.feed(b"ta: b\n") == []
     assert reader.feed(b"\n") == [b"data: b\n\n"]
 
 
-def test_a_comment_line_waits_for_nothing() -> None:
+def test_a_comment_line_waits_for_nothing():
     reader = proxy.EventReader()
     assert reader.feed(b": keep-alive\n") == [b": keep-alive\n"]
     assert b"".join(reader.feed(b"\ndata: a\n\n")) == b"\ndata: a\n\n"
@@ -3407,16 +3319,14 @@ def test_a_comment_line_waits_for_nothing() -> None:
         (b"", []),
     ],
 )
-def test_a_last_event_without_its_blank_line_is_kept_if_it_is_whole(
-    rest: bytes, flushed: list[bytes]
-) -> None:
+def test_a_last_event_without_its_blank_line_is_kept_if_it_is_whole(rest, flushed):
     reader = proxy.EventReader()
     assert reader.feed(b"data: x\n\n" + rest) == [b"data: x\n\n"]
     assert reader.flush() == flushed
 
 
 @pytest.mark.parametrize("piece", [b"x" * 65536, b"x\n" * 32768])
-def test_an_event_over_the_limit_fails(piece: bytes) -> None:
+def test_an_event_over_the_limit_fails(piece):
     reader = proxy.EventReader()
     for _ in range(proxy.MAX_EVENT // len(piece)):
         assert reader.feed(piece) == []
@@ -3430,9 +3340,7 @@ LINE = b"data: " + b"x" * 193 + b"\n"
 @pytest.mark.parametrize(
     "start, piece", [(b"data: ", b"x" * 200), (b": ", b"x" * 200), (b"", LINE)]
 )
-def test_a_large_event_in_small_pieces_is_searched_once(
-    start: bytes, piece: bytes
-) -> None:
+def test_a_large_event_in_small_pieces_is_searched_once(start, piece):
     reader, spent = proxy.EventReader(), time.thread_time()
     fed = [reader.feed(part) for part in [start, *[piece] * 2500, b"\n\n"]]
     passed = b"".join(itertools.chain(*fed))
@@ -3485,9 +3393,7 @@ def make_model(price: dict, **more: Any) -> proxy.Model:
         ("what/ever", {}, 1000, 1),
     ],
 )
-def test_the_worst_case_counts_every_output_token(
-    path: str, body: dict, tokens: int, choices: int
-) -> None:
+def test_the_worst_case_counts_every_output_token(path, body, tokens, choices):
     quote = proxy.quote(make_call(path, **body), make_model({"output": 2}))
     assert (quote.tokens, quote.choices, quote.token) == (tokens, choices, 2 * 10**6)
 
@@ -3496,7 +3402,7 @@ def test_the_worst_case_counts_every_output_token(
     "data",
     ['"😀"', '"\\ud83d\\ude00"', '"\\u0041"', '"\\u00e9"', '"\\/"', "[1e15, 1e15]"],
 )
-def test_the_worst_case_of_the_input_is_a_token_a_byte(data: str) -> None:
+def test_the_worst_case_of_the_input_is_a_token_a_byte(data):
     whole = b'{"model": "chat", "input": %s}' % data.encode()
     call = proxy.parse_call("embeddings", whole)
     quote = proxy.quote(call, make_model({"input": 0.5}))
@@ -3512,21 +3418,19 @@ def test_the_worst_case_of_the_input_is_a_token_a_byte(data: str) -> None:
         ({"image": 0.04}, 4, 160_000),
     ],
 )
-def test_the_worst_case_has_every_image_and_the_request(
-    price: dict, number: int, micro: int
-) -> None:
+def test_the_worst_case_has_every_image_and_the_request(price, number, micro):
     call = make_call("images/generations", prompt="a", n=number)
     assert proxy.quote(call, make_model(price)).hold(0) == micro
 
 
 @pytest.mark.parametrize("path", ["messages/count_tokens", "responses/input_tokens"])
-def test_counting_holds_nothing(path: str) -> None:
+def test_counting_holds_nothing(path):
     model = make_model({"input": 1, "output": 2, "request": 1})
     assert proxy.quote(make_call(path), model).hold(0) == 0
 
 
 @pytest.mark.parametrize("name", ["cached", "written"])
-def test_input_is_held_at_its_dearest_price(name: str) -> None:
+def test_input_is_held_at_its_dearest_price(name):
     call = make_call()
     quote = proxy.quote(call, make_model({"input": 1, name: 3}))
     assert quote.fixed == call.size * 3 * 10**6
@@ -3557,7 +3461,7 @@ DEAR_IMAGES = [
 
 
 @pytest.mark.parametrize("body", PLAIN_BODIES, ids=str)
-def test_what_does_not_move_the_price_passes(body: dict) -> None:
+def test_what_does_not_move_the_price_passes(body):
     proxy.refuse_unpriced(body, make_model({"input": 1}))
 
 
@@ -3565,9 +3469,7 @@ def test_what_does_not_move_the_price_passes(body: dict) -> None:
     "price, body",
     [("input", body) for body in DEAR] + [("image", body) for body in DEAR + DEAR_IMAGES],
 )
-def test_what_moves_the_price_is_refused_by_name_unless_it_is_allowed(
-    price: str, body: dict
-) -> None:
+def test_what_moves_the_price_is_refused_by_name_unless_it_is_allowed(price, body):
     [(name, value)] = body.items()
     with pytest.raises(proxy.BadRequest, match=f"'{name}' may not be ") as refused:
         proxy.refuse_unpriced(body, make_model({price: 1}))
@@ -3583,7 +3485,7 @@ def test_what_moves_the_price_is_refused_by_name_unless_it_is_allowed(
         ("a, context-1m-2025-08-07 ", {"anthropic-beta": ["context-1m-2025-08-07"]}),
     ],
 )
-def test_an_anthropic_beta_that_moves_the_price_is_a_field(header, field) -> None:
+def test_an_anthropic_beta_that_moves_the_price_is_a_field(header, field):
     assert proxy.dear_betas({"anthropic-beta": header}) == field
     with pytest.raises(proxy.BadRequest) if field else nullcontext():
         proxy.refuse_unpriced(field, make_model({"input": 1}))
@@ -3596,7 +3498,7 @@ def test_an_anthropic_beta_that_moves_the_price_is_a_field(header, field) -> Non
         ("images+https://a", "gpt-image-1", False), ("https://a", "seedream", False),
     ],
 )  # fmt: skip
-def test_a_size_is_free_only_where_the_vendor_has_one_price(url, id, passes) -> None:
+def test_a_size_is_free_only_where_the_vendor_has_one_price(url, id, passes):
     upstream = proxy.parse_upstream("u", {"url": url}, "u")
     value = {"upstream": f"u/{id}", "price": {"image": 1}}
     model = proxy.parse_model("m", value, "m", {"u": upstream})
@@ -3616,7 +3518,7 @@ def test_a_size_is_free_only_where_the_vendor_has_one_price(url, id, passes) -> 
         ("speed:fast", {"speed": "fast", "service_tier": "fast"}, False),
     ],
 )
-def test_an_allowed_value_is_one_value(allow: str, body: dict, passes: bool) -> None:
+def test_an_allowed_value_is_one_value(allow, body, passes):
     with nullcontext() if passes else pytest.raises(proxy.BadRequest):
         proxy.refuse_unpriced(body, make_model({"input": 1}, allow=[allow]))
 
@@ -3627,7 +3529,7 @@ def test_an_allowed_value_is_one_value(allow: str, body: dict, passes: bool) -> 
      ("http://[::1]:1/v1", True), ("echo:", True), ("https://localhost.example/v1", False),
      ("http://192.168.1.2/v1", False)],
 )  # fmt: skip
-def test_a_model_without_a_price_is_one_on_loopback(url: str, free: bool) -> None:
+def test_a_model_without_a_price_is_one_on_loopback(url, free):
     upstream = proxy.parse_upstream("u", {"url": url}, "u")
     with nullcontext() if free else pytest.raises(proxy.ConfigError, match="m.price: is"):
         model = proxy.parse_model("m", {"upstream": "u/m"}, "m", {"u": upstream})
@@ -3635,7 +3537,7 @@ def test_a_model_without_a_price_is_one_on_loopback(url: str, free: bool) -> Non
 
 
 @pytest.mark.parametrize("value", [None, "default", "fast"])
-def test_where_the_price_is_for_a_default_no_other_value_is_plain(value: Any) -> None:
+def test_where_the_price_is_for_a_default_no_other_value_is_plain(value):
     model = make_model({"input": 1}, defaults={"service_tier": "flex"})
     with pytest.raises(proxy.BadRequest):
         proxy.refuse_unpriced({"service_tier": value}, model)
@@ -3655,9 +3557,7 @@ BORDERS = [  # hours, and the moments that they begin and end: days, hours from 
 
 
 @pytest.mark.parametrize("utc, begins, ends", BORDERS)
-def test_the_price_changes_at_the_border_of_its_hours(
-    utc: str, begins: list, ends: list
-) -> None:
+def test_the_price_changes_at_the_border_of_its_hours(utc, begins, ends):
     model = make_model({"input": 1, "hours": [{"utc": utc, "input": 2}]})
     for price, moments in ((2, begins), (1, ends)):
         for day, hour in moments:
@@ -3668,7 +3568,7 @@ def test_the_price_changes_at_the_border_of_its_hours(
 
 
 @pytest.mark.parametrize("utc", ["Mon-Fri 01:00-04:00", "Sun 22:00-02:00"])
-def test_hours_leave_all_others_at_the_usual_price(utc: str) -> None:
+def test_hours_leave_all_others_at_the_usual_price(utc):
     model = make_model({"input": 1, "hours": [{"utc": utc, "input": 2}]})
     week = Counter(model.at(MONDAY + minute * 60).price.input for minute in range(10080))
     assert week[2 * 10**6] == {"M": 5 * 180, "S": 240}[utc[0]]
@@ -3691,7 +3591,7 @@ def test_hours_leave_all_others_at_the_usual_price(utc: str) -> None:
         ({"input": 0.000001}, (1,), 1),
     ],
 )
-def test_a_cost_is_rounded_up_once(price: dict, usage: tuple, micro: int) -> None:
+def test_a_cost_is_rounded_up_once(price, usage, micro):
     price = make_model(price).price
     assert proxy.cost(proxy.Usage(*usage), price) == micro
 
@@ -3706,9 +3606,7 @@ def test_a_cost_is_rounded_up_once(price: dict, usage: tuple, micro: int) -> Non
         ({"input": 1, "cached": 0, "written": 0}, 100),
     ],
 )
-def test_what_is_read_from_and_written_to_a_cache_has_its_own_price(
-    price: dict, micro: int
-) -> None:
+def test_what_is_read_from_and_written_to_a_cache_has_its_own_price(price, micro):
     usage = proxy.Usage(1000, 400, 0, written=500)
     assert proxy.cost(usage, make_model(price).price) == micro
 
@@ -3742,7 +3640,7 @@ TOLD_ANEW = {"input_tokens": 20, "output_tokens": 5}
         ({"prompt_tokens": 20, "total_tokens": 100}, (20, 0, 0)),
     ],
 )
-def test_usage_is_read_under_either_naming(usage: dict, counts: tuple) -> None:
+def test_usage_is_read_under_either_naming(usage, counts):
     assert proxy.read_usage({"usage": usage}) == proxy.Usage(*counts)
 
 
@@ -3775,7 +3673,7 @@ COUNTS = ["prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"]
     ],
     ids=str,
 )
-def test_absurd_or_missing_usage_is_not_believed(usage: Any) -> None:
+def test_absurd_or_missing_usage_is_not_believed(usage):
     assert proxy.read_usage({"usage": usage}) is None
     assert proxy.read_usage({"response": {"usage": usage}}) is None
 
@@ -3811,14 +3709,14 @@ WRITES = {"cached_tokens": 8, "cache_write_tokens": 6}
     ids=str,
 )
 def test_caches_are_counted_inside_or_beside_the_input_as_the_provider_does(
-    usage: dict, counts: tuple
-) -> None:
+    usage, counts
+):
     input, cached, output, written = counts
     expected = proxy.Usage(input, cached, output, written=written)
     assert proxy.read_usage({"usage": usage}) == expected
 
 
-def test_what_is_cached_for_an_hour_costs_as_much_more_as_anthropic_takes() -> None:
+def test_what_is_cached_for_an_hour_costs_as_much_more_as_anthropic_takes():
     parts = {"ephemeral_5m_input_tokens": 500, "ephemeral_1h_input_tokens": 1500}
     usage = proxy.read_usage({"usage": ANTHROPIC | {"cache_creation": parts}})
     assert usage == proxy.Usage(12007, 10000, 50, written=2000, hour=1500)
@@ -3828,12 +3726,12 @@ def test_what_is_cached_for_an_hour_costs_as_much_more_as_anthropic_takes() -> N
 
 
 @pytest.mark.parametrize("one", [proxy.Usage(10, 10), proxy.Usage(10, 2, written=8)])
-def test_reports_that_add_up_leave_no_class_above_the_input(one: proxy.Usage) -> None:
+def test_reports_that_add_up_leave_no_class_above_the_input(one):
     both = proxy.larger(one, proxy.Usage(10, 3, written=7))
     assert both.input == both.cached + both.written == 10
 
 
-def test_where_nothing_is_generated_the_total_is_the_input() -> None:
+def test_where_nothing_is_generated_the_total_is_the_input():
     report = {"usage": {"total_tokens": 9}}
     assert proxy.read_usage(report, generates=False) == proxy.Usage(9)
 
@@ -3865,7 +3763,7 @@ PARTS = [  # in a message: bytes of a medium, tokens it is held and estimated fo
 ]  # fmt: skip
 
 @pytest.mark.parametrize("name", [*sorted(proxy.SILENT), "name", "secret essay " * 99])
-def test_no_name_hides_a_text_from_the_estimate_of_a_prompt(name: str) -> None:
+def test_no_name_hides_a_text_from_the_estimate_of_a_prompt(name):
     text, tool = "secret essay " * 99, {"type": "tool_use", "id": "call_1"}
     hidden = [tool | {"input": {name: text}}, tool | {"input": {text: 1}}]
     for part in hidden:
@@ -3990,7 +3888,7 @@ def test_what_is_charged_follows_from_how_it_ended(ending, reported, relayed, ch
     assert proxy.settled_usage(*facts) == charged
 
 
-def test_a_request_for_images_that_is_left_is_charged_them() -> None:
+def test_a_request_for_images_that_is_left_is_charged_them():
     call, price = make_call("images/generations", prompt="", n=3), proxy.Price(image=5)
     used = proxy.settled_usage(E.LEFT, False, True, None, 0, call, price)
     assert used == proxy.Usage(images=3, estimated=True)
@@ -3998,7 +3896,7 @@ def test_a_request_for_images_that_is_left_is_charged_them() -> None:
     assert proxy.settled_usage(E.TIMED_OUT, False, True, None, 0, call, price) is None
 
 
-def test_only_delivered_images_count() -> None:
+def test_only_delivered_images_count():
     data = [{"url": "https://i"}, {"b64_json": "aGk="}, {"error": {}}, {"url": None}, 5]
     assert proxy.count_images({"data": data}) == 2
     assert proxy.count_images({"data": "x"}) == 0
@@ -4048,14 +3946,12 @@ WRITTEN = [
 
 
 @pytest.mark.parametrize("document, size", WRITTEN, ids=itertools.count())
-def test_the_text_of_an_answer_is_counted_by_its_bytes(
-    document: dict, size: int
-) -> None:
+def test_the_text_of_an_answer_is_counted_by_its_bytes(document, size):
     assert proxy.written(document) == size
 
 
 @pytest.mark.parametrize("name", ["content", "what_is_new"])
-def test_a_text_that_is_nested_beyond_reading_ends_nothing(name: str) -> None:
+def test_a_text_that_is_nested_beyond_reading_ends_nothing(name):
     deep: Any = "abc"
     for _ in range(5000):
         deep = [deep]
@@ -4579,7 +4475,7 @@ def test_a_drain_wakes_what_waits_and_a_second_one_does_not_put_it_off(watcher):
     watcher.remove(sleeps)
 
 
-def test_an_answer_to_a_body_that_is_not_read_is_told() -> None:
+def test_an_answer_to_a_body_that_is_not_read_is_told():
     """A server that refuses 6 MB by their head, and closes."""
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
@@ -4609,9 +4505,7 @@ def refuse_by_the_head(server: socket.socket) -> None:
 
 @pytest.mark.parametrize("message", ["model llama3 not found", "max_tokens: 5"])
 @pytest.mark.parametrize("key", ["ollama", "token-abc"])
-def test_words_that_hold_the_end_of_a_short_key_are_left(
-    key: str, message: str
-) -> None:
+def test_words_that_hold_the_end_of_a_short_key_are_left(key, message):
     assert proxy.scrub(message, (key,)) == message
 
 
@@ -5336,7 +5230,7 @@ def test_echoes_above_what_an_answer_may_have_are_refused(stage):
 # Meter -------------------------------------------------------------------------------
 
 
-def test_a_long_name_is_searched_in_little_memory() -> None:
+def test_a_long_name_is_searched_in_little_memory():
     data = b'{"model": "%b"}' % (b"x" * (1 << 20))
     tracemalloc.start()
     assert proxy.MODEL_NAME.search(data)
@@ -5792,7 +5686,7 @@ def test_what_cannot_be_priced_is_refused_before_the_provider_is_asked(
 @pytest.mark.parametrize(
     "price, passes", [({"input": 5}, 0), ({"image": 1}, 1), ({"input": 5, "reported": 1}, 1)]
 )  # fmt: skip
-def test_a_wildcard_makes_pictures_at_a_price_that_tells_of_them(price, passes) -> None:
+def test_a_wildcard_makes_pictures_at_a_price_that_tells_of_them(price, passes):
     call = make_call("images/generations", prompt="x")
     with nullcontext() if passes else pytest.raises(proxy.BadRequest):
         proxy.refuse_priceless(call, replace(make_model(price), id="any/*"))
@@ -7014,7 +6908,9 @@ STAND_INS = {  # events as the provider's documentation and reports show them; t
 
 @pytest.mark.parametrize("done", [True, False])
 @pytest.mark.parametrize("name", STAND_INS)
-def test_what_providers_stream_is_whole_and_charged_as_they_report_it(stage, name, done):
+def test_what_providers_stream_is_whole_and_charged_as_they_report_it(
+    stage, name, done
+):
     events, micro = STAND_INS[name]
     stage.main.script = [sse(events, done=done)] * 2
     response = stage.chat(stream=True)
@@ -10321,7 +10217,9 @@ def test_the_files_are_named_before_or_after_the_command(before, files, capsys):
     assert json.loads(out)[0]["account"] == "team" and "other.db" in err
 
 
-def test_every_command_reads_the_env_file_beside_the_keys_file(files, monkeypatch, capsys):
+def test_every_command_reads_the_env_file_beside_the_keys_file(
+    files, monkeypatch, capsys
+):
     keys, _ = files()
     lines = ["# ours", "export PROXY_DB='" + str(keys.parent / "named.db") + "'", ""]
     lines += ["PROXY_KEYS=/nowhere", "UPSTREAM_KEY = from the file", "HOME=/nowhere"]

@@ -2892,22 +2892,17 @@ VALUES ('team', 'req_x', 'k', 'm', 'p', 0, 1, 0, 200, 1)
 """
 
 
-@pytest.mark.parametrize("credits", [None, 0, 50, 350])
+@pytest.mark.parametrize("credits, hold", [(1000, 701), (0, 701), (50, 701), (350, 1)])
 def test_check_finds_what_we_overspent_whatever_keys_json_says_now(
-    make_ledger, credits
+    make_ledger, credits, hold
 ):
-    ledger = make_ledger()
+    ledger, later = make_ledger(), replace(TEAM, credits=credits)
     ledger.settle(admit(ledger, 300), charge(300))
-    if credits is None:
-        alter(ledger, OVERSPENT.replace("200", "701"))
-    else:  # it was lowered: below what is spent nothing more is held
-        lower = replace(TEAM, credits=credits)
-        with suppress(proxy.InsufficientCredits):
-            ledger.settle(admit(ledger, 50, account=lower), charge(50))
-        assert ledger.check() == []
-        alter(ledger, OVERSPENT.replace("200", "1" if credits == 350 else "701"))
-    [wrong] = ledger.check()
-    assert wrong == "team: spent and held exceed what was granted"
+    with suppress(proxy.InsufficientCredits):  # below what is spent nothing more is held
+        ledger.settle(admit(ledger, 50, account=later), charge(50))
+    assert ledger.check() == []
+    alter(ledger, OVERSPENT.replace("200", str(hold)))
+    assert ledger.check() == ["team: spent and held exceed what was granted"]
 
 
 def test_a_cost_above_its_hold_is_charged_by_what_is_declared_now(ledger):
@@ -6117,9 +6112,10 @@ def test_an_upstream_that_is_silent_for_its_timeout_is_given_up(described, scrip
     it.up.wait_closed()
 
 
-def test_a_timeout_is_between_two_events_and_not_of_the_whole_stream(described):
-    it = described(sse(chat_chunks("a b c d e f"), delay=0.06), timeout=0.4)
-    assert stream_text(it.chat(stream=True).data) == "a b c d e f"
+def test_a_timeout_is_between_two_signs_of_life_and_not_of_the_whole_stream(described):
+    events = [b": OPENROUTER PROCESSING\n\n"] * 4 + chat_chunks("a b")
+    it = described(sse(events, delay=0.08), timeout=0.4)
+    assert stream_text(it.chat(stream=True).data) == "a b"
 
 
 def test_a_timeout_may_be_longer_than_the_usual_one(described, monkeypatch):
@@ -7365,13 +7361,6 @@ def test_responses_that_break_end_in_openais_typed_events(stage, kept, end):
 # -- Time ----------------------------------------------------------------------------
 
 
-def test_comments_are_a_sign_of_life(stage, monkeypatch):
-    monkeypatch.setattr(proxy, "STALL_TIMEOUT", 0.4)
-    events = [b": OPENROUTER PROCESSING\n\n"] * 6 + chat_chunks("a b")
-    stage.main.script = [sse(events, delay=0.1)]
-    assert stream_text(stage.chat(stream=True).data) == "a b"
-
-
 def test_done_is_not_held_back_by_an_upstream_that_stays(stage):
     def answer(request):
         request.send(head(200, EVENTS, CHUNKED) + chunk(sse_bytes(chat_chunks("a"))))
@@ -7383,11 +7372,15 @@ def test_done_is_not_held_back_by_an_upstream_that_stays(stage):
     assert time.monotonic() - started < 2 and stage.main.requests[0].closed.wait(2)
 
 
+def posted(path: str, *lines: str, key: str = TEAM_KEY) -> bytes:
+    """Return the head of a JSON request whose body is still to come."""
+    about = "Host: x", f"Authorization: Bearer {key}", "Content-Type: application/json"
+    return "\r\n".join([f"POST {path} HTTP/1.1", *about, *lines, "", ""]).encode()
+
+
 def request_bytes(path: str, body: bytes, key: str = TEAM_KEY) -> bytes:
     """Return a POST of JSON as it stands on the wire."""
-    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Authorization: Bearer {key}"]
-    lines += ["Content-Type: application/json", f"Content-Length: {len(body)}", "", ""]
-    return "\r\n".join(lines).encode() + body
+    return posted(path, f"Content-Length: {len(body)}", key=key) + body
 
 
 def chat_bytes(**body: Any) -> bytes:
@@ -7396,28 +7389,14 @@ def chat_bytes(**body: Any) -> bytes:
     return request_bytes("/v1/chat/completions", json.dumps(whole).encode())
 
 
-def test_an_echo_that_is_read_slowly_ends_with_its_time(gateway, tmp_path):
-    limits = {"STREAM_TIMEOUT": 0.5, "WATCH_INTERVAL": 0.05, "HANG_UP": 0.2}
-    server = gateway(constants=limits, accounts={"team": {"credits": 10**6}})
-    words = [{"role": "user", "content": "word " * 60_000}]  # 12 MB of events
-    ask = {"model": "echo", "messages": words, "stream": True, "max_tokens": 60_000}
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect(("127.0.0.1", server.port))
-        client.sendall(chat_bytes(**ask))
-        assert client.recv(1000).startswith(b"HTTP/1.1 200")
-        wait_for(lambda: not held(tmp_path), 5, "the end of a stream that nobody reads")
-    sql = "SELECT state, output > 0, estimated FROM requests"
-    assert query(tmp_path, sql) == [(proxy.SETTLED, 1, 1)]
-
-
 def test_a_client_that_reads_slowly_is_no_stall_of_the_upstream(stage, monkeypatch):
-    monkeypatch.setattr(proxy, "STALL_TIMEOUT", 0.2)
+    monkeypatch.setattr(proxy, "STALL_TIMEOUT", 0.1)
     stage.main.script = [sse(chat_chunks("a b c"))]
-    pieces = stage.chat(stream=True).iter_encoded()
-    read = [next(pieces), next(pieces)]
-    time.sleep(0.6)  # the watcher looks meanwhile
-    assert stream_text(b"".join([*read, *pieces])) == "a b c"
+    with asked(stage.app, stream=True) as response:
+        pieces = response.iter_encoded()
+        read = [next(pieces), next(pieces)]
+        time.sleep(0.3)  # the watcher looks meanwhile
+        assert stream_text(b"".join([*read, *pieces])) == "a b c"
 
 
 # -- Clients on a socket -------------------------------------------------------------
@@ -9017,12 +8996,11 @@ def test_keys_are_paged_declared_ones_first_and_revoked_ones_last(app):
     for key in made[0], made[3]:
         api("DELETE", f"/v1/account/keys/{key['id']}")
     path, seen, after = "/v1/account/keys?limit=2&after=", [], ""
-    while True:
+    for _ in range(5):
         page = api.get(path + after)
         seen += [row["name"] for row in page["data"]]
-        if not page["has_more"]:
-            break
         after = page["data"][-1]["id"]
+    assert not page["has_more"]
     live, dead = [1, 2, 4, 5], [0, 3]
     made.sort(key=lambda key: (key["created"], key["id"]))
     assert seen[:3] == [*keys] and len(seen) == 9
@@ -11316,6 +11294,13 @@ def wait_held(folder: Path, count: int, timeout: float = 2) -> None:
     wait_for(lambda: held(folder) == count, timeout, f"{count} holds")
 
 
+def sockets(port: int, listening: bool = False) -> list[str]:
+    """What a server's descriptors say of its connections, or of its listening socket."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    own = [one for one in lines if one[1].endswith(f":{port:04X}") and one[9] != "0"]
+    return [f"socket:[{one[9]}]" for one in own if (one[3] == "0A") == listening]
+
+
 def server_of(gateway: Gateway, sock: socket.socket) -> int:
     """The worker that has the other end of a client's socket."""
     ends = f":{gateway.port:04X}", f":{sock.getsockname()[1]:04X}"
@@ -11712,9 +11697,11 @@ def test_a_reload_cuts_nobody(two, gate):
     before, kept = set(two.wait_workers(2)), server_of(two, stream.sock)
     with put_load(two, OTHER_KEY) as seen:
         two.kill(two.master_pid, signal.SIGHUP)
-        wait_for(lambda: before & set(two.workers()) == {kept}, what="a reload")
+        wait_for(lambda: before & set(two.workers()) == {kept}, 10, "a reload")
+        door = lambda: {*sockets(two.port, listening=True)} & {*open_files(kept)}
+        wait_for(lambda: not door(), 10, "the old one to let nobody in any more")
         count = len(seen) + 4  # which the old workers may have
-        wait_for(lambda: len(seen) > count + 20, what="answers of the new workers")
+        wait_for(lambda: len(seen) > count + 20, 10, "answers of the new workers")
     gate.set()
     assert stream.finish().done
     refused = [one for one in seen if not one.done]
@@ -12181,13 +12168,6 @@ def test_half_a_request_is_given_up_after_the_client_timeout(one):
         assert 0.9 < time.monotonic() - started < 4
 
 
-def posted(path: str, *lines: str) -> bytes:
-    """Return the head of a JSON request whose body is still to come."""
-    head = f"POST {path} HTTP/1.1", "Host: x", f"Authorization: Bearer {TEAM_KEY}"
-    told = *head, "Content-Type: application/json", *lines, "", ""
-    return "\r\n".join(told).encode()
-
-
 MOST = 31 << 20  # bytes, of 32 MB
 STALLS = {  # of large bodies
     "at its begin": ("Content-Length: 33554432", b" " * (2 << 20)),
@@ -12271,29 +12251,31 @@ def test_many_bodies_that_trickle_delay_no_other_account(
     assert max(took) < 1.5
 
 
-def test_an_answer_that_nobody_reads_is_ended_and_was_paid(gateway, tmp_path):
+LONG_WORDS = [{"role": "user", "content": "word " * 60_000}]  # 12 MB of events
+LONG_ECHO = {"model": "echo", "messages": LONG_WORDS, "stream": True, "max_tokens": 60_000}
+
+
+@pytest.mark.parametrize("ask, open", [({}, 0), (LONG_ECHO, 1)], ids=["answer", "echo"])
+def test_an_answer_that_nobody_reads_is_ended_and_was_paid(ask, open, gateway, tmp_path):
     choices = [{"index": 0, "message": {"content": "x" * (9 << 20)}}]
     answer = {"object": "chat.completion", "choices": choices, "usage": TOLD}
-    limits = {"ANSWER_READING": 0.5, "WATCH_INTERVAL": 0.05, "HANG_UP": 0.2}
+    limits = dict.fromkeys(["ANSWER_READING", "STREAM_TIMEOUT"], 0.5)
+    limits |= {"WATCH_INTERVAL": 0.05, "HANG_UP": 0.2}
     with Upstream([json_answer(answer)]) as up, socket.socket() as client:
-        server = gateway(up.url, constants=limits)
+        server = gateway(up.url, constants=limits, accounts={"team": {"credits": 10**6}})
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", server.port))
-        client.sendall(chat_bytes())
-        assert client.recv(100).startswith(b"HTTP/1.1 200")
-        assert query(tmp_path, "SELECT state FROM requests") == [(proxy.SETTLED,)]
-        wait_for(lambda: "event=request" in server.log(), 5, "the answer's end")
+        client.sendall(chat_bytes(**ask))
+        assert client.recv(100).startswith(b"HTTP/1.1 200") and held(tmp_path) == open
+        wait_for(lambda: "event=request" in server.log(), 5, "its end")
+    sql = "SELECT state, output > 0, estimated FROM requests"
+    assert query(tmp_path, sql) == [(proxy.SETTLED, 1, open)]
 
 
-TRICKLED = {"relay": "/v1/chat/completions", "account": "/v1/account/keys"}
-
-
-@pytest.mark.parametrize("path", TRICKLED.values(), ids=list(TRICKLED))
+@pytest.mark.parametrize("path", [CHAT, "/v1/account/keys"])
 def test_a_body_that_trickles_in_is_refused_in_time(path, one):
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TEAM_KEY}\r\n"
-    head += "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
     with socket.create_connection(("127.0.0.1", one.port), 8) as sock:
-        sock.sendall(head.encode())
+        sock.sendall(posted(path, "Content-Length: 1000"))
         started = time.monotonic()
         while not select.select([sock], [], [], 0.1)[0]:
             sock.sendall(b" ")
@@ -12735,11 +12717,8 @@ def struck(files, monkeypatch):
 
 def asked(app: Any, stream: bool) -> Any:
     """Ask in this process; the answer is not read yet if it is a stream."""
-    body = {"model": "chat", "messages": SAY_HELLO}
-    headers = bearer(TEAM_KEY)
-    body["stream"] = stream
-    path = "/v1/chat/completions"
-    return app.test_client().post(path, json=body, headers=headers, buffered=False)
+    body = {"model": "chat", "messages": SAY_HELLO, "stream": stream}
+    return app.test_client().post(CHAT, json=body, headers=bearer(TEAM_KEY))
 
 
 def ending(status: int, data: bytes) -> tuple[int, str]:
@@ -13622,18 +13601,11 @@ class Footprint(NamedTuple):
     memory: int
 
 
-def connected(port: int) -> list[str]:
-    """The sockets that the server of this port has open, but for the listening one."""
-    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
-    own = [one for one in lines if one[1].endswith(f":{port:04X}") and one[3] != "0A"]
-    return [one[9] for one in own if one[9] != "0"]  # which is of no process
-
-
 def idle(server: Gateway, up: Upstream, folder: Path) -> list[Footprint]:
     """The workers' footprints once nothing runs and no connection is kept."""
     wait_held(folder, 0, 5)
     up.wait_closed(len(up.connections))
-    wait_for(lambda: not connected(server.port), what="the clients' connections' end")
+    wait_for(lambda: not sockets(server.port), what="the clients' connections' end")
     tasks = lambda pid: len(os.listdir(f"/proc/{pid}/task"))
     pids = sorted(server.workers())
     return [Footprint(len(open_files(pid)), tasks(pid), memory(pid)) for pid in pids]

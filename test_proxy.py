@@ -7691,6 +7691,8 @@ def test_the_sdk_does_not_repeat_what_could_be_billed_twice(sdk, real):
 
 
 RESPONSE_ERROR = {"type": "error", "code": "x", "message": "y", "sequence_number": 3}
+
+
 def test_azures_client_gets_in_by_its_own_header(sdk, real):
     openai = pytest.importorskip("openai")
     real.main.script = [json_answer(chat_json("hi"))]

@@ -7402,17 +7402,6 @@ def test_a_client_that_reads_slowly_is_no_stall_of_the_upstream(stage, monkeypat
 # -- Clients on a socket -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunked", [True, False])
-def test_the_first_event_comes_at_once(real, chunked):
-    first = chat_chunk("gpt-test", {"content": "a"})
-    real.main.script = [sse([first], gate=threading.Event(), chunked=chunked)]
-    started = time.monotonic()
-    with chat(real.url, TEAM_KEY, stream=True) as response:
-        assert response.headers["X-Accel-Buffering"] == "no"
-        assert response.raw.read1(10)
-        assert time.monotonic() - started < 2
-
-
 def test_comments_leave_before_the_first_event_once_they_have_waited(
     stage, monkeypatch
 ):

@@ -11599,7 +11599,7 @@ def test_a_restart_under_a_kept_socket_refuses_nobody(files, gate):
     script = [sse(WORDS, gate=gate), *[json_answer(chat_json("hi"))] * 100]
     kept = socket.create_server(("127.0.0.1", 0), backlog=512)
     with Upstream(script) as up, kept:
-        server = Gateway(*files(up.url, limits={"concurrent": 200}), workers=2, threads=64)
+        server = Gateway(*files(up.url, limits={"concurrent": 200}), workers=2, threads=200)
         server.keep(kept)
         with server, ThreadPoolExecutor(100) as pool:
             stream = Visit(server, TEAM_KEY, stream=True).start()

@@ -39,7 +39,7 @@ import tracemalloc
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12330,6 +12330,20 @@ def test_a_signal_in_an_accept_drops_nobody():
     worker.set_accept_enabled(False)
     assert listener.fileno() == -1
     taken[0].sock.close()
+
+
+def test_a_connection_that_ends_is_counted_once(monkeypatch):
+    """Or a drain would not wait for those that were let in."""
+    monkeypatch.setattr(proxy.gthread.ThreadWorker, "handle", lambda self, conn: False)
+    worker, answered = proxy.Worker.__new__(proxy.Worker), Future()
+    worker.alive, worker.nr_conns = True, 1
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.close()
+        conn = proxy.gthread.TConn(None, ours, None, None)
+        answered.set_result(worker.handle(conn))
+        worker.finish_request(conn, answered)
+    assert (worker.nr_conns, ours.fileno()) == (0, -1)
 
 
 def test_a_server_that_is_ended_under_connects_ends_well(gateway):

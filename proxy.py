@@ -7078,6 +7078,8 @@ class Worker(gthread.ThreadWorker):
         kept = super().handle(conn)
         if not kept:
             gunicorn.util.close_graceful(conn.sock, LINGER, MAX_BODY)
+            # A second close would fail, and count it as gone twice.
+            conn.close = lambda graceful=False: None
         return kept
 
     def handle_error(

@@ -39,21 +39,15 @@ import tracemalloc
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html.parser import HTMLParser
-from http.client import (
-    HTTPConnection,
-    HTTPException,
-    HTTPResponse,
-    parse_headers,
-    responses,
-)
+from http.client import HTTPConnection, HTTPException, HTTPResponse
+from http.client import parse_headers, responses
 from io import BytesIO
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Self, TypeVar
 from unittest.mock import MagicMock
@@ -483,17 +477,23 @@ ENDLESS = {  # start, what is repeated, seconds between
 }
 
 
-def endless(kind: str) -> Answer:
-    """Send one of `ENDLESS` until the peer leaves."""
-    start, repeated, interval = ENDLESS[kind]
+def repeated(start: bytes, data: bytes, times: int, interval: float = 0) -> Answer:
+    """Send much, fast unless there are seconds between, then close."""
 
     def answer(request: Request) -> None:
+        request.keep = False
         request.send(start)
-        while True:
-            request.send(repeated)
+        for _ in range(times):
+            request.send(data)
             request.wait(None, interval)
 
     return answer
+
+
+def endless(kind: str) -> Answer:
+    """Send one of `ENDLESS` until the peer leaves."""
+    start, data, interval = ENDLESS[kind]
+    return repeated(start, data, 10**9, interval)
 
 
 def usage_of(prompt: int, completion: int, **more: Any) -> dict:
@@ -1290,7 +1290,7 @@ def test_every_error_knows_its_envelopes(error, status, type, code, anthropics):
 
 
 @pytest.mark.parametrize("text", ["half \ud83d a pair", "\udcff"])
-def test_an_envelope_is_utf8_whatever_its_texts(text: str) -> None:
+def test_an_envelope_is_utf8_whatever_its_texts(text):
     error = proxy.Refused(400, text, text, text)
     assert json.loads(error.envelope().decode())["error"]["param"]
 
@@ -1305,14 +1305,12 @@ REPEATS += [
 
 
 @pytest.mark.parametrize("error, headers", REPEATS)
-def test_an_error_says_whether_a_repeat_helps_and_when(
-    error: proxy.ProxyError, headers: dict
-) -> None:
+def test_an_error_says_whether_a_repeat_helps_and_when(error, headers):
     assert error.headers == headers
 
 
 @pytest.mark.parametrize("error", [proxy.UpstreamFailed, proxy.LedgerUnavailable])
-def test_what_went_wrong_inside_is_not_told(error: Callable) -> None:
+def test_what_went_wrong_inside_is_not_told(error):
     assert b"10.0.0.1 refused" not in error("10.0.0.1 refused").envelope()
 
 
@@ -1329,9 +1327,7 @@ def test_what_went_wrong_inside_is_not_told(error: Callable) -> None:
         (http_errors.InternalServerError(), 500, "internal_error"),
     ],
 )
-def test_the_frameworks_refusals_become_ours(
-    error: http_errors.HTTPException, status: int, code: str
-) -> None:
+def test_the_frameworks_refusals_become_ours(error, status, code):
     ours = proxy.from_http(error)
     assert (ours.status, ours.code) == (status, code)
 
@@ -1341,7 +1337,7 @@ def test_the_frameworks_refusals_become_ours(
 TREE = ast.parse(Path(proxy.__file__).read_text())
 
 
-def test_signatures_name_only_what_stands_above() -> None:
+def test_signatures_name_only_what_stands_above():
     places = {n.name: n.lineno for n in TREE.body if isinstance(n, ast.ClassDef)}
     functions = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
     late = [
@@ -1354,7 +1350,7 @@ def test_signatures_name_only_what_stands_above() -> None:
     assert len(functions) > 200 and late == []
 
 
-def test_every_package_that_is_imported_is_pinned() -> None:
+def test_every_package_that_is_imported_is_pinned():
     pinned = re.findall(r"^([a-z0-9-]+)==[\w.]+$", REQUIREMENTS, re.MULTILINE)
     nodes = [*ast.walk(TREE)]
     names = [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
@@ -1522,16 +1518,14 @@ def terms_with(path: str, value: Any) -> dict:
 
 
 @pytest.mark.parametrize("path, value", REFUSED_TERMS)
-def test_refused_terms_of_a_key_are_named_by_their_path(
-    load: Callable, path: str, value: Any
-) -> None:
+def test_refused_terms_of_a_key_are_named_by_their_path(load, path, value):
     key = {"key": "sk-key", **terms_with(path, value)}
     with pytest.raises(proxy.ConfigError) as refused:
         load(planted("accounts.team.keys.bound", key))
     assert str(refused.value).startswith(f"keys.json: accounts.team.keys.bound.{path}:")
 
 
-def test_a_key_may_be_an_object_with_its_terms(load: Callable) -> None:
+def test_a_key_may_be_an_object_with_its_terms(load):
     written = {
         "expires": "2030-01-31", "budget": {"credits": 2.5, "per": "week"},
         "models": ["chat"], "limits": {"rate": "5/minute"}, "metrics": True,
@@ -1553,9 +1547,7 @@ def test_a_key_may_be_an_object_with_its_terms(load: Callable) -> None:
         ("2030-01-31T12:00:00Z", "2030-01-31T11:59:59Z", "2030-01-31T12:00:00Z"),
     ],
 )
-def test_a_key_works_through_its_last_day(
-    wall_clock: Jumping, expires: str, last: str, first: str
-) -> None:
+def test_a_key_works_through_its_last_day(wall_clock, expires, last, first):
     terms = proxy.parse_terms({"expires": expires})
     told = []
     for moment in last, first:
@@ -1579,9 +1571,7 @@ def test_a_key_works_through_its_last_day(
         ("total", "2026-11-25", "1970-01-01", "4707-11-29"),
     ],
 )
-def test_the_window_of_a_budget_is_of_the_utc_calendar(
-    per: str, day: str, since: str, until: str
-) -> None:
+def test_the_window_of_a_budget_is_of_the_utc_calendar(per, day, since, until):
     number = [proxy.parse_moment(text, "") // proxy.DAY - 1 for text in (day, since, until)]
     assert proxy.Budget(1, per).window(number[0]) == tuple(number[1:])
 
@@ -1590,9 +1580,7 @@ ACCOUNT_MODELS = [(None, None), (None, {"a"}), ({"a", "b"}, None), ({"a", "b"}, 
 
 
 @pytest.mark.parametrize("account, key", ACCOUNT_MODELS, ids=str)
-def test_a_key_may_use_what_its_account_may_use_and_no_more(
-    account: set | None, key: set | None
-) -> None:
+def test_a_key_may_use_what_its_account_may_use_and_no_more(account, key):
     whole = replace(TEAM, models=account and frozenset(account))
     terms = proxy.Terms(models=key and frozenset(key))
     for model in "abcd":
@@ -1611,8 +1599,8 @@ def test_a_key_may_use_what_its_account_may_use_and_no_more(
     ],
 )  # fmt: skip
 def test_of_a_keys_limits_and_its_accounts_the_smaller_counts(
-    account: dict, key: dict, rates: set, concurrent: int
-) -> None:
+    account, key, rates, concurrent
+):
     whole = replace(TEAM, limits=proxy.parse_limits(account, ""))
     limits = whole.under(proxy.parse_terms({"limits": key})).limits
     assert ({*map(str, limits.items)}, limits.concurrent) == (rates, concurrent)
@@ -1637,8 +1625,8 @@ def test_of_a_keys_limits_and_its_accounts_the_smaller_counts(
     ],
 )
 def test_a_file_that_is_no_good_json_is_refused_with_the_reason(
-    config_path: Path, data: bytes, reason: str
-) -> None:
+    config_path, data, reason
+):
     config_path.write_bytes(data)
     with pytest.raises(proxy.ConfigError, match="keys.json") as refused:
         proxy.ConfigFile(config_path)
@@ -1646,16 +1634,14 @@ def test_a_file_that_is_no_good_json_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_defaults_are_json_that_can_be_forwarded(
-    config_path: Path, number: str
-) -> None:
+def test_defaults_are_json_that_can_be_forwarded(config_path, number):
     text = json.dumps(planted("models.chat.defaults", {"temperature": "?"}))
     config_path.write_text(text.replace('"?"', number))
     with pytest.raises(proxy.ConfigError):
         proxy.ConfigFile(config_path)
 
 
-def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused_by_name(tmp_path):
     with pytest.raises(proxy.ConfigError, match="keys.json: No such file"):
         proxy.ConfigFile(tmp_path / "keys.json")
 
@@ -1663,14 +1649,12 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "same", ["sk-team", "sha256:" + hashlib.sha256(b"sk-team").hexdigest()], ids=short
 )
-def test_one_key_cannot_be_two_accounts(load: Callable, same: str) -> None:
+def test_one_key_cannot_be_two_accounts(load, same):
     with pytest.raises(proxy.ConfigError, match="accounts.b.keys.k: .* twice"):
         load(planted("accounts.b.keys.k", same))
 
 
-def test_the_sample_is_accepted_without_any_provider_key(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_sample_is_accepted_without_any_provider_key(monkeypatch):
     names = {"DEEPSEEK_API_KEY", "JIMENG_ACCESS_KEY", "JIMENG_SECRET_KEY"}
     for name in names:
         monkeypatch.delenv(name, raising=False)
@@ -1680,26 +1664,24 @@ def test_the_sample_is_accepted_without_any_provider_key(
     assert config.demo == ("sk-demo", "echo")
 
 
-def test_limits_that_nobody_set_are_sixty_a_minute_and_ten_at_once() -> None:
+def test_limits_that_nobody_set_are_sixty_a_minute_and_ten_at_once():
     sample = proxy.ConfigFile(PROJECT / "keys.json").current.limits
     told = [(it.rate, it.concurrent) for it in (sample, proxy.parse_limits({}, ""))]
     assert told == [("60/minute", 10)] * 2
 
 
-def test_the_readmes_keys_json_is_accepted() -> None:
+def test_the_readmes_keys_json_is_accepted():
     (document,) = re.findall(r"```json\n(.*?)```", README, re.S)
     config = proxy.parse_config(json.loads(document))
     assert {*config.models} == {"qwen", "chat"} and config.demo is None
 
 
-def test_the_readme_names_tests_that_are_here() -> None:
+def test_the_readme_names_tests_that_are_here():
     named = {*re.findall(r"`(test_[a-z]\w+)`", README)}
     assert len(named) > 20 and named <= {*globals()}
 
 
-def test_names_are_taken_from_the_environment(
-    load: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_are_taken_from_the_environment(load, monkeypatch):
     monkeypatch.setenv("PROXY_TEST_KEY", "from-outside")
     monkeypatch.delenv("PROXY_TEST_UNSET", raising=False)
     config = load(planted("upstreams.main.key", "$PROXY_TEST_KEY:$PROXY_TEST_UNSET"))
@@ -1710,7 +1692,7 @@ def test_names_are_taken_from_the_environment(
 
 
 @pytest.mark.parametrize("form", [str.lower, str.upper])
-def test_a_key_and_its_hash_are_the_same_key(load: Callable, form: Callable) -> None:
+def test_a_key_and_its_hash_are_the_same_key(load, form):
     digest = form(hashlib.sha256(b"sk-team").hexdigest())
     hashed = load(planted("accounts.team.keys.main", f"sha256:{digest}"))
     assert [*hashed.keys] == [*load(planted()).keys]
@@ -1721,14 +1703,12 @@ def test_a_key_and_its_hash_are_the_same_key(load: Callable, form: Callable) -> 
     "credits, micro",
     [(0, 0), (1, 10**6), (0.1, 10**5), (1e-6, 1), (1.5, 1_500_000), (10**9, 10**15)],
 )
-def test_credits_are_exact_integers(load: Callable, credits: float, micro: int) -> None:
+def test_credits_are_exact_integers(load, credits, micro):
     config = load(planted("accounts.team.credits", credits))
     assert config.account("team").credits == micro
 
 
-def test_prices_are_exact_and_cached_input_costs_as_input_unless_said(
-    load: Callable,
-) -> None:
+def test_prices_are_exact_and_cached_input_costs_as_input_unless_said(load):
     price = {"input": 0.3, "output": 1.2, "request": 0.01, "image": 0.04}
     exact = load(planted("models.chat.price", price)).models["chat"].price
     assert exact == proxy.Price(300_000, 300_000, 300_000, 1_200_000, 4 * 10**10, 10**10)
@@ -1783,21 +1763,21 @@ def test_what_cannot_be_meant_is_told_by_its_path(load, path, value, told):
     assert str(refused.value).startswith(f"keys.json: {told}")
 
 
-def test_hours_replace_the_prices_that_they_name(load: Callable) -> None:
+def test_hours_replace_the_prices_that_they_name(load):
     price = {"input": 1, "cached": 0.1, "output": 2, "hours": [PEAK]}
     model = load(planted("models.chat.price", price)).models["chat"]
     assert model.price == proxy.Price(10**6, 10**5, 10**6, 2 * 10**6)
     assert model.hours[0].price == proxy.Price(2 * 10**6, 10**5, 2 * 10**6, 2 * 10**6)
 
 
-def test_an_accounts_limits_complete_the_common_ones(load: Callable) -> None:
+def test_an_accounts_limits_complete_the_common_ones(load):
     config = load(planted("accounts.team.limits", {"concurrent": 3}))
     limits = config.account("team").limits
     assert (limits.rate, limits.concurrent) == ("60/minute", 3)
     assert config.account("made at run time").limits == config.limits
 
 
-def test_several_upstreams_keep_their_order(load: Callable) -> None:
+def test_several_upstreams_keep_their_order(load):
     whole = planted("models.chat.upstream", ["spare/a", "main/b/c"])
     whole["upstreams"]["spare"] = {"url": "https://spare.example"}
     routes = load(whole).models["chat"].routes
@@ -1809,9 +1789,7 @@ def test_several_upstreams_keep_their_order(load: Callable) -> None:
     "change",
     [{"models": None}, {"models": []}, {"models": ["echo", "chat"]}, {"admin": True}],
 )
-def test_a_demo_may_reach_only_echo_models_and_is_no_admin(
-    tmp_path: Path, change: dict
-) -> None:
+def test_a_demo_may_reach_only_echo_models_and_is_no_admin(tmp_path, change):
     path = keys_file(tmp_path, "http://127.0.0.1:9")
     assert proxy.ConfigFile(path).current.demo == (DEMO_KEY, "echo")
     keys_file(tmp_path, "http://127.0.0.1:9", accounts={"demo": change})
@@ -1822,9 +1800,7 @@ def test_a_demo_may_reach_only_echo_models_and_is_no_admin(
 @pytest.mark.parametrize(
     "change", [{"demo": None}, {"keys": {"readme": "sha256:" + "0" * 64}}]
 )
-def test_only_demo_true_makes_a_key_public_and_no_hash_is_shown(
-    tmp_path: Path, change: dict
-) -> None:
+def test_only_demo_true_makes_a_key_public_and_no_hash_is_shown(tmp_path, change):
     path = keys_file(tmp_path, "http://127.0.0.1:9", accounts={"demo": change})
     assert proxy.ConfigFile(path).current.demo is None
 
@@ -1846,9 +1822,7 @@ SPOILS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
-def test_a_spoilt_file_keeps_the_last_good_one_and_says_so_once(
-    config_path: Path, spoil: Callable[[Path], Any]
-) -> None:
+def test_a_spoilt_file_keeps_the_last_good_one_and_says_so_once(config_path, spoil):
     file = proxy.ConfigFile(config_path)
     good = file.current
     spoil(config_path)
@@ -1856,7 +1830,7 @@ def test_a_spoilt_file_keeps_the_last_good_one_and_says_so_once(
     assert first and more == [None, None] and file.current is good
 
 
-def test_a_file_mended_after_it_was_spoilt_is_taken(config_path: Path) -> None:
+def test_a_file_mended_after_it_was_spoilt_is_taken(config_path):
     file = proxy.ConfigFile(config_path)
     config_path.write_text("")
     assert file.refresh()
@@ -1865,9 +1839,7 @@ def test_a_file_mended_after_it_was_spoilt_is_taken(config_path: Path) -> None:
     assert "new" in file.current.accounts
 
 
-def test_a_replaced_file_of_the_same_size_is_read(
-    config_path: Path, tmp_path: Path
-) -> None:
+def test_a_replaced_file_of_the_same_size_is_read(config_path, tmp_path):
     file = proxy.ConfigFile(config_path)
     stat, other = config_path.stat(), tmp_path / "other"
     other.write_text(config_path.read_text().replace("team", "crew"))
@@ -1880,7 +1852,7 @@ def test_a_replaced_file_of_the_same_size_is_read(
 # Ledger ------------------------------------------------------------------------------
 
 
-def test_a_hold_settles_once(ledger: proxy.Ledger) -> None:
+def test_a_hold_settles_once(ledger):
     lease = admit(ledger, 100)
     assert sums(ledger) == (0, 100, 0)
     ledger.settle(lease, charge(30))
@@ -1891,7 +1863,7 @@ def test_a_hold_settles_once(ledger: proxy.Ledger) -> None:
     assert ledger.read("SELECT requests, cost FROM usage") == [(1, 30)]
 
 
-def test_a_hold_is_released_once_and_free(ledger: proxy.Ledger) -> None:
+def test_a_hold_is_released_once_and_free(ledger):
     lease = admit(ledger, 100)
     ledger.settle(lease, proxy.Charge(503))
     ledger.settle(lease, charge(50))
@@ -1900,9 +1872,7 @@ def test_a_hold_is_released_once_and_free(ledger: proxy.Ledger) -> None:
     assert ledger.read("SELECT requests, released FROM usage") == [(0, 1)]
 
 
-def test_what_was_held_and_not_spent_is_available_to_the_micro_credit(
-    ledger: proxy.Ledger,
-) -> None:
+def test_what_was_held_and_not_spent_is_available_to_the_micro_credit(ledger):
     for hold, cost in (333, 1), (333, 0), (1, 1), (0, 0), (998, 998):
         ledger.settle(admit(ledger, hold), charge(cost))
     assert sums(ledger) == (1000, 0, 0)
@@ -1910,7 +1880,7 @@ def test_what_was_held_and_not_spent_is_available_to_the_micro_credit(
         admit(ledger, 1)
 
 
-def test_a_grant_adds_to_what_keys_json_declares(ledger: proxy.Ledger) -> None:
+def test_a_grant_adds_to_what_keys_json_declares(ledger):
     ledger.grant(declared_account("team"), 500, "thanks")
     ledger.settle(admit(ledger, 1500), charge(1500))
     with pytest.raises(proxy.InsufficientCredits):
@@ -1930,9 +1900,7 @@ def test_a_grant_adds_to_what_keys_json_declares(ledger: proxy.Ledger) -> None:
         (400_000, 300_000, 1, 2, 1),
     ],
 )
-def test_a_hold_is_rounded_up_once(
-    fixed: int, token: int, tokens: int, choices: int, micro: int
-) -> None:
+def test_a_hold_is_rounded_up_once(fixed, token, tokens, choices, micro):
     assert proxy.Quote(fixed, token, tokens, choices).hold(tokens) == micro
 
 
@@ -1957,22 +1925,20 @@ def test_a_hold_is_rounded_up_once(
     ],
 )
 def test_output_is_capped_to_what_the_account_can_pay(
-    fixed: int, token: int, tokens: int, choices: int, available: int, affordable: int
-) -> None:
+    fixed, token, tokens, choices, available, affordable
+):
     quote = proxy.Quote(fixed, token, tokens, choices)
     assert quote.affordable(available) == affordable
     assert affordable < 0 or quote.hold(affordable) <= available
 
 
-def test_a_lease_says_how_many_tokens_its_hold_pays_for(ledger: proxy.Ledger) -> None:
+def test_a_lease_says_how_many_tokens_its_hold_pays_for(ledger):
     lease = admit(ledger, 400, tokens=4096, price=1)
     assert (lease.tokens, lease.hold) == (600, 1000)
     release(ledger, lease)
 
 
-def test_402_when_not_one_token_fits_and_nothing_is_written(
-    ledger: proxy.Ledger,
-) -> None:
+def test_402_when_not_one_token_fits_and_nothing_is_written(ledger):
     other = admit(ledger, 600)
     with pytest.raises(proxy.InsufficientCredits):
         admit(ledger, 400, tokens=4096, price=1)
@@ -1982,7 +1948,7 @@ def test_402_when_not_one_token_fits_and_nothing_is_written(
     release(ledger, other, lease)
 
 
-def test_what_is_free_needs_no_credits(ledger: proxy.Ledger) -> None:
+def test_what_is_free_needs_no_credits(ledger):
     poor = proxy.Account("poor", LIMITS)
     lease = admit(ledger, 0, tokens=50, account=poor)
     assert (lease.hold, lease.tokens) == (0, 50)
@@ -2000,15 +1966,15 @@ def test_what_is_free_needs_no_credits(ledger: proxy.Ledger) -> None:
     ],
 )
 def test_a_cost_above_the_hold_is_charged_as_far_as_the_account_can_pay(
-    ledger: proxy.Ledger, elsewhere: int, hold: int, cost: int, spent: int, lost: int
-) -> None:
+    ledger, elsewhere, hold, cost, spent, lost
+):
     other, lease = admit(ledger, elsewhere), admit(ledger, hold)
     ledger.settle(lease, charge(cost))
     assert sums(ledger) == (spent, elsewhere, lost)
     release(ledger, other)
 
 
-def test_a_key_has_so_many_leases_at_once(ledger: proxy.Ledger) -> None:
+def test_a_key_has_so_many_leases_at_once(ledger):
     team = replace(TEAM, limits=proxy.parse_limits({"concurrent": 3}, "limits"))
     leases = [admit(ledger, account=team) for _ in range(3)]
     with pytest.raises(proxy.RateLimited) as refused:
@@ -2017,26 +1983,6 @@ def test_a_key_has_so_many_leases_at_once(ledger: proxy.Ledger) -> None:
     leases.append(admit(ledger, account=team, key=SECOND_KEY))
     ledger.settle(leases.pop(0), charge(1))
     release(ledger, *leases, admit(ledger, account=team))
-
-
-def test_fifty_threads_over_two_ledgers_never_overspend(
-    ledger: proxy.Ledger, make_ledger: MakeLedger
-) -> None:
-    both, barrier = [ledger, make_ledger()], threading.Barrier(50)
-
-    def ask(number: int) -> int:
-        barrier.wait(5)
-        with suppress(proxy.InsufficientCredits):
-            lease = admit(both[number % 2], 100)
-            both[number % 2].settle(lease, charge(number + 1))
-            return number + 1
-        return 0
-
-    with ThreadPoolExecutor(50) as pool:
-        spent = sum(pool.map(ask, range(50)))
-    assert sums(ledger) == (spent, 0, 0)
-    ledger.settle(admit(ledger, 1000 - spent), charge(1000 - spent))
-    assert sums(ledger) == (1000, 0, 0)
 
 
 def bound(most: int, per: str = "day", key: proxy.Key = KEY) -> proxy.Key:
@@ -2070,7 +2016,7 @@ def test_what_a_budget_has_left_is_what_was_not_spent(ledger):
     assert ledger.check() == []
 
 
-def test_output_is_capped_to_what_the_budget_can_pay(ledger: proxy.Ledger) -> None:
+def test_output_is_capped_to_what_the_budget_can_pay(ledger):
     lease = admit(ledger, 100, tokens=500, price=2, key=bound(300))
     assert (lease.hold, lease.tokens) == (300, 100)
     release(ledger, lease)
@@ -2087,8 +2033,8 @@ def test_output_is_capped_to_what_the_budget_can_pay(ledger: proxy.Ledger) -> No
     ],
 )  # fmt: skip
 def test_a_402_names_the_budget_what_is_left_and_its_next_window(
-    sleeping: None, ledger: proxy.Ledger, wall_clock: Jumping, per: str, told: str
-) -> None:
+    sleeping, ledger, wall_clock, per, told
+):
     wall_clock.set("2026-11-30T12:00:00Z")
     lease = admit(ledger, 200, key=bound(300, per))
     with pytest.raises(proxy.InsufficientCredits) as refused:
@@ -2104,9 +2050,7 @@ def test_a_402_names_the_budget_what_is_left_and_its_next_window(
     release(ledger, lease)
 
 
-def test_a_request_counts_in_the_window_of_its_admission(
-    sleeping: None, ledger: proxy.Ledger, wall_clock: Jumping
-) -> None:
+def test_a_request_counts_in_the_window_of_its_admission(sleeping, ledger, wall_clock):
     wall_clock.set("2026-11-30T23:59:59Z")
     first = [admit(ledger, 100, key=bound(300)) for _ in range(3)]
     with pytest.raises(proxy.InsufficientCredits):
@@ -2124,17 +2068,13 @@ def test_a_request_counts_in_the_window_of_its_admission(
     assert ledger.check() == []
 
 
-def test_a_cost_above_the_hold_is_charged_as_far_as_the_budget_can_pay(
-    ledger: proxy.Ledger
-) -> None:
+def test_a_cost_above_the_hold_is_charged_as_far_as_the_budget_can_pay(ledger):
     lease = admit(ledger, 100, key=bound(300))
     assert ledger.settle(lease, charge(700)) == 400
     assert (sums(ledger), ledger.check()) == ((300, 0, 400), [])
 
 
-def test_an_edited_budget_counts_from_the_next_hold_on_with_all_that_was_spent(
-    ledger: proxy.Ledger
-) -> None:
+def test_an_edited_budget_counts_from_the_next_hold_on_with_all_that_was_spent(ledger):
     ledger.settle(admit(ledger, 100), charge(100))  # without any
     running = admit(ledger, 100)
     for most, fits in (250, 50), (220, 20), (100, 0):
@@ -2151,7 +2091,7 @@ def test_an_edited_budget_counts_from_the_next_hold_on_with_all_that_was_spent(
     assert (sums(ledger), ledger.check()) == ((1000, 0, 0), [])
 
 
-def test_what_admission_costs_does_not_grow_with_history(ledger: proxy.Ledger) -> None:
+def test_what_admission_costs_does_not_grow_with_history(ledger):
     def steps(key: proxy.Key) -> int:
         count = itertools.count()
         progress = functools.partial(next, count)
@@ -2200,9 +2140,7 @@ FAILURES = {  # of one write in a batch: how many of the other four are written
 
 
 @pytest.mark.parametrize("fault, others", FAILURES.values(), ids=FAILURES)
-def test_what_is_told_to_be_written_is_written_and_nothing_else(
-    ledger: proxy.Ledger, fault: str, others: int
-) -> None:
+def test_what_is_told_to_be_written_is_written_and_nothing_else(ledger, fault, others):
     with one_batch(ledger, 5) as pool:
         notes = [fault, *map(NOTE.format, range(4))]
         told = [pool.submit(ledger.write, lambda db, n=n: db.execute(n)) for n in notes]
@@ -2212,9 +2150,7 @@ def test_what_is_told_to_be_written_is_written_and_nothing_else(
     assert [*rows] == [(name,) for name in written] and len(rows) == others
 
 
-def test_a_hold_beyond_sqlites_integers_is_what_can_be_paid(
-    ledger: proxy.Ledger,
-) -> None:
+def test_a_hold_beyond_sqlites_integers_is_what_can_be_paid(ledger):
     most = {"price": 10**9, "tokens": 128 * (2**31 - 1)}
     with pytest.raises(proxy.InsufficientCredits):
         admit(ledger, 0, **most)
@@ -2248,9 +2184,7 @@ def other_worker(db: str) -> Iterator[tuple[subprocess.Popen, int]]:
             process.kill()
 
 
-def test_a_dead_workers_holds_are_swept_and_a_living_ones_are_not(
-    ledger: proxy.Ledger,
-) -> None:
+def test_a_dead_workers_holds_are_swept_and_a_living_ones_are_not(ledger):
     with other_worker(ledger.path) as (process, slot):
         ledger.write(ledger._tidy)
         assert (slot, sums(ledger)) == (2, (0, 700, 0))
@@ -2262,9 +2196,7 @@ def test_a_dead_workers_holds_are_swept_and_a_living_ones_are_not(
     ledger.settle(admit(ledger, 1000), charge(1000))
 
 
-def test_who_claims_a_dead_workers_slot_clears_it(
-    sleeping: None, ledger: proxy.Ledger, make_ledger: MakeLedger
-) -> None:
+def test_who_claims_a_dead_workers_slot_clears_it(sleeping, ledger, make_ledger):
     with other_worker(ledger.path) as (process, slot):
         process.kill()
         process.wait()
@@ -2273,9 +2205,7 @@ def test_who_claims_a_dead_workers_slot_clears_it(
     assert sums(ledger) == (0, 0, 0)
 
 
-def test_a_late_settlement_of_a_swept_hold_charges_nothing(
-    ledger: proxy.Ledger,
-) -> None:
+def test_a_late_settlement_of_a_swept_hold_charges_nothing(ledger):
     dead = proxy.Ledger(ledger.path, worker=True)
     lease = admit(dead, 700)
     dead.close()
@@ -2284,9 +2214,7 @@ def test_a_late_settlement_of_a_swept_hold_charges_nothing(
     assert sums(ledger) == (0, 0, 0)
 
 
-def test_closing_another_ledger_of_the_process_keeps_the_slot(
-    ledger: proxy.Ledger, make_ledger: MakeLedger
-) -> None:
+def test_closing_another_ledger_of_the_process_keeps_the_slot(ledger, make_ledger):
     lease = admit(ledger)
     proxy.Ledger(ledger.path).close()
     other = make_ledger()
@@ -2299,7 +2227,7 @@ def test_closing_another_ledger_of_the_process_keeps_the_slot(
 # Ledger: the file
 
 
-def test_all_files_are_their_owners_alone(tmp_path: Path, ledger: proxy.Ledger) -> None:
+def test_all_files_are_their_owners_alone(tmp_path, ledger):
     release(ledger, admit(ledger))
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     names = ["proxy.db", "proxy.db-lock", "proxy.db-shm", "proxy.db-wal"]
@@ -2356,7 +2284,7 @@ FAILING_READS = {  # what is done to the file, what is read
 
 
 @pytest.mark.parametrize("case", FAILING_READS)
-def test_a_ledger_that_cannot_be_read_costs_no_descriptors(case, make_ledger) -> None:
+def test_a_ledger_that_cannot_be_read_costs_no_descriptors(case, make_ledger):
     ledger, (damage, sql) = make_ledger(), FAILING_READS[case]
     path, counts = Path(ledger.path), []
     good = path.read_bytes()
@@ -2388,9 +2316,7 @@ def contents(path: Path) -> bytes | bool:
 
 
 @pytest.mark.parametrize("make", NO_LEDGERS.values(), ids=NO_LEDGERS)
-def test_what_is_no_ledger_is_refused_in_one_line_and_left_alone(
-    tmp_path: Path, make: Callable[[Path], Any]
-) -> None:
+def test_what_is_no_ledger_is_refused_in_one_line_and_left_alone(tmp_path, make):
     path = tmp_path / "data" / "proxy.db"
     path.parent.mkdir()
     make(path)
@@ -2405,9 +2331,7 @@ def test_what_is_no_ledger_is_refused_in_one_line_and_left_alone(
 
 
 @pytest.mark.parametrize("missing", ["proxy.db", "proxy.db-lock"])
-def test_a_ledger_put_back_is_taken_again_without_a_restart(
-    ledger: proxy.Ledger, tmp_path: Path, missing: str
-) -> None:
+def test_a_ledger_put_back_is_taken_again_without_a_restart(ledger, tmp_path, missing):
     uses = [
         lambda: ledger.settle(admit(ledger), charge(100)),
         lambda: ledger.find_key("0" * 64),  # no key is unknown meanwhile
@@ -2428,9 +2352,7 @@ def test_a_ledger_put_back_is_taken_again_without_a_restart(
     assert sums(ledger) == (500, 0, 0)
 
 
-def test_a_copy_taken_while_it_is_written_adds_up(
-    ledger: proxy.Ledger, tmp_path: Path
-) -> None:
+def test_a_copy_taken_while_it_is_written_adds_up(ledger, tmp_path):
     ledger.settle(admit(ledger), charge(7))
     alter(ledger, f"VACUUM INTO '{tmp_path}/copy.db'")
     with closing(proxy.Ledger(tmp_path / "copy.db")) as copy:
@@ -2450,8 +2372,8 @@ def full_disk(ledger: proxy.Ledger) -> Iterator[None]:
 
 
 def test_a_settlement_that_could_not_be_written_is_retried_once_it_can(
-    sleeping: None, ledger: proxy.Ledger
-) -> None:
+    sleeping, ledger
+):
     lease = admit(ledger)
     with full_disk(ledger):
         with pytest.raises(proxy.LedgerUnavailable):
@@ -2465,8 +2387,8 @@ def test_a_settlement_that_could_not_be_written_is_retried_once_it_can(
 
 
 def test_a_ledger_locked_by_another_program_is_unavailable_until_it_is_not(
-    monkeypatch: pytest.MonkeyPatch, ledger: proxy.Ledger
-) -> None:
+    monkeypatch, ledger
+):
     monkeypatch.setattr(proxy, "LEDGER_TIMEOUT", 1.1)
     with pytest.raises(proxy.LedgerUnavailable):  # it opens with the shorter time then
         ledger.write(lambda db: db.execute("nonsense"))
@@ -2479,8 +2401,8 @@ def test_a_ledger_locked_by_another_program_is_unavailable_until_it_is_not(
 
 
 def test_a_writer_that_hangs_in_another_process_is_not_waited_for_for_ever(
-    monkeypatch: pytest.MonkeyPatch, ledger: proxy.Ledger
-) -> None:
+    monkeypatch, ledger
+):
     monkeypatch.setattr(proxy, "LEDGER_TIMEOUT", 0.05)
     hanging = proxy.LedgerFile(ledger.path)
     hanging.open()
@@ -2532,9 +2454,7 @@ def syncs(failing: type[Watched]) -> list[bytes]:
     return failing.syncs
 
 
-def test_a_settlement_waits_for_the_disk_and_nothing_else_does(
-    syncs: list[bytes], ledger: proxy.Ledger
-) -> None:
+def test_a_settlement_waits_for_the_disk_and_nothing_else_does(syncs, ledger):
     release(ledger, admit(ledger))
     lease = admit(ledger)
     assert syncs == []
@@ -2542,9 +2462,7 @@ def test_a_settlement_waits_for_the_disk_and_nothing_else_does(
     assert syncs == [SYNC]
 
 
-def test_settlements_that_wait_together_share_one_commit(
-    syncs: list[bytes], ledger: proxy.Ledger
-) -> None:
+def test_settlements_that_wait_together_share_one_commit(syncs, ledger):
     leases = [admit(ledger, 10) for _ in range(20)]
     with one_batch(ledger, 20) as pool:
         ends = [pool.submit(ledger.settle, lease, charge(1)) for lease in leases]
@@ -2557,9 +2475,7 @@ def test_settlements_that_wait_together_share_one_commit(
     [sqlite3.OperationalError("x"), OSError(28, "x"), ValueError("x"), MemoryError()],
     ids=repr,
 )
-def test_a_commit_that_fails_is_made_good_in_the_file_itself(
-    failing: type[Watched], ledger: proxy.Ledger, error: Exception
-) -> None:
+def test_a_commit_that_fails_is_made_good_in_the_file_itself(failing, ledger, error):
     ledger.settle(admit(ledger), charge(60))
     lease = admit(ledger)
     assert sums(ledger) == (60, 100, 0)  # a reader: who closes last moves the log too
@@ -2576,8 +2492,8 @@ def test_a_commit_that_fails_is_made_good_in_the_file_itself(
 
 
 def test_refusals_counted_while_the_ledger_is_in_trouble_are_kept(
-    sleeping: None, failing: type[Watched], ledger: proxy.Ledger
-) -> None:
+    sleeping, failing, ledger
+):
     sql = "SELECT account, key, model, status, requests, refused FROM usage"
     for failing.error in sqlite3.OperationalError("disk I/O error"), None, None:
         ledger.count_refusal("team", "key_main", "chat", 429)
@@ -2587,8 +2503,8 @@ def test_refusals_counted_while_the_ledger_is_in_trouble_are_kept(
 
 
 def test_a_log_that_was_long_is_not_checkpointed_for_ever(
-    sleeping: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    sleeping, tmp_path, monkeypatch
+):
     moved, real = [], proxy.LedgerFile._checkpoint
 
     def checkpoint(*values: Any) -> None:
@@ -2613,7 +2529,7 @@ def test_a_log_that_was_long_is_not_checkpointed_for_ever(
 # Ledger: identity and schema
 
 
-def test_a_kill_inside_a_checkpoint_leaves_a_ledger_that_opens(tmp_path: Path) -> None:
+def test_a_kill_inside_a_checkpoint_leaves_a_ledger_that_opens(tmp_path):
     path, kept = tmp_path / "proxy.db", tmp_path / "kept.db"
     with closing(proxy.Ledger(path, worker=True)) as ledger:
         for _ in range(50):
@@ -2631,7 +2547,7 @@ def test_a_kill_inside_a_checkpoint_leaves_a_ledger_that_opens(tmp_path: Path) -
         assert sums(ledger) == (350, 0, 0)
 
 
-def test_a_mark_that_the_old_code_could_leave_locks_nobody_out(tmp_path: Path) -> None:
+def test_a_mark_that_the_old_code_could_leave_locks_nobody_out(tmp_path):
     path, lock = tmp_path / "proxy.db", tmp_path / "proxy.db-lock"
     proxy.Ledger(path).close()
     mark = lock.read_bytes()
@@ -2640,9 +2556,7 @@ def test_a_mark_that_the_old_code_could_leave_locks_nobody_out(tmp_path: Path) -
     assert lock.read_bytes() == mark != b""
 
 
-def test_a_ledger_without_its_lock_file_is_nobodys_until_it_is_back(
-    tmp_path: Path,
-) -> None:
+def test_a_ledger_without_its_lock_file_is_nobodys_until_it_is_back(tmp_path):
     path, lock = tmp_path / "proxy.db", tmp_path / "proxy.db-lock"
     with other_worker(str(path)):
         os.rename(lock, tmp_path / "away")
@@ -2655,7 +2569,7 @@ def test_a_ledger_without_its_lock_file_is_nobodys_until_it_is_back(
             assert (ledger.slot, sums(ledger)) == (2, (0, 700, 0))
 
 
-def test_a_symlink_is_resolved_once(tmp_path: Path) -> None:
+def test_a_symlink_is_resolved_once(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "proxy.db").symlink_to(tmp_path / "disk" / "real.db")
     with closing(proxy.Ledger(tmp_path / "proxy.db", worker=True)) as ledger:
@@ -2674,9 +2588,7 @@ def test_a_symlink_is_resolved_once(tmp_path: Path) -> None:
         ("UPDATE meta SET value = 'x' WHERE name = 'id'", "another ledger"),
     ],
 )
-def test_a_schema_that_is_not_the_one_its_number_says_is_refused(
-    tmp_path: Path, sql: str, words: str
-) -> None:
+def test_a_schema_that_is_not_the_one_its_number_says_is_refused(tmp_path, sql, words):
     ledger = proxy.Ledger(tmp_path / "proxy.db")
     ledger.close()
     alter(ledger, sql)
@@ -2792,7 +2704,7 @@ def tables(path: Path, names: list[str]) -> dict[str, list[tuple]]:
         return {name: db.execute(f"SELECT * FROM {name}").fetchall() for name in names}
 
 
-def test_an_older_ledger_opens_with_everything_kept(version_0: Path) -> None:
+def test_an_older_ledger_opens_with_everything_kept(version_0):
     before = tables(version_0, [*KEPT, "tallies", "usage"])
     assert before["accounts"] == [("team", 0, 1700000000, 500, 70, 30, 3)]
     with closing(proxy.Ledger(version_0)) as ledger:
@@ -2832,9 +2744,7 @@ BACK = {
 
 
 @pytest.mark.parametrize("version", BACK)
-def test_a_ledger_of_each_version_opens_with_everything_kept(
-    make_ledger: MakeLedger, version: int
-) -> None:
+def test_a_ledger_of_each_version_opens_with_everything_kept(make_ledger, version):
     ledger = make_ledger()
     ledger.make_account("lab")
     ledger.grant(declared_account("team"), 500, "thanks")
@@ -2858,7 +2768,9 @@ def test_a_ledger_of_each_version_opens_with_everything_kept(
     assert after == before
 
 
-def test_a_migration_takes_what_was_spent_for_declared_and_dead_keys_for_dead(version_0):
+def test_a_migration_takes_what_was_spent_for_declared_and_dead_keys_for_dead(
+    version_0
+):
     with sqlite3.connect(version_0) as db:
         db.execute("UPDATE accounts SET granted = 40, made = 1700000001")
         db.execute("UPDATE grants SET amount = 40")
@@ -2875,9 +2787,7 @@ def test_a_migration_takes_what_was_spent_for_declared_and_dead_keys_for_dead(ve
     assert dead == [("key_a",)]
 
 
-def test_an_older_ledger_is_not_migrated_under_a_running_server(
-    version_0: Path,
-) -> None:
+def test_an_older_ledger_is_not_migrated_under_a_running_server(version_0):
     before = tables(version_0, KEPT)
     with closing(sqlite3.connect(version_0)) as db:
         db.execute("SELECT * FROM meta").fetchall()
@@ -2887,9 +2797,7 @@ def test_an_older_ledger_is_not_migrated_under_a_running_server(
     assert tables(version_0, KEPT) == before
 
 
-def test_a_migration_that_was_interrupted_is_made_again(
-    version_0: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_migration_that_was_interrupted_is_made_again(version_0, monkeypatch):
     before = tables(version_0, [*KEPT, "tallies", "usage"])
     steps = (*proxy.MIGRATIONS[:-1], proxy.MIGRATIONS[-1] + "SELECT * FROM nowhere;")
     monkeypatch.setattr(proxy, "MIGRATIONS", steps)
@@ -2915,8 +2823,8 @@ def opened(path: Path) -> str:
 
 
 def test_a_migration_on_a_disk_too_small_for_it_is_made_once_there_is_room(
-    small_disk, version_0: Path
-) -> None:
+    small_disk, version_0
+):
     with closing(sqlite3.connect(version_0, isolation_level=None)) as db:
         db.execute("PRAGMA journal_mode = WAL")
         numbers = "WITH n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300)"
@@ -2967,7 +2875,7 @@ TAMPERING = [
 
 
 @pytest.mark.parametrize("sql", TAMPERING)
-def test_check_finds_tampering(make_ledger: MakeLedger, sql: str) -> None:
+def test_check_finds_tampering(make_ledger, sql):
     ledger = make_ledger()
     ledger.grant(declared_account("team"), 500, "")
     ledger.grant(declared_account("saver"), 500, "")
@@ -2984,34 +2892,27 @@ VALUES ('team', 'req_x', 'k', 'm', 'p', 0, 1, 0, 200, 1)
 """
 
 
-@pytest.mark.parametrize("credits", [None, 0, 50, 350])
+@pytest.mark.parametrize("credits, hold", [(1000, 701), (0, 701), (50, 701), (350, 1)])
 def test_check_finds_what_we_overspent_whatever_keys_json_says_now(
-    make_ledger: MakeLedger, credits: int | None
-) -> None:
-    ledger = make_ledger()
+    make_ledger, credits, hold
+):
+    ledger, later = make_ledger(), replace(TEAM, credits=credits)
     ledger.settle(admit(ledger, 300), charge(300))
-    if credits is None:
-        alter(ledger, OVERSPENT.replace("200", "701"))
-    else:  # it was lowered: below what is spent nothing more is held
-        lower = replace(TEAM, credits=credits)
-        with suppress(proxy.InsufficientCredits):
-            ledger.settle(admit(ledger, 50, account=lower), charge(50))
-        assert ledger.check() == []
-        alter(ledger, OVERSPENT.replace("200", "1" if credits == 350 else "701"))
-    [wrong] = ledger.check()
-    assert wrong == "team: spent and held exceed what was granted"
+    with suppress(proxy.InsufficientCredits):  # below what is spent nothing more is held
+        ledger.settle(admit(ledger, 50, account=later), charge(50))
+    assert ledger.check() == []
+    alter(ledger, OVERSPENT.replace("200", str(hold)))
+    assert ledger.check() == ["team: spent and held exceed what was granted"]
 
 
-def test_a_cost_above_its_hold_is_charged_by_what_is_declared_now(
-    ledger: proxy.Ledger,
-) -> None:
+def test_a_cost_above_its_hold_is_charged_by_what_is_declared_now(ledger):
     lease = admit(ledger, 100)
     release(ledger, admit(ledger, 100, account=replace(TEAM, credits=250)))
     ledger.settle(lease, charge(400))
     assert sums(ledger) == (250, 0, 150)
 
 
-def test_check_finds_a_file_that_is_damaged(make_ledger: MakeLedger) -> None:
+def test_check_finds_a_file_that_is_damaged(make_ledger):
     ledger = make_ledger()
     for _ in range(300):
         release(ledger, admit(ledger))
@@ -3027,19 +2928,11 @@ def test_check_finds_a_file_that_is_damaged(make_ledger: MakeLedger) -> None:
 # Limits ------------------------------------------------------------------------------
 
 
-class Clock:
-    """Monotonic seconds that a test sets."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(time, "monotonic", clock)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Monotonic seconds, `now`, that a test sets."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
     return clock
 
 
@@ -3058,18 +2951,14 @@ def window(ledger: proxy.Ledger) -> proxy.LedgerStorage:
         [(59, 1), (59, 1), (59, 1), (61, 0), (118.999, 0), (119, 1)],
     ],
 )
-def test_a_window_is_exact_at_its_edge(
-    ledger: proxy.Ledger, clock: Clock, hits: list[tuple[float, int]]
-) -> None:
+def test_a_window_is_exact_at_its_edge(ledger, clock, hits):
     storage = window(ledger)
     for at, fits in hits:
         clock.now = 1000 + at
         assert storage.acquire_entry("k", 3, 60) == bool(fits), at
 
 
-def test_a_window_agrees_with_its_definition_at_any_times(
-    ledger: proxy.Ledger, clock: Clock
-) -> None:
+def test_a_window_agrees_with_its_definition_at_any_times(ledger, clock):
     storage, passed, pick = window(ledger), deque(), random.Random(7)
     for _ in range(400):
         clock.now += pick.choice([0, 0.25, 1, 5, 20])
@@ -3079,47 +2968,20 @@ def test_a_window_agrees_with_its_definition_at_any_times(
         passed.extend([clock.now] * fits)
 
 
-def test_workers_and_their_threads_share_a_window(
-    ledger: proxy.Ledger, make_ledger: MakeLedger
-) -> None:
-    storages = [window(ledger), window(make_ledger())] * 100
-    with ThreadPoolExecutor(20) as pool:
-        asked = pool.map(lambda it: it.acquire_entry("k", 60, 60), storages)
-    assert sum(asked) == 60
-
-
-def test_each_key_has_its_own_window(ledger: proxy.Ledger) -> None:
+def test_each_key_has_its_own_window(ledger):
     storage = window(ledger)
     assert [storage.acquire_entry(key, 1, 60) for key in "aabb"] == [1, 0, 1, 0]
 
 
 @pytest.mark.parametrize("boot, fits", [("value", False), ("'another'", True)])
-def test_a_window_survives_a_restart_but_not_a_reboot(
-    make_ledger: MakeLedger, boot: str, fits: bool
-) -> None:
+def test_a_window_survives_a_restart_but_not_a_reboot(make_ledger, boot, fits):
     with closing(make_ledger()) as first:
         assert window(first).acquire_entry("k", 1, 60)
     alter(first, f"UPDATE meta SET value = {boot} WHERE name = 'boot'")
     assert window(make_ledger()).acquire_entry("k", 1, 60) == fits
 
 
-@pytest.mark.parametrize("jump", [-3600, 3600])
-def test_the_wall_clock_changes_no_window_and_no_lease(
-    ledger: proxy.Ledger, monkeypatch: pytest.MonkeyPatch, jump: int
-) -> None:
-    storage, real = window(ledger), time.time
-    assert storage.acquire_entry("k", 1, 60)
-    lease = admit(ledger)
-    monkeypatch.setattr(time, "time", lambda: real() + jump)
-    assert not storage.acquire_entry("k", 1, 60)
-    ledger.write(ledger._tidy)
-    assert sums(ledger) == (0, 100, 0)
-    ledger.settle(lease, charge(100))
-
-
-def test_a_window_says_when_it_began_and_how_full_it_is(
-    ledger: proxy.Ledger, clock: Clock
-) -> None:
+def test_a_window_says_when_it_began_and_how_full_it_is(ledger, clock):
     storage = window(ledger)
     assert storage.get_moving_window("k", 3, 60) == (1000, 0)
     for clock.now in 1001, 1002:
@@ -3128,9 +2990,7 @@ def test_a_window_says_when_it_began_and_how_full_it_is(
         assert storage.get_moving_window("k", 3, 60) == (1001, 2)
 
 
-def test_a_request_counts_in_every_window_or_in_none(
-    ledger: proxy.Ledger, clock: Clock
-) -> None:
+def test_a_request_counts_in_every_window_or_in_none(ledger, clock):
     items, seen = proxy.parse_many("3/minute;2/second"), []
     for clock.now in 1000, 1000, 1000, 1000, 1001, 1002, 1060:
         hit = functools.partial(proxy.hit_windows, items, "k", "relay")
@@ -3143,9 +3003,7 @@ def test_a_request_counts_in_every_window_or_in_none(
 
 
 @pytest.mark.parametrize("rate", ["20/minute;2/second", "2/second;20/minute"])
-def test_who_repeats_at_once_gets_what_the_windows_allow(
-    ledger: proxy.Ledger, clock: Clock, rate: str
-) -> None:
+def test_who_repeats_at_once_gets_what_the_windows_allow(ledger, clock, rate):
     hit = functools.partial(proxy.hit_windows, proxy.parse_many(rate), "k", "relay")
     passed = 0
     for tenth in range(250):
@@ -3154,7 +3012,7 @@ def test_who_repeats_at_once_gets_what_the_windows_allow(
     assert passed == 20
 
 
-def test_a_window_named_twice_is_one() -> None:
+def test_a_window_named_twice_is_one():
     assert len(proxy.parse_limits({"rate": "5/minute;5/minute"}, "limits").items) == 1
 
 
@@ -3175,7 +3033,7 @@ BAD_JSON = [
 
 
 @pytest.mark.parametrize("data", BAD_JSON)
-def test_bad_json_is_a_bad_request(data: bytes) -> None:
+def test_bad_json_is_a_bad_request(data):
     with pytest.raises(proxy.BadRequest) as refused:
         proxy.parse_json(data)
     assert len(refused.value.envelope()) < 500
@@ -3198,14 +3056,14 @@ BAD_FIELDS = {
 @pytest.mark.parametrize(
     "name, value", [(name, value) for name, vs in BAD_FIELDS.items() for value in vs]
 )
-def test_a_wrong_type_is_a_bad_request_naming_the_field(name: str, value: Any) -> None:
+def test_a_wrong_type_is_a_bad_request_naming_the_field(name, value):
     whole = {"model": "chat", "messages": SAY_HELLO, name: value}
     with pytest.raises(proxy.BadRequest) as refused:
         proxy.parse_call("chat/completions", json.dumps(whole).encode())
     assert (refused.value.status, refused.value.param) == (400, name)
 
 
-def test_null_is_as_good_as_missing() -> None:
+def test_null_is_as_good_as_missing():
     call = make_call(stream=None, max_tokens=None, n=None, stream_options=None)
     assert (call.stream, call.wants_usage, call.choices) == (False, False, 1)
 
@@ -3220,7 +3078,7 @@ def test_null_is_as_good_as_missing() -> None:
         "chat\r\nHost: x", "http://x", "-chat", "chat-", "chat/-x",
     ],
 )  # fmt: skip
-def test_a_strange_path_is_not_found(path: str) -> None:
+def test_a_strange_path_is_not_found(path):
     with pytest.raises(proxy.NotFound):
         proxy.parse_call(path, json.dumps({"model": "chat"}).encode())
 
@@ -3250,7 +3108,7 @@ def test_whether_usage_is_wanted_is_true_or_false(value):
 
 
 @pytest.mark.parametrize("path", ["rerank", "fim/completions", "v2/chat-1/a_b", "a/b/c/d"])
-def test_any_plain_path_is_relayed(path: str) -> None:
+def test_any_plain_path_is_relayed(path):
     assert proxy.parse_call(path, b'{"model": "chat"}').path == path
 
 
@@ -3263,15 +3121,13 @@ def test_any_plain_path_is_relayed(path: str) -> None:
         ("chat/completions", {"VERSION": "2024-01-01", "BETA": "a"}, {}),
     ],
 )
-def test_only_what_anthropics_api_names_passes_of_a_clients_headers(
-    path: str, sent: dict, passed: dict
-) -> None:
+def test_only_what_anthropics_api_names_passes_of_a_clients_headers(path, sent, passed):
     environ = {f"HTTP_ANTHROPIC_{name}": value for name, value in sent.items()}
     assert proxy.passed_headers(path, environ) == passed
 
 
 @pytest.mark.parametrize("value", ["a\r\nx: y", "ü", "x" * 1001, "\t"])
-def test_a_header_that_could_not_pass_is_a_bad_request(value: str) -> None:
+def test_a_header_that_could_not_pass_is_a_bad_request(value):
     with pytest.raises(proxy.BadRequest, match="anthropic-beta"):
         proxy.passed_headers("messages", {"HTTP_ANTHROPIC_BETA": value})
 
@@ -3290,14 +3146,14 @@ def receive(data: bytes, limit: int = 1000, **environ: Any) -> tuple:
         "application/jsonp", "text/json", "application", "application/json-seq",
     ],
 )  # fmt: skip
-def test_415_for_any_other_content_type(kind: str) -> None:
+def test_415_for_any_other_content_type(kind):
     with pytest.raises(proxy.UnsupportedMediaType):
         receive(b"{}", CONTENT_TYPE=kind)
 
 
 @pytest.mark.parametrize("parameters", ["", "; charset=utf-8", " ;x"])
 @pytest.mark.parametrize("length", ["", "10"])
-def test_a_body_of_just_the_limit_passes(length: Any, parameters: str) -> None:
+def test_a_body_of_just_the_limit_passes(length, parameters):
     data = b"x" * 10
     kind = f"Application/JSON{parameters}"
     assert receive(data, 10, CONTENT_LENGTH=length, CONTENT_TYPE=kind)[0] == data
@@ -3307,13 +3163,13 @@ PACKED = {"gzip": gzip.compress, "deflate": zlib.compress, "GZIP ": gzip.compres
 
 
 @pytest.mark.parametrize("coding", PACKED)
-def test_a_packed_body_is_unpacked(coding: str) -> None:
+def test_a_packed_body_is_unpacked(coding):
     data = PACKED[coding](b"x" * 1000)
     assert receive(data, HTTP_CONTENT_ENCODING=coding)[0] == b"x" * 1000
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
-def test_a_bomb_is_too_large_and_never_held(coding: str) -> None:
+def test_a_bomb_is_too_large_and_never_held(coding):
     share = proxy.Share(proxy.Room(proxy.BODY_ROOM))
     stream = BytesIO(PACKED[coding](b"x" * (8 << 20)))
     about = {"CONTENT_TYPE": "application/json", "wsgi.input": stream}
@@ -3324,7 +3180,7 @@ def test_a_bomb_is_too_large_and_never_held(coding: str) -> None:
 
 
 @pytest.mark.parametrize("coding", ["br", "zstd", "gzip, gzip", "gzip;q=1"])
-def test_415_names_an_encoding_that_is_not_taken(coding: str) -> None:
+def test_415_names_an_encoding_that_is_not_taken(coding):
     with pytest.raises(proxy.UnsupportedMediaType, match=re.escape(coding)):
         receive(b"{}", HTTP_CONTENT_ENCODING=coding)
 
@@ -3332,12 +3188,12 @@ def test_415_names_an_encoding_that_is_not_taken(coding: str) -> None:
 @pytest.mark.parametrize(
     "data", [b"{}", b"", gzip.compress(b"{}")[:-1], gzip.compress(b"{}") + b"x"]
 )
-def test_what_is_no_whole_gzip_is_a_bad_request(data: bytes) -> None:
+def test_what_is_no_whole_gzip_is_a_bad_request(data):
     with pytest.raises(proxy.BadRequest):
         receive(data, HTTP_CONTENT_ENCODING="gzip")
 
 
-def test_a_body_of_too_many_values_is_a_bad_request(monkeypatch) -> None:
+def test_a_body_of_too_many_values_is_a_bad_request(monkeypatch):
     monkeypatch.setattr(proxy, "MAX_VALUES", 100)
     assert receive(b"[" + b"1," * 99 + b"1]")[0]
     with pytest.raises(proxy.BadRequest, match="100 JSON values"):
@@ -3351,7 +3207,7 @@ FULL_OF = {
 
 
 @pytest.mark.parametrize("kind", FULL_OF)
-def test_parsing_takes_no_more_memory_than_was_weighed(kind: str) -> None:
+def test_parsing_takes_no_more_memory_than_was_weighed(kind):
     each = FULL_OF[kind]
     many = each * (500_000 // len(each))
     data = b'{"a": [' + many.rstrip(b",") + b"]}"
@@ -3366,13 +3222,13 @@ def test_parsing_takes_no_more_memory_than_was_weighed(kind: str) -> None:
         tracemalloc.stop()
 
 
-def test_a_body_that_would_take_more_than_the_room_is_too_large(monkeypatch) -> None:
+def test_a_body_that_would_take_more_than_the_room_is_too_large(monkeypatch):
     monkeypatch.setattr(proxy, "BODY_ROOM", proxy.SMALL_SHARES + 1000)
     with pytest.raises(proxy.TooLarge):
         receive(b'{"a":{"b":{"c":1}}}' * 10)
 
 
-def test_a_share_counts_what_came_and_is_given_back_once(monkeypatch) -> None:
+def test_a_share_counts_what_came_and_is_given_back_once(monkeypatch):
     monkeypatch.setattr(proxy, "ROOM_PATIENCE", 0.01)
     room = proxy.Room(4 << 20)
     one, other = proxy.Share(room), proxy.Share(room)
@@ -3391,7 +3247,7 @@ def test_a_share_counts_what_came_and_is_given_back_once(monkeypatch) -> None:
         one.hold(2 << 20, spare=1 << 20)
 
 
-def test_a_body_in_tiny_chunks_is_refused_early(monkeypatch) -> None:
+def test_a_body_in_tiny_chunks_is_refused_early(monkeypatch):
     monkeypatch.setattr(proxy, "PIECE", 10)
     clock = itertools.count()
     monkeypatch.setattr(proxy.time, "thread_time", lambda: next(clock) * 0.06)
@@ -3401,7 +3257,7 @@ def test_a_body_in_tiny_chunks_is_refused_early(monkeypatch) -> None:
     assert receive(b"x" * 1000, CONTENT_LENGTH="1000")[0]  # a counted one is not asked
 
 
-def test_a_dropped_body_is_estimated_as_before() -> None:
+def test_a_dropped_body_is_estimated_as_before():
     call = make_call()
     short = proxy.without_body(call)
     assert short.body == {} and proxy.prompt_weight(short) == proxy.prompt_weight(call)
@@ -3425,7 +3281,7 @@ def data_of(events: Iterable[bytes]) -> list[str]:
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 4096])
-def test_a_stream_in_any_pieces_is_the_same_events(size: int, newline: bytes) -> None:
+def test_a_stream_in_any_pieces_is_the_same_events(size, newline):
     stream, reader = lines_of(newline), proxy.EventReader()
     events = [event for piece in split(stream, size) for event in reader.feed(piece)]
     whole = b"".join(events)
@@ -3434,14 +3290,14 @@ def test_a_stream_in_any_pieces_is_the_same_events(size: int, newline: bytes) ->
     assert reader.flush() == []
 
 
-def test_an_event_passes_as_soon_as_it_is_whole() -> None:
+def test_an_event_passes_as_soon_as_it_is_whole():
     reader = proxy.EventReader()
     assert reader.feed(b"data: a\n\nda") == [b"data: a\n\n"]
     assert reader.feed(b"ta: b\n") == []
     assert reader.feed(b"\n") == [b"data: b\n\n"]
 
 
-def test_a_comment_line_waits_for_nothing() -> None:
+def test_a_comment_line_waits_for_nothing():
     reader = proxy.EventReader()
     assert reader.feed(b": keep-alive\n") == [b": keep-alive\n"]
     assert b"".join(reader.feed(b"\ndata: a\n\n")) == b"\ndata: a\n\n"
@@ -3458,16 +3314,14 @@ def test_a_comment_line_waits_for_nothing() -> None:
         (b"", []),
     ],
 )
-def test_a_last_event_without_its_blank_line_is_kept_if_it_is_whole(
-    rest: bytes, flushed: list[bytes]
-) -> None:
+def test_a_last_event_without_its_blank_line_is_kept_if_it_is_whole(rest, flushed):
     reader = proxy.EventReader()
     assert reader.feed(b"data: x\n\n" + rest) == [b"data: x\n\n"]
     assert reader.flush() == flushed
 
 
 @pytest.mark.parametrize("piece", [b"x" * 65536, b"x\n" * 32768])
-def test_an_event_over_the_limit_fails(piece: bytes) -> None:
+def test_an_event_over_the_limit_fails(piece):
     reader = proxy.EventReader()
     for _ in range(proxy.MAX_EVENT // len(piece)):
         assert reader.feed(piece) == []
@@ -3481,9 +3335,7 @@ LINE = b"data: " + b"x" * 193 + b"\n"
 @pytest.mark.parametrize(
     "start, piece", [(b"data: ", b"x" * 200), (b": ", b"x" * 200), (b"", LINE)]
 )
-def test_a_large_event_in_small_pieces_is_searched_once(
-    start: bytes, piece: bytes
-) -> None:
+def test_a_large_event_in_small_pieces_is_searched_once(start, piece):
     reader, spent = proxy.EventReader(), time.thread_time()
     fed = [reader.feed(part) for part in [start, *[piece] * 2500, b"\n\n"]]
     passed = b"".join(itertools.chain(*fed))
@@ -3536,9 +3388,7 @@ def make_model(price: dict, **more: Any) -> proxy.Model:
         ("what/ever", {}, 1000, 1),
     ],
 )
-def test_the_worst_case_counts_every_output_token(
-    path: str, body: dict, tokens: int, choices: int
-) -> None:
+def test_the_worst_case_counts_every_output_token(path, body, tokens, choices):
     quote = proxy.quote(make_call(path, **body), make_model({"output": 2}))
     assert (quote.tokens, quote.choices, quote.token) == (tokens, choices, 2 * 10**6)
 
@@ -3547,7 +3397,7 @@ def test_the_worst_case_counts_every_output_token(
     "data",
     ['"😀"', '"\\ud83d\\ude00"', '"\\u0041"', '"\\u00e9"', '"\\/"', "[1e15, 1e15]"],
 )
-def test_the_worst_case_of_the_input_is_a_token_a_byte(data: str) -> None:
+def test_the_worst_case_of_the_input_is_a_token_a_byte(data):
     whole = b'{"model": "chat", "input": %s}' % data.encode()
     call = proxy.parse_call("embeddings", whole)
     quote = proxy.quote(call, make_model({"input": 0.5}))
@@ -3563,21 +3413,19 @@ def test_the_worst_case_of_the_input_is_a_token_a_byte(data: str) -> None:
         ({"image": 0.04}, 4, 160_000),
     ],
 )
-def test_the_worst_case_has_every_image_and_the_request(
-    price: dict, number: int, micro: int
-) -> None:
+def test_the_worst_case_has_every_image_and_the_request(price, number, micro):
     call = make_call("images/generations", prompt="a", n=number)
     assert proxy.quote(call, make_model(price)).hold(0) == micro
 
 
 @pytest.mark.parametrize("path", ["messages/count_tokens", "responses/input_tokens"])
-def test_counting_holds_nothing(path: str) -> None:
+def test_counting_holds_nothing(path):
     model = make_model({"input": 1, "output": 2, "request": 1})
     assert proxy.quote(make_call(path), model).hold(0) == 0
 
 
 @pytest.mark.parametrize("name", ["cached", "written"])
-def test_input_is_held_at_its_dearest_price(name: str) -> None:
+def test_input_is_held_at_its_dearest_price(name):
     call = make_call()
     quote = proxy.quote(call, make_model({"input": 1, name: 3}))
     assert quote.fixed == call.size * 3 * 10**6
@@ -3608,7 +3456,7 @@ DEAR_IMAGES = [
 
 
 @pytest.mark.parametrize("body", PLAIN_BODIES, ids=str)
-def test_what_does_not_move_the_price_passes(body: dict) -> None:
+def test_what_does_not_move_the_price_passes(body):
     proxy.refuse_unpriced(body, make_model({"input": 1}))
 
 
@@ -3616,9 +3464,7 @@ def test_what_does_not_move_the_price_passes(body: dict) -> None:
     "price, body",
     [("input", body) for body in DEAR] + [("image", body) for body in DEAR + DEAR_IMAGES],
 )
-def test_what_moves_the_price_is_refused_by_name_unless_it_is_allowed(
-    price: str, body: dict
-) -> None:
+def test_what_moves_the_price_is_refused_by_name_unless_it_is_allowed(price, body):
     [(name, value)] = body.items()
     with pytest.raises(proxy.BadRequest, match=f"'{name}' may not be ") as refused:
         proxy.refuse_unpriced(body, make_model({price: 1}))
@@ -3634,7 +3480,7 @@ def test_what_moves_the_price_is_refused_by_name_unless_it_is_allowed(
         ("a, context-1m-2025-08-07 ", {"anthropic-beta": ["context-1m-2025-08-07"]}),
     ],
 )
-def test_an_anthropic_beta_that_moves_the_price_is_a_field(header, field) -> None:
+def test_an_anthropic_beta_that_moves_the_price_is_a_field(header, field):
     assert proxy.dear_betas({"anthropic-beta": header}) == field
     with pytest.raises(proxy.BadRequest) if field else nullcontext():
         proxy.refuse_unpriced(field, make_model({"input": 1}))
@@ -3647,7 +3493,7 @@ def test_an_anthropic_beta_that_moves_the_price_is_a_field(header, field) -> Non
         ("images+https://a", "gpt-image-1", False), ("https://a", "seedream", False),
     ],
 )  # fmt: skip
-def test_a_size_is_free_only_where_the_vendor_has_one_price(url, id, passes) -> None:
+def test_a_size_is_free_only_where_the_vendor_has_one_price(url, id, passes):
     upstream = proxy.parse_upstream("u", {"url": url}, "u")
     value = {"upstream": f"u/{id}", "price": {"image": 1}}
     model = proxy.parse_model("m", value, "m", {"u": upstream})
@@ -3667,7 +3513,7 @@ def test_a_size_is_free_only_where_the_vendor_has_one_price(url, id, passes) -> 
         ("speed:fast", {"speed": "fast", "service_tier": "fast"}, False),
     ],
 )
-def test_an_allowed_value_is_one_value(allow: str, body: dict, passes: bool) -> None:
+def test_an_allowed_value_is_one_value(allow, body, passes):
     with nullcontext() if passes else pytest.raises(proxy.BadRequest):
         proxy.refuse_unpriced(body, make_model({"input": 1}, allow=[allow]))
 
@@ -3678,7 +3524,7 @@ def test_an_allowed_value_is_one_value(allow: str, body: dict, passes: bool) -> 
      ("http://[::1]:1/v1", True), ("echo:", True), ("https://localhost.example/v1", False),
      ("http://192.168.1.2/v1", False)],
 )  # fmt: skip
-def test_a_model_without_a_price_is_one_on_loopback(url: str, free: bool) -> None:
+def test_a_model_without_a_price_is_one_on_loopback(url, free):
     upstream = proxy.parse_upstream("u", {"url": url}, "u")
     with nullcontext() if free else pytest.raises(proxy.ConfigError, match="m.price: is"):
         model = proxy.parse_model("m", {"upstream": "u/m"}, "m", {"u": upstream})
@@ -3686,7 +3532,7 @@ def test_a_model_without_a_price_is_one_on_loopback(url: str, free: bool) -> Non
 
 
 @pytest.mark.parametrize("value", [None, "default", "fast"])
-def test_where_the_price_is_for_a_default_no_other_value_is_plain(value: Any) -> None:
+def test_where_the_price_is_for_a_default_no_other_value_is_plain(value):
     model = make_model({"input": 1}, defaults={"service_tier": "flex"})
     with pytest.raises(proxy.BadRequest):
         proxy.refuse_unpriced({"service_tier": value}, model)
@@ -3706,9 +3552,7 @@ BORDERS = [  # hours, and the moments that they begin and end: days, hours from 
 
 
 @pytest.mark.parametrize("utc, begins, ends", BORDERS)
-def test_the_price_changes_at_the_border_of_its_hours(
-    utc: str, begins: list, ends: list
-) -> None:
+def test_the_price_changes_at_the_border_of_its_hours(utc, begins, ends):
     model = make_model({"input": 1, "hours": [{"utc": utc, "input": 2}]})
     for price, moments in ((2, begins), (1, ends)):
         for day, hour in moments:
@@ -3719,7 +3563,7 @@ def test_the_price_changes_at_the_border_of_its_hours(
 
 
 @pytest.mark.parametrize("utc", ["Mon-Fri 01:00-04:00", "Sun 22:00-02:00"])
-def test_hours_leave_all_others_at_the_usual_price(utc: str) -> None:
+def test_hours_leave_all_others_at_the_usual_price(utc):
     model = make_model({"input": 1, "hours": [{"utc": utc, "input": 2}]})
     week = Counter(model.at(MONDAY + minute * 60).price.input for minute in range(10080))
     assert week[2 * 10**6] == {"M": 5 * 180, "S": 240}[utc[0]]
@@ -3742,7 +3586,7 @@ def test_hours_leave_all_others_at_the_usual_price(utc: str) -> None:
         ({"input": 0.000001}, (1,), 1),
     ],
 )
-def test_a_cost_is_rounded_up_once(price: dict, usage: tuple, micro: int) -> None:
+def test_a_cost_is_rounded_up_once(price, usage, micro):
     price = make_model(price).price
     assert proxy.cost(proxy.Usage(*usage), price) == micro
 
@@ -3757,9 +3601,7 @@ def test_a_cost_is_rounded_up_once(price: dict, usage: tuple, micro: int) -> Non
         ({"input": 1, "cached": 0, "written": 0}, 100),
     ],
 )
-def test_what_is_read_from_and_written_to_a_cache_has_its_own_price(
-    price: dict, micro: int
-) -> None:
+def test_what_is_read_from_and_written_to_a_cache_has_its_own_price(price, micro):
     usage = proxy.Usage(1000, 400, 0, written=500)
     assert proxy.cost(usage, make_model(price).price) == micro
 
@@ -3793,7 +3635,7 @@ TOLD_ANEW = {"input_tokens": 20, "output_tokens": 5}
         ({"prompt_tokens": 20, "total_tokens": 100}, (20, 0, 0)),
     ],
 )
-def test_usage_is_read_under_either_naming(usage: dict, counts: tuple) -> None:
+def test_usage_is_read_under_either_naming(usage, counts):
     assert proxy.read_usage({"usage": usage}) == proxy.Usage(*counts)
 
 
@@ -3826,7 +3668,7 @@ COUNTS = ["prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"]
     ],
     ids=str,
 )
-def test_absurd_or_missing_usage_is_not_believed(usage: Any) -> None:
+def test_absurd_or_missing_usage_is_not_believed(usage):
     assert proxy.read_usage({"usage": usage}) is None
     assert proxy.read_usage({"response": {"usage": usage}}) is None
 
@@ -3862,14 +3704,14 @@ WRITES = {"cached_tokens": 8, "cache_write_tokens": 6}
     ids=str,
 )
 def test_caches_are_counted_inside_or_beside_the_input_as_the_provider_does(
-    usage: dict, counts: tuple
-) -> None:
+    usage, counts
+):
     input, cached, output, written = counts
     expected = proxy.Usage(input, cached, output, written=written)
     assert proxy.read_usage({"usage": usage}) == expected
 
 
-def test_what_is_cached_for_an_hour_costs_as_much_more_as_anthropic_takes() -> None:
+def test_what_is_cached_for_an_hour_costs_as_much_more_as_anthropic_takes():
     parts = {"ephemeral_5m_input_tokens": 500, "ephemeral_1h_input_tokens": 1500}
     usage = proxy.read_usage({"usage": ANTHROPIC | {"cache_creation": parts}})
     assert usage == proxy.Usage(12007, 10000, 50, written=2000, hour=1500)
@@ -3879,12 +3721,12 @@ def test_what_is_cached_for_an_hour_costs_as_much_more_as_anthropic_takes() -> N
 
 
 @pytest.mark.parametrize("one", [proxy.Usage(10, 10), proxy.Usage(10, 2, written=8)])
-def test_reports_that_add_up_leave_no_class_above_the_input(one: proxy.Usage) -> None:
+def test_reports_that_add_up_leave_no_class_above_the_input(one):
     both = proxy.larger(one, proxy.Usage(10, 3, written=7))
     assert both.input == both.cached + both.written == 10
 
 
-def test_where_nothing_is_generated_the_total_is_the_input() -> None:
+def test_where_nothing_is_generated_the_total_is_the_input():
     report = {"usage": {"total_tokens": 9}}
     assert proxy.read_usage(report, generates=False) == proxy.Usage(9)
 
@@ -3916,7 +3758,7 @@ PARTS = [  # in a message: bytes of a medium, tokens it is held and estimated fo
 ]  # fmt: skip
 
 @pytest.mark.parametrize("name", [*sorted(proxy.SILENT), "name", "secret essay " * 99])
-def test_no_name_hides_a_text_from_the_estimate_of_a_prompt(name: str) -> None:
+def test_no_name_hides_a_text_from_the_estimate_of_a_prompt(name):
     text, tool = "secret essay " * 99, {"type": "tool_use", "id": "call_1"}
     hidden = [tool | {"input": {name: text}}, tool | {"input": {text: 1}}]
     for part in hidden:
@@ -4041,7 +3883,7 @@ def test_what_is_charged_follows_from_how_it_ended(ending, reported, relayed, ch
     assert proxy.settled_usage(*facts) == charged
 
 
-def test_a_request_for_images_that_is_left_is_charged_them() -> None:
+def test_a_request_for_images_that_is_left_is_charged_them():
     call, price = make_call("images/generations", prompt="", n=3), proxy.Price(image=5)
     used = proxy.settled_usage(E.LEFT, False, True, None, 0, call, price)
     assert used == proxy.Usage(images=3, estimated=True)
@@ -4049,7 +3891,7 @@ def test_a_request_for_images_that_is_left_is_charged_them() -> None:
     assert proxy.settled_usage(E.TIMED_OUT, False, True, None, 0, call, price) is None
 
 
-def test_only_delivered_images_count() -> None:
+def test_only_delivered_images_count():
     data = [{"url": "https://i"}, {"b64_json": "aGk="}, {"error": {}}, {"url": None}, 5]
     assert proxy.count_images({"data": data}) == 2
     assert proxy.count_images({"data": "x"}) == 0
@@ -4099,14 +3941,12 @@ WRITTEN = [
 
 
 @pytest.mark.parametrize("document, size", WRITTEN, ids=itertools.count())
-def test_the_text_of_an_answer_is_counted_by_its_bytes(
-    document: dict, size: int
-) -> None:
+def test_the_text_of_an_answer_is_counted_by_its_bytes(document, size):
     assert proxy.written(document) == size
 
 
 @pytest.mark.parametrize("name", ["content", "what_is_new"])
-def test_a_text_that_is_nested_beyond_reading_ends_nothing(name: str) -> None:
+def test_a_text_that_is_nested_beyond_reading_ends_nothing(name):
     deep: Any = "abc"
     for _ in range(5000):
         deep = [deep]
@@ -4630,7 +4470,7 @@ def test_a_drain_wakes_what_waits_and_a_second_one_does_not_put_it_off(watcher):
     watcher.remove(sleeps)
 
 
-def test_an_answer_to_a_body_that_is_not_read_is_told() -> None:
+def test_an_answer_to_a_body_that_is_not_read_is_told():
     """A server that refuses 6 MB by their head, and closes."""
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
@@ -4660,9 +4500,7 @@ def refuse_by_the_head(server: socket.socket) -> None:
 
 @pytest.mark.parametrize("message", ["model llama3 not found", "max_tokens: 5"])
 @pytest.mark.parametrize("key", ["ollama", "token-abc"])
-def test_words_that_hold_the_end_of_a_short_key_are_left(
-    key: str, message: str
-) -> None:
+def test_words_that_hold_the_end_of_a_short_key_are_left(key, message):
     assert proxy.scrub(message, (key,)) == message
 
 
@@ -4824,12 +4662,13 @@ def test_counting_is_free_and_sent_without_defaults_or_a_cap(stage, key):
         ("messages", "echo", "/v1/chat/completions"),
         ("responses", "echo", "/v1/chat/completions"),
         ("messages", "seedream", "/v1/chat/completions and /v1/images/generations"),
+        ("embeddings", "jimeng-image", "/v1/chat/completions and /v1/images/generations"),
     ],
 )
 def test_a_path_that_a_dialect_does_not_speak_is_a_404_that_says_which_it_does(
     stage, path, model, spoken
 ):
-    response = stage.post(path, {**MESSAGES, "model": model})
+    response = stage.post(path, {**MESSAGES, "model": model, "input": "x"})
     assert response.status_code == 404
     assert f"through {spoken} only" in response.json["error"]["message"]
     assert not [request for up in stage.upstreams for request in up.requests]
@@ -4906,6 +4745,7 @@ def test_the_signature_is_the_vendors(name):
     }
 
 
+CHATS, IMAGES = "chat/completions", "images/generations"
 POLICY, DOWN = "content_policy_violation", "provider_unavailable"
 GOOD, UNFIT = (200, None, None), (400, POLICY, None)
 LATER, LOST = (503, DOWN, "2"), (503, DOWN, "no")  # by whether it may be asked again
@@ -4961,13 +4801,21 @@ def assert_image(stage: Stage, response: Any, outcome: tuple, images: int) -> No
     assert (row["cost"], row["images"]) == (40_000 * images, images)
 
 
-@pytest.mark.parametrize("path", ["chat/completions", "images/generations"])
-@pytest.mark.parametrize("name", VOLCENGINE)
-def test_whatever_volcengine_answers(stage, name, path):
+ASKED_WAYS = [(CHATS, False), (IMAGES, False), (CHATS, True)]
+
+
+@pytest.mark.parametrize(
+    "name, path, stream",
+    [
+        (name, *way) for name, (*_, end, _) in VOLCENGINE.items() for way in ASKED_WAYS
+        if (end, way[1]) != (GOOD, True)  # whose stream has a test of its own
+    ],
+)  # fmt: skip
+def test_whatever_volcengine_answers(stage, name, path, stream):
     script, states, outcome, polls = VOLCENGINE[name]
     stage.volc.script, stage.volc.states = list(script), states
     model = WRONG_KEYS.get(name, "jimeng-image")
-    ask = {"model": model, "messages": SAY_HELLO, "prompt": "A cat"}
+    ask = {"model": model, "messages": SAY_HELLO, "prompt": "A cat", "stream": stream}
     response = stage.post(path, ask)
     assert_image(stage, response, outcome, int(outcome is GOOD))
     assert (stage.volc.submits, stage.volc.polls) == (1, polls)
@@ -5101,7 +4949,6 @@ def test_jimeng_answers_base64_where_it_is_asked_for(stage):
 
 
 JIMENG, ARK, ANY = "jimeng-image", "seedream", "any-image"
-CHATS, IMAGES = "chat/completions", "images/generations"
 
 
 @pytest.mark.parametrize(
@@ -5137,12 +4984,6 @@ def test_what_an_image_model_cannot_do_is_refused_before_it_is_asked(
     assert not stage.volc.requests + stage.ark.requests
 
 
-@pytest.mark.parametrize("model", ["jimeng-image", "seedream"])
-def test_image_models_answer_no_other_path(stage, model):
-    response = stage.post("embeddings", {"model": model, "input": "x", "prompt": "x"})
-    assert response.status_code == 404 and not stage.volc.requests + stage.ark.requests
-
-
 @pytest.mark.parametrize("options, extra", [(None, 0), ({"include_usage": True}, 1)])
 def test_an_image_streams_comments_then_its_url(stage, monkeypatch, options, extra):
     monkeypatch.setattr(proxy, "COMMENT_INTERVAL", 0.02)
@@ -5160,32 +5001,6 @@ def test_an_image_streams_comments_then_its_url(stage, monkeypatch, options, ext
     assert [one["usage"] for one in usage] == [usage_of(0, 0)] * extra
     assert {first["object"], finish["object"]} == {"chat.completion.chunk"}
     assert last == "DONE" and stage.row(response)["cost"] == 40_000
-
-
-@pytest.mark.parametrize(
-    "fault, outcome",
-    [
-        (volc_error(50412), UNFIT),
-        (volc_error(50429), LATER),
-        (volc_denied(), LOST),
-    ],
-)
-def test_a_submit_that_fails_has_a_status_also_in_a_stream(stage, fault, outcome):
-    stage.volc.script = [fault]
-    assert_image(stage, stage.chat("jimeng-image", stream=True), outcome, 0)
-
-
-@pytest.mark.parametrize(
-    "fault, code",
-    [(volc_error(50511), POLICY), (volc_error(50500), DOWN), (DONE_EMPTY, DOWN)],
-)
-def test_an_image_that_fails_later_is_told_by_a_status_while_nothing_has_left(
-    stage, fault, code
-):
-    stage.volc.script = [None, None, fault]
-    response = stage.chat("jimeng-image", stream=True)
-    assert error_of(response)["code"] == code
-    assert (stage.row(response)["cost"], stage.volc.submits) == (0, 1)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -5410,7 +5225,7 @@ def test_echoes_above_what_an_answer_may_have_are_refused(stage):
 # Meter -------------------------------------------------------------------------------
 
 
-def test_a_long_name_is_searched_in_little_memory() -> None:
+def test_a_long_name_is_searched_in_little_memory():
     data = b'{"model": "%b"}' % (b"x" * (1 << 20))
     tracemalloc.start()
     assert proxy.MODEL_NAME.search(data)
@@ -5627,13 +5442,18 @@ def test_other_paths_are_relayed_and_charged(stage, path, model, answer, cost):
 
 
 @pytest.mark.parametrize(
-    "text", ['"model": "gpt-test"', '{"model": "x"}', '\\"model\\": "gpt-test"']
-)
-def test_text_that_looks_like_the_models_name_is_untouched(stage, text):
-    events = [chat_chunk("gpt-test", {"content": text}, "stop")]
-    stage.main.script = [json_answer(chat_json(text)), sse(events)]
+    "text",
+    [
+        '"model": "gpt-test"', '{"model": "x"}', '\\"model\\": "gpt-test"', "[DONE]",
+        "data: [DONE]\n\n", '"error": {"message": 1}', '{"error": 1}',
+    ],
+)  # fmt: skip
+def test_text_that_looks_like_a_name_an_end_or_an_error_is_text(stage, text):
+    chunks = [chat_chunk("gpt-test", {"content": one}) for one in (text, "more")]
+    chunks.append(chat_chunk("gpt-test", {}, "stop"))
+    stage.main.script = [json_answer(chat_json(text)), sse(chunks)]
     assert said(stage.chat()) == text
-    assert stream_text(stage.chat(stream=True).data) == text
+    assert stream_text(stage.chat(stream=True).data) == f"{text}more"
 
 
 @pytest.mark.parametrize("failures, status, repeat", [(1, 200, None), (99, 503, "no")])
@@ -5853,10 +5673,7 @@ def test_what_cannot_be_priced_is_refused_before_the_provider_is_asked(
 ):
     ask = SPEAK | {"model": model, "messages": SAY_HELLO, "prompt": "x"} | more
     response = stage.post(path, ask)
-    told = response.json["error"]["message"]
-    assert response.status_code in (400, 404) and told
-    words = [*more][:1] or ["model", "path"]
-    assert any(word in told for word in (*words, "streamed", "no price"))
+    assert response.status_code in (400, 404) and response.json["error"]["message"]
     id = response.headers["x-request-id"]
     assert not stage.main.requests and not stage.rows("id = ?", id)
 
@@ -5864,7 +5681,7 @@ def test_what_cannot_be_priced_is_refused_before_the_provider_is_asked(
 @pytest.mark.parametrize(
     "price, passes", [({"input": 5}, 0), ({"image": 1}, 1), ({"input": 5, "reported": 1}, 1)]
 )  # fmt: skip
-def test_a_wildcard_makes_pictures_at_a_price_that_tells_of_them(price, passes) -> None:
+def test_a_wildcard_makes_pictures_at_a_price_that_tells_of_them(price, passes):
     call = make_call("images/generations", prompt="x")
     with nullcontext() if passes else pytest.raises(proxy.BadRequest):
         proxy.refuse_priceless(call, replace(make_model(price), id="any/*"))
@@ -5920,10 +5737,12 @@ def test_what_is_cut_in_pieces_ends_without_its_last_chunk(
         assert cost > 0 and state == proxy.SETTLED  # for what was relayed
 
 
-def test_a_sound_waits_for_no_other(real):
-    gate, start = threading.Event(), head(200, ("Content-Type", "audio/mpeg"), CHUNKED)
+@contextmanager
+def speaking(real: Stage, gate: threading.Event) -> Iterator[requests.Response]:
+    """A sound of two chunks, the second one after the gate."""
 
     def answer(request: Request) -> None:
+        start = head(200, ("Content-Type", "audio/mpeg"), CHUNKED)
         request.send(start + chunk(MP3))
         request.wait(gate)
         request.send(chunk(MP3) + chunk(b""))
@@ -5931,21 +5750,18 @@ def test_a_sound_waits_for_no_other(real):
     real.main.script = [answer]
     url, more = f"{real.url}/v1/audio/speech", {"headers": bearer(TEAM_KEY), "timeout": 9}
     with requests.post(url, json=SPEAK, stream=True, **more) as response:
+        yield response
+
+
+def test_a_sound_waits_for_no_other(real, gate):
+    with speaking(real, gate) as response:
         assert response.raw.read(len(MP3) - 1) == MP3[:-1]
         gate.set()
         assert response.raw.read() == MP3[-1:] + MP3
 
 
-def test_speech_that_its_client_leaves_is_charged_by_the_character(real):
-    gate, start = threading.Event(), head(200, ("Content-Type", "audio/mpeg"), CHUNKED)
-
-    def answer(request: Request) -> None:
-        request.send(start + chunk(MP3))
-        request.wait(gate)
-
-    real.main.script = [answer]
-    url, more = f"{real.url}/v1/audio/speech", {"headers": bearer(TEAM_KEY), "timeout": 9}
-    with requests.post(url, json=SPEAK, stream=True, **more) as response:
+def test_speech_that_its_client_leaves_is_charged_by_the_character(real, gate):
+    with speaking(real, gate) as response:
         assert next(response.iter_content(10))
     real.wait_idle(5)
     row = real.row(response)
@@ -6296,9 +6112,10 @@ def test_an_upstream_that_is_silent_for_its_timeout_is_given_up(described, scrip
     it.up.wait_closed()
 
 
-def test_a_timeout_is_between_two_events_and_not_of_the_whole_stream(described):
-    it = described(sse(chat_chunks("a b c d e f"), delay=0.06), timeout=0.4)
-    assert stream_text(it.chat(stream=True).data) == "a b c d e f"
+def test_a_timeout_is_between_two_signs_of_life_and_not_of_the_whole_stream(described):
+    events = [b": OPENROUTER PROCESSING\n\n"] * 4 + chat_chunks("a b")
+    it = described(sse(events, delay=0.08), timeout=0.4)
+    assert stream_text(it.chat(stream=True).data) == "a b"
 
 
 def test_a_timeout_may_be_longer_than_the_usual_one(described, monkeypatch):
@@ -7087,7 +6904,9 @@ STAND_INS = {  # events as the provider's documentation and reports show them; t
 
 @pytest.mark.parametrize("done", [True, False])
 @pytest.mark.parametrize("name", STAND_INS)
-def test_what_providers_stream_is_whole_and_charged_as_they_report_it(stage, name, done):
+def test_what_providers_stream_is_whole_and_charged_as_they_report_it(
+    stage, name, done
+):
     events, micro = STAND_INS[name]
     stage.main.script = [sse(events, done=done)] * 2
     response = stage.chat(stream=True)
@@ -7299,7 +7118,7 @@ def failed_response(stage: Stage, response: Any) -> tuple[list[dict], dict]:
     *events, first, last = documents(response.data)
     numbers, error = [first["sequence_number"], last["sequence_number"]], first["error"]
     assert (first["type"], last["type"]) == ("error", "response.failed")
-    assert numbers == [len(events), len(events) + 1]
+    assert numbers[1] - numbers[0] == 1 and numbers[0] - len(events) in (0, 1)  # left out
     assert first["message"] == error["message"] and first["code"] == error["code"]
     assert last["response"]["status"] == "failed" and last["response"]["error"] == error
     assert b"event: error\n" in response.data and b"[DONE]" not in response.data
@@ -7378,15 +7197,6 @@ def test_an_empty_error_is_none(stage, error):
 
 
 @pytest.mark.parametrize(
-    "text", ["[DONE]", "data: [DONE]\n\n", '"error": {"message": 1}', '{"error": 1}']
-)
-def test_text_that_looks_like_an_end_is_text(stage, text):
-    chunks = [chat_chunk("gpt-test", {"content": one}) for one in (text, "more")]
-    stage.main.script = [sse([*chunks, chat_chunk("gpt-test", {}, "stop")])]
-    assert stream_text(stage.chat(stream=True).data) == f"{text}more"
-
-
-@pytest.mark.parametrize(
     "path, asked, indices",
     [
         (CHATS, {"n": 2}, [0, 1]),
@@ -7451,13 +7261,6 @@ def test_a_failed_response_of_which_nothing_came_is_free(stage):
     assert b"response.failed" in response.data
     row = stage.row(response)
     assert (row["state"], row["status"], row["cost"]) == (proxy.RELEASED, 503, 0)
-
-
-def test_the_text_of_a_cut_response_counts_once(stage):
-    stage.main.script = [sse(responses_events()[:3], done=False, chunked=False)]
-    response = stage.post("responses", {"model": "chat", "input": "x", "stream": True})
-    failed_response(stage, response)
-    assert stage.row(response)["output"] == 2  # "Hello"
 
 
 def test_an_error_before_any_text_is_free_whatever_was_reported(stage):
@@ -7537,41 +7340,25 @@ def test_a_message_left_after_its_stop_reason_costs_what_was_reported(
     assert (row["status"], row["estimated"], row["output"]) == (499, 0, 30)
 
 
-@pytest.mark.parametrize("kept", [1, 2, 3])
-def test_responses_without_their_last_event_end_in_an_error_event(stage, kept):
-    stage.main.script = [sse(responses_events()[:kept], done=False, chunked=False)]
-    response = stage.post("responses", {"model": "chat", "input": "x", "stream": True})
-    events, error = failed_response(stage, response)
-    assert len(events) == kept and error["code"] == "provider_unavailable"
+BROKEN_ENDS = [
+    [], ["[DONE]"], [{"type": "error", "error": {"message": SECRET}}],
+    [{"type": "error", "code": "server_error", "message": SECRET, "param": None}],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "end",
-    [
-        "[DONE]",
-        {"type": "error", "code": "server_error", "message": SECRET, "param": None},
-        {"type": "error", "error": {"message": SECRET}},
-    ],
+    "kept, end", [(1, []), *itertools.product([2, 3], BROKEN_ENDS)]
 )
-def test_responses_that_fail_end_in_openais_typed_events(stage, end):
-    stage.main.script = [sse([*responses_events()[:3], end], done=False)]
+def test_responses_that_break_end_in_openais_typed_events(stage, kept, end):
+    events = [*responses_events()[:kept], *end]
+    stage.main.script = [sse(events, done=False, chunked=False)]
     response = stage.post("responses", {"model": "chat", "input": "x", "stream": True})
-    *events, first, last = documents(response.data)
-    assert len(events) == 3 and (first["type"], last["type"]) == FAILED
-    assert b"[DONE]" not in response.data and SECRET not in response.text
-
-
-FAILED = ("error", "response.failed")
+    events, error = failed_response(stage, response)
+    assert len(events) == kept and error["code"] == "provider_unavailable"
+    assert stage.row(response)["output"] == 2 * (kept > 1)  # "Hello", once
 
 
 # -- Time ----------------------------------------------------------------------------
-
-
-def test_comments_are_a_sign_of_life(stage, monkeypatch):
-    monkeypatch.setattr(proxy, "STALL_TIMEOUT", 0.4)
-    events = [b": OPENROUTER PROCESSING\n\n"] * 6 + chat_chunks("a b")
-    stage.main.script = [sse(events, delay=0.1)]
-    assert stream_text(stage.chat(stream=True).data) == "a b"
 
 
 def test_done_is_not_held_back_by_an_upstream_that_stays(stage):
@@ -7585,11 +7372,15 @@ def test_done_is_not_held_back_by_an_upstream_that_stays(stage):
     assert time.monotonic() - started < 2 and stage.main.requests[0].closed.wait(2)
 
 
+def posted(path: str, *lines: str, key: str = TEAM_KEY) -> bytes:
+    """Return the head of a JSON request whose body is still to come."""
+    about = "Host: x", f"Authorization: Bearer {key}", "Content-Type: application/json"
+    return "\r\n".join([f"POST {path} HTTP/1.1", *about, *lines, "", ""]).encode()
+
+
 def request_bytes(path: str, body: bytes, key: str = TEAM_KEY) -> bytes:
     """Return a POST of JSON as it stands on the wire."""
-    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Authorization: Bearer {key}"]
-    lines += ["Content-Type: application/json", f"Content-Length: {len(body)}", "", ""]
-    return "\r\n".join(lines).encode() + body
+    return posted(path, f"Content-Length: {len(body)}", key=key) + body
 
 
 def chat_bytes(**body: Any) -> bytes:
@@ -7598,42 +7389,17 @@ def chat_bytes(**body: Any) -> bytes:
     return request_bytes("/v1/chat/completions", json.dumps(whole).encode())
 
 
-def test_an_echo_that_is_read_slowly_ends_with_its_time(gateway, tmp_path):
-    limits = {"STREAM_TIMEOUT": 0.5, "WATCH_INTERVAL": 0.05, "HANG_UP": 0.2}
-    server = gateway(constants=limits, accounts={"team": {"credits": 10**6}})
-    words = [{"role": "user", "content": "word " * 60_000}]  # 12 MB of events
-    ask = {"model": "echo", "messages": words, "stream": True, "max_tokens": 60_000}
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect(("127.0.0.1", server.port))
-        client.sendall(chat_bytes(**ask))
-        assert client.recv(1000).startswith(b"HTTP/1.1 200")
-        wait_for(lambda: not held(tmp_path), 5, "the end of a stream that nobody reads")
-    sql = "SELECT state, output > 0, estimated FROM requests"
-    assert query(tmp_path, sql) == [(proxy.SETTLED, 1, 1)]
-
-
 def test_a_client_that_reads_slowly_is_no_stall_of_the_upstream(stage, monkeypatch):
-    monkeypatch.setattr(proxy, "STALL_TIMEOUT", 0.2)
+    monkeypatch.setattr(proxy, "STALL_TIMEOUT", 0.1)
     stage.main.script = [sse(chat_chunks("a b c"))]
-    pieces = stage.chat(stream=True).iter_encoded()
-    read = [next(pieces), next(pieces)]
-    time.sleep(0.6)  # the watcher looks meanwhile
-    assert stream_text(b"".join([*read, *pieces])) == "a b c"
+    with asked(stage.app, stream=True) as response:
+        pieces = response.iter_encoded()
+        read = [next(pieces), next(pieces)]
+        time.sleep(0.3)  # the watcher looks meanwhile
+        assert stream_text(b"".join([*read, *pieces])) == "a b c"
 
 
 # -- Clients on a socket -------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunked", [True, False])
-def test_the_first_event_comes_at_once(real, chunked):
-    first = chat_chunk("gpt-test", {"content": "a"})
-    real.main.script = [sse([first], gate=threading.Event(), chunked=chunked)]
-    started = time.monotonic()
-    with chat(real.url, TEAM_KEY, stream=True) as response:
-        assert response.headers["X-Accel-Buffering"] == "no"
-        assert response.raw.read1(10)
-        assert time.monotonic() - started < 2
 
 
 def test_comments_leave_before_the_first_event_once_they_have_waited(
@@ -7723,17 +7489,6 @@ def test_a_stream_whose_client_half_closes_ends_with_an_event_that_says_so(real)
     real.wait_idle(2)
     row = real.rows()[-1]
     assert (row["status"], row["cost"]) == (499, 203)
-
-
-def test_a_client_that_leaves_a_running_stream_pays_for_what_came(real):
-    real.main.script = [endless("events")]
-    with chat(real.url, TEAM_KEY, stream=True) as response:
-        for _ in range(5):
-            response.raw.read1(1000)
-    real.wait_idle(2)
-    assert real.main.requests[0].closed.wait(2)
-    row = real.row(response)
-    assert (row["status"], row["estimated"]) == (499, 1) and 0 < row["cost"] < 200
 
 
 LAST_WORD = chat_chunk("gpt-test", {"content": "abc"}, "stop")
@@ -7925,6 +7680,8 @@ def test_the_sdk_does_not_repeat_what_could_be_billed_twice(sdk, real):
 
 
 RESPONSE_ERROR = {"type": "error", "code": "x", "message": "y", "sequence_number": 3}
+
+
 def test_azures_client_gets_in_by_its_own_header(sdk, real):
     openai = pytest.importorskip("openai")
     real.main.script = [json_answer(chat_json("hi"))]
@@ -8256,9 +8013,7 @@ HELLO = {"model": "echo", "messages": [{"role": "user", "content": "Hello out th
 
 def code_of(answer: Any) -> tuple[int, str]:
     """Return an answer's status and code, having looked at its envelope."""
-    assert answer.mimetype == "application/json"
-    assert [*answer.json["error"]] == ["message", "type", "param", "code"]
-    return answer.status_code, answer.json["error"]["code"]
+    return answer.status_code, error_of(answer)["code"]
 
 
 class Api:
@@ -8319,6 +8074,12 @@ class Api:
 @pytest.fixture
 def api(app: Callable) -> Api:
     return Api(app())
+
+
+@pytest.fixture
+def shared(in_process: InProcess) -> Api:
+    """An app of many tests, for those that change nothing."""
+    return Api(in_process.app)
 
 
 @pytest.fixture
@@ -8387,10 +8148,10 @@ def test_a_key_is_known_by_its_hash(app, form):
     assert answer.status_code == 200
 
 
-def test_a_model_one_may_not_use_looks_like_one_that_is_not_there(api):
+def test_a_model_one_may_not_use_looks_like_one_that_is_not_there(shared):
     def told(model: str) -> list[str]:
-        ways = [api("POST", CHAT, DEMO_KEY, **HELLO | {"model": model})]
-        ways += [api("GET", f"/v1/models/{model}", DEMO_KEY)]
+        ways = [shared("POST", CHAT, DEMO_KEY, **HELLO | {"model": model})]
+        ways += [shared("GET", f"/v1/models/{model}", DEMO_KEY)]
         assert {code_of(way) for way in ways} == {(404, "model_not_found")}
         return [way.text.replace(model, "MODEL") for way in ways]
 
@@ -8436,8 +8197,8 @@ ANSWERS = [  # method, path, status, code
 
 
 @pytest.mark.parametrize("method, path, status, code", ANSWERS)
-def test_what_is_not_served_is_told_in_the_envelope(api, method, path, status, code):
-    answer = api.send(method, path, json=HELLO)
+def test_what_is_not_served_is_told_in_the_envelope(shared, method, path, status, code):
+    answer = shared.send(method, path, json=HELLO)
     assert code_of(answer) == (status, code)
     assert answer.headers["x-request-id"].startswith("req_")
     assert ("Allow" in answer.headers) == (status == 405)
@@ -8453,9 +8214,9 @@ def test_what_is_not_served_is_told_in_the_envelope(api, method, path, status, c
     ],
 )
 def test_what_is_not_served_of_messages_is_told_in_anthropics_shape(
-    api, method, path, status, kind
+    shared, method, path, status, kind
 ):
-    answer = api.send(method, path)
+    answer = shared.send(method, path)
     assert (answer.status_code, kind_of(answer)) == (status, kind)
 
 
@@ -8487,9 +8248,9 @@ def test_a_base_url_is_folded_as_it_was_meant(meant, path):
 
 
 @pytest.mark.parametrize("path", [p for p in FOLDED[CHAT] if p[:2] != "//"])
-def test_every_spelling_of_a_base_url_is_served_and_checked_as_chat(api, path):
-    assert api("POST", path, **HELLO).status_code == 200
-    refused = api.refusal("POST", path, **{**HELLO, "messages": "x"})
+def test_every_spelling_of_a_base_url_is_served_and_checked_as_chat(shared, path):
+    assert shared("POST", path, **HELLO).status_code == 200
+    refused = shared.refusal("POST", path, **{**HELLO, "messages": "x"})
     assert refused == (400, "invalid_request")
 
 
@@ -8601,18 +8362,18 @@ def test_an_exception_in_a_view_is_a_500_that_tells_nothing(api, monkeypatch, ca
     assert "sesame" not in answer.text + log
 
 
-def test_every_answer_has_its_own_request_id(api):
+def test_every_answer_has_its_own_request_id(shared):
     asked = [
         ("GET", "/healthz", None), ("GET", "/v1/models", TEAM_KEY),
         ("GET", "/v1/models", None), ("GET", "/nothing", None), ("DELETE", CHAT, None),
         ("POST", CHAT, TEAM_KEY), ("POST", CHAT, POOR_KEY),
     ] * 2  # fmt: skip
-    ids = {api.send(*each, json=HELLO).headers["x-request-id"] for each in asked}
+    ids = {shared.send(*each, json=HELLO).headers["x-request-id"] for each in asked}
     assert len(ids) == len(asked)
 
 
-def test_healthz_needs_no_key(api):
-    answer = api.send("GET", "/healthz", None)
+def test_healthz_needs_no_key(shared):
+    answer = shared.send("GET", "/healthz", None)
     assert (answer.status_code, answer.mimetype) == (200, "application/json")
 
 
@@ -8686,25 +8447,6 @@ def test_one_too_many_at_once_counts(app):
     release(ledger, running.outcome)
 
 
-def test_what_the_rate_refuses_counts_in_no_window(app, monkeypatch):
-    api = Api(app(accounts={"team": {"limits": {"rate": "20/minute;2/hour"}}}))
-    statuses = [api("POST", CHAT, **HELLO).status_code for _ in range(5)]
-    assert statuses == [200, 200, 429, 429, 429]
-    row = "SELECT key, length(hits) / 8 FROM windows WHERE key LIKE '%/relay/%'"
-    assert {hits for _, hits in api.services.ledger.read(row)} == {2}
-
-
-@pytest.mark.parametrize("rate", ["1/second", "1/minute", "1/hour", "1/day"])
-def test_retry_after_stays_between_1_and_60(app, rate, monkeypatch):
-    clock, now = SimpleNamespace(**vars(time)), time.monotonic()
-    clock.monotonic = lambda: now
-    monkeypatch.setattr(proxy, "time", clock)
-    api = Api(app(accounts={"team": {"limits": {"rate": rate}}}))
-    first, second = (api("POST", CHAT, **HELLO) for _ in range(2))
-    assert second.status_code == 429 and "Retry-After" not in first.headers
-    assert 1 <= int(second.headers["Retry-After"]) <= 60
-
-
 @pytest.mark.parametrize(
     "rate, limit", [("3/minute;50/hour", 3), ("50/second;2/minute", 2)]
 )
@@ -8725,9 +8467,9 @@ def test_of_several_windows_the_tightest_is_told(app, rate, limit):
     ],
 )  # fmt: skip
 def test_an_answer_to_a_key_tells_its_limits_even_where_nothing_is(
-    api, method, path, status
+    shared, method, path, status
 ):
-    known, unknown = (api(method, path, key, **HELLO) for key in (TEAM_KEY, "sk-unknown"))
+    known, unknown = (shared(method, path, key, **HELLO) for key in (TEAM_KEY, "sk-unknown"))
     assert known.status_code == unknown.status_code == status
     assert rates(known)[0] == "300"
     assert "x-ratelimit-limit-requests" not in unknown.headers
@@ -8901,14 +8643,9 @@ def altered(sql: str) -> Callable[[Path], None]:
     return lambda db: alter(SimpleNamespace(path=db), sql)
 
 
-def be_a_folder(db: Path) -> None:
-    db.unlink()
-    db.mkdir()
-
-
 UNUSABLE = {  # what may be wrong with a ledger, and how it is told
     "no folder": (lambda db: shutil.rmtree(db.parent), "No such file"),
-    "a folder": (be_a_folder, "unable to open"),
+    "a folder": (replace_by_a_folder, "unable to open"),
     "another file": (lambda db: db.write_text("no ledger" * 999), "not a database"),
     "another schema": (altered("DROP TRIGGER resolved"), "is damaged: its resolved"),
     "a newer one": (altered("PRAGMA user_version = 99"), "is of a newer proxy.py"),
@@ -8987,14 +8724,6 @@ def test_a_receipt_tells_what_became_of_a_request(api):
     }  # fmt: skip
 
 
-def test_a_request_that_failed_upstream_has_a_free_receipt(api):
-    answer = api("POST", CHAT, model="chat", messages=SAY_HELLO)
-    id = answer.headers["x-request-id"]
-    receipt = api.get(f"/v1/account/requests/{id}")
-    assert (answer.status_code, receipt["status"]) == (503, 503)
-    assert (receipt["state"], receipt["credits"]) == ("released", 0)
-
-
 def test_requests_are_paged_newest_first(api):
     made, after, seen, more = [api.say("a") for _ in range(6)], "", [], []
     for _ in range(3):
@@ -9034,8 +8763,8 @@ BAD_FILTERS = [
 
 
 @pytest.mark.parametrize("query", BAD_FILTERS)
-def test_a_bad_filter_is_refused_by_name(query, api):
-    answer = api("GET", f"/v1/account/{query}")
+def test_a_bad_filter_is_refused_by_name(query, shared):
+    answer = shared("GET", f"/v1/account/{query}")
     error = answer.json["error"]
     assert (answer.status_code, error["code"]) == (400, "invalid_request")
     assert error["param"] == re.search(r"\?(\w+)=", query)[1]
@@ -9258,12 +8987,11 @@ def test_keys_are_paged_declared_ones_first_and_revoked_ones_last(app):
     for key in made[0], made[3]:
         api("DELETE", f"/v1/account/keys/{key['id']}")
     path, seen, after = "/v1/account/keys?limit=2&after=", [], ""
-    while True:
+    for _ in range(5):
         page = api.get(path + after)
         seen += [row["name"] for row in page["data"]]
-        if not page["has_more"]:
-            break
         after = page["data"][-1]["id"]
+    assert not page["has_more"]
     live, dead = [1, 2, 4, 5], [0, 3]
     made.sort(key=lambda key: (key["created"], key["id"]))
     assert seen[:3] == [*keys] and len(seen) == 9
@@ -9465,32 +9193,25 @@ NO_KEYS = [{"admin": True}, {"admin": 1}, {"name": 7}, {"account": "other"}]
 
 
 @pytest.mark.parametrize("body", [*NO_KEYS, {"key": "sk-own"}], ids=str)
-def test_a_key_is_made_with_a_name_and_nothing_else(body, api):
-    assert api.refusal("POST", "/v1/account/keys", **body) == (400, "invalid_request")
-    assert len(api.get("/v1/account/keys")["data"]) == 1
+def test_a_key_is_made_with_a_name_and_nothing_else(body, shared):
+    assert shared.refusal("POST", "/v1/account/keys", **body) == (400, "invalid_request")
+    assert len(shared.get("/v1/account/keys")["data"]) == 1
 
 
-def test_account_calls_have_a_window_of_their_own(app):
+def test_account_calls_have_a_window_of_their_own(app, monkeypatch):
+    monkeypatch.setattr(proxy, "ACCOUNT_ITEMS", tuple(proxy.parse_many("6/minute")))
     api = Api(app(limits={"rate": "2/minute"}))
-    for _ in range(20):
-        api.get("/v1/account")
-    assert rates(api("GET", "/v1/models"))[:2] == ["300", "279"]
+    for left in "5", "4", "3":
+        assert rates(api("GET", "/v1/models"))[:2] == ["6", left]
     assert api.get("/v1/account")["live"]["requests_remaining"] == 2
     api.say("a")
     api.say("a")
     live = {"requests_remaining": 0, "requests_limit": 2, "concurrent": 0}
     assert api.get("/v1/account")["live"] == live
     assert api.refusal("POST", CHAT, **HELLO) == (429, "rate_limit_exceeded")
-
-
-def test_account_calls_are_bounded_and_take_nothing_from_the_key(app, monkeypatch):
-    monkeypatch.setattr(proxy, "ACCOUNT_ITEMS", tuple(proxy.parse_many("5/minute")))
-    api = Api(app(limits={"rate": "5/minute"}))
-    *let_in, refused = (api("GET", "/v1/account") for _ in range(6))
-    assert {answer.status_code for answer in let_in} == {200}
+    *_, refused = (api("GET", "/v1/account") for _ in range(2))
     assert code_of(refused) == (429, "rate_limit_exceeded")
     assert 1 <= int(refused.headers["Retry-After"]) <= 60
-    api.say("a")
     api.get("/v1/account", OTHER_KEY)
 
 
@@ -9599,10 +9320,10 @@ NO_GRANTS = [None, "5", True, -2, 0, 1e-7, 0.0000015, 1e10, 1e999, [], {}]
 
 
 @pytest.mark.parametrize("credits", NO_GRANTS, ids=str)
-def test_a_bad_amount_is_not_granted(credits, api):
+def test_a_bad_amount_is_not_granted(credits, shared):
     path = "/v1/accounts/other/grants"
-    assert api.refusal("POST", path, ADMIN_KEY, credits=credits)[0] == 400
-    assert api.get("/v1/accounts/other", ADMIN_KEY)["credits"]["granted"] == 1
+    assert shared.refusal("POST", path, ADMIN_KEY, credits=credits)[0] == 400
+    assert shared.get("/v1/accounts/other", ADMIN_KEY)["credits"]["granted"] == 1
 
 
 def test_accounts_are_paged_by_name(api):
@@ -9657,8 +9378,8 @@ DELETE /v1/accounts/<account>/keys/<key_id>
 """.strip().split("\n")
 
 
-def test_the_admin_routes_are_these(api):
-    rules = api.client.application.url_map.iter_rules()
+def test_the_admin_routes_are_these(shared):
+    rules = shared.client.application.url_map.iter_rules()
     routes = {f"{m} {r.rule}" for r in rules for m in r.methods - {"HEAD", "OPTIONS"}}
     of_accounts = {route for route in routes if " /v1/accounts" in route}
     assert of_accounts | {"GET /metrics"} == {*ADMIN_ROUTES}
@@ -9959,11 +9680,21 @@ WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 99999)
 INSERT INTO usage(account, day, key, model, status, requests, cost)
 SELECT printf('acc%05d', i / 10), strftime('%s', 'now') / 86400 - i % 10, 'k', 'chat',
     200, 1, 0 FROM n;
+WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 49999)
+INSERT INTO requests(account, id, key, model, path, stream, slot, state, hold, cost,
+    status, created)
+SELECT 'team', printf('req_%011x%013x', 1700000000000 + i * 7000, i), 'k', 'm' || i % 5,
+    'chat/completions', 0, 1, 1, 0, 4, 200, 1700000000000 + i * 7000 FROM n;
 """
+MIDDLE, RECEIPTS = 1_700_175_000, "/v1/account/requests"  # seconds; of two days each
 PAGES_OF_MANY = [
     ("/v1/account", TEAM_KEY), ("/v1/account/keys?limit=1000", TEAM_KEY),
     ("/v1/account/keys?after=key_000000000001869f", TEAM_KEY),
-    ("/v1/account/usage?days=366", TEAM_KEY), ("/v1/account/requests", TEAM_KEY),
+    ("/v1/account/usage?days=366", TEAM_KEY), (RECEIPTS, TEAM_KEY),
+    (f"{RECEIPTS}?limit=200&after=req_{MIDDLE * 1000:011x}", TEAM_KEY),
+    (f"{RECEIPTS}?since={MIDDLE}&until={MIDDLE + proxy.DAY}", TEAM_KEY),
+    (f"{RECEIPTS}?until=1600000000", TEAM_KEY), (f"{RECEIPTS}?failed=true", TEAM_KEY),
+    ("/v1/accounts/team/requests?limit=200", ADMIN_KEY), ("/metrics", ADMIN_KEY),
     ("/v1/accounts", ADMIN_KEY), ("/v1/accounts?limit=1000", ADMIN_KEY),
     ("/v1/accounts?limit=1000&after=acc09000", ADMIN_KEY),
     ("/v1/accounts/team", ADMIN_KEY), ("/v1/accounts/acc05000", ADMIN_KEY),
@@ -10000,113 +9731,6 @@ def test_ten_thousand_accounts_answer_each_page_in_100_ms(path, key, crowd):
         assert crowd("GET", path, key).status_code == 200
         took.append(time.thread_time() - start)
     assert min(took) < 0.1, took
-
-
-# -- A million rows ------------------------------------------------------------------
-
-MILLION = """
-WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 999999)
-INSERT INTO requests(account, id, key, model, path, stream, slot, state, hold, cost,
-    input, output, status, created, ttfb, duration)
-SELECT 'team', printf('req_%011x%013x', ?1 + i * 7000, i), 'key_old', 'm' || i % 5,
-    'chat/completions', 0, 1, 1, 9, 4, 2, 2, 200, ?1 + i * 7000, 3, 9 FROM n
-"""
-SUMS = """
-INSERT INTO accounts(id, made, created, spent) VALUES ('team', 0, 1, 4000000);
-INSERT INTO usage SELECT account, created / 86400000, key, model, status, count(*), 0,
-    0, count(*), sum(input), sum(cached), sum(output), sum(images), sum(cost),
-    sum(ttfb), sum(duration), 0, 0 FROM requests GROUP BY 1, 2, 3, 4, 5;
-"""
-
-
-def fill_with_a_million(path: Path) -> None:
-    """Write rows of 81 days into a new ledger, and the sums that belong to them."""
-    proxy.Ledger(path).close()
-    with sqlite3.connect(path) as db:
-        query = "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'"
-        triggers = db.execute(query).fetchall()
-        db.execute("PRAGMA synchronous = OFF")
-        for name, _ in triggers:
-            db.execute(f"DROP TRIGGER {name}")
-        db.execute(MILLION, (int(time.time() * 1000) - 7 * 10**9,))
-        for statement in [*SUMS.split(";"), *(sql for _, sql in triggers)]:
-            db.execute(statement)
-    db.close()
-
-
-@pytest.fixture(scope="module")
-def full_and_empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Gateway]]:
-    """Two gateways of two workers: with a million requests in the ledger, with none."""
-    full, empty = (tmp_path_factory.mktemp(name) for name in ("full", "empty"))
-    fill_with_a_million(full / "proxy.db")
-    limits = {"rate": "10000/second", "concurrent": 1000}
-    with ExitStack() as stack:
-        url = "http://127.0.0.1:9"
-        made = [keys_file(folder, url, limits=limits) for folder in (full, empty)]
-        servers = [Gateway(keys, workers=2, threads=64) for keys in made]
-        both = [stack.enter_context(server) for server in servers]
-        yield both
-        for server in both:
-            server.kill_group()
-
-
-def dashboard_calls() -> list[str]:
-    """What an open dashboard of an admin asks for, and the pages behind `More`."""
-    now = time.time()
-    middle = f"req_{int((now - 40 * 86400) * 1000):011x}"
-    requests = "/v1/account/requests"
-    return [
-        "/v1/account", "/v1/account/usage?days=30", "/v1/account/usage?days=366",
-        f"{requests}?limit=50", f"{requests}?limit=200&after={middle}",
-        f"{requests}?since={int(now) - 50 * 86400}&until={int(now) - 49 * 86400}",
-        f"{requests}?until=1600000000", f"{requests}/req_0000000000000000000000f0",
-        "/v1/accounts", "/v1/accounts/team", "/v1/accounts/team/usage?days=90",
-        "/v1/accounts/team/requests?limit=200", "/metrics",
-    ]  # fmt: skip
-
-
-def seconds_of(ask: Callable[[], Any], times: int) -> float:
-    """The median time of an answer."""
-    took = []
-    for _ in range(times):
-        start = time.perf_counter()
-        ask()
-        took.append(time.perf_counter() - start)
-    return median(took)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("number", range(13))
-def test_a_million_rows_answer_the_dashboard_in_200_ms(number, full_and_empty):
-    path = dashboard_calls()[number]
-    key = TEAM_KEY if re.match("/v1/account(?!s)", path) else ADMIN_KEY
-    url, headers = full_and_empty[0].url + path, bearer(key)
-    with client() as session:
-        assert session.get(url, headers=headers).status_code in {200, 404}
-        assert seconds_of(lambda: session.get(url, headers=headers), 5) < 0.2, path
-
-
-def seconds_beside_a_dashboard(server: Gateway) -> float:
-    """The median time of a request while a dashboard asks without a pause."""
-    stop, headers = threading.Event(), bearer(TEAM_KEY)
-    paths = itertools.cycle(["", "/usage?days=90", "/requests"])
-
-    def look() -> None:
-        while not stop.wait(0.02):
-            looking.get(f"{server.url}/v1/account{next(paths)}", headers=headers)
-
-    with client() as looking, client() as asking, ThreadPoolExecutor(1) as pool:
-        pool.submit(look)
-        url = f"{server.url}{CHAT}"
-        took = seconds_of(lambda: asking.post(url, json=HELLO, headers=headers), 60)
-        stop.set()
-    return took
-
-
-@pytest.mark.long
-def test_a_million_rows_under_an_open_dashboard_slow_no_request_down(full_and_empty):
-    full, empty = (seconds_beside_a_dashboard(one) for one in full_and_empty)
-    assert full < 2 * empty + 0.005
 
 
 # Command line ------------------------------------------------------------------------
@@ -10193,6 +9817,7 @@ def test_keys_add_and_set_take_a_keys_terms(run):
     assert row["limits"] == {"rate": "7/minute", "concurrent": 2}
     assert (row["budget"]["credits"], row["budget"]["per"]) == (3, "month")
     assert "3.000000 of 3.000000 (month)" in run("keys", "list")[1]
+    assert "keys.json" in refused_in_one_line(run("keys", "set", "team/main", *change[:2]))
 
 
 NO_WORDS = {
@@ -10228,11 +9853,6 @@ def test_a_key_is_named_by_its_id_or_by_account_and_name(run):
     assert run("keys", "revoke", "team/main")[0] == 0
     live = {row["account"] for row in run.rows("keys", "list") if not row["revoked"]}
     assert live == {"demo", "other", "poor", "boss"}
-
-
-def test_a_declared_key_is_set_in_keys_json(run):
-    run("keys", "add", "alice")
-    assert "keys.json" in refused_in_one_line(run("keys", "set", "team/main", "--name", "x"))
 
 
 def test_keys_add_says_that_a_new_account_has_no_credits(run):
@@ -10334,13 +9954,16 @@ def test_check_passes_a_good_ledger_with_warnings(run, monkeypatch):
         assert warning in out
 
 
+def greeted(run: Shell, host: str = "127.0.0.1") -> str:
+    """What a server says at its start."""
+    config = proxy.ConfigFile(run.keys).current
+    with closing(proxy.Ledger(run.db)) as ledger:
+        return proxy.greeting(config, ledger, f"http://{host}:8000")
+
+
 def test_the_demo_key_is_offered_and_warned_of_while_it_lives(files, run):
     def told() -> tuple[int, int]:
-        config = proxy.ConfigFile(run.keys).current
-        with closing(proxy.Ledger(run.db)) as ledger:
-            greeting = proxy.greeting(config, ledger, "http://127.0.0.1:8000")
-        warned = run("check")[1].count("the demo key is public")
-        return greeting.count(DEMO_KEY), warned
+        return greeted(run).count(DEMO_KEY), run("check")[1].count("the demo key is public")
 
     assert told() == (1, 1)
     files(accounts={"demo": None})
@@ -10359,14 +9982,9 @@ def test_the_demo_key_is_offered_and_warned_of_while_it_lives(files, run):
     ],
 )  # fmt: skip
 def test_serve_warns_of_a_demo_key_that_others_can_reach(host, warned, files, run):
-    def told() -> bool:
-        config = proxy.ConfigFile(run.keys).current
-        with closing(proxy.Ledger(run.db)) as ledger:
-            return "public key" in proxy.greeting(config, ledger, f"http://{host}:80")
-
-    assert told() == warned
+    assert ("public key" in greeted(run, host)) == warned
     files(accounts={"demo": None})
-    assert not told()
+    assert "public key" not in greeted(run, host)
 
 
 def online(run: Shell) -> tuple[int, str]:
@@ -10416,21 +10034,15 @@ def test_check_online_says_what_became_of_a_provider(
     assert online(run) == (0, "ConnectionError")  # nobody is there any more
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
-def test_check_online_shows_no_key_to_a_foreign_certificate(files, run, tmp_path):
-    with TlsUpstream(tmp_path, json_answer({"data": []})) as up:
-        files(up.url)
-        assert (online(run), up.requests) == ((0, "SSLError"), [])
-
-
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
-def test_check_online_trusts_the_certificates_that_a_relay_trusts(
+@NEEDS_OPENSSL
+def test_check_online_trusts_the_certificates_that_a_relay_trusts_and_no_other(
     files, run, tmp_path, monkeypatch
 ):
-    with TlsUpstream(tmp_path, json_answer({"data": []})) as up:
-        monkeypatch.setenv("SSL_CERT_FILE", str(up.cert))
-        files(up.url)
-        assert online(run) == (0, "accepted")
+    for trusted, told, asked in (False, "SSLError", 0), (True, "accepted", 1):
+        with TlsUpstream(tmp_path, json_answer({"data": []})) as up:
+            monkeypatch.setenv("SSL_CERT_FILE", str(up.cert) if trusted else "")
+            files(up.url)
+            assert (online(run), len(up.requests)) == ((0, told), asked)
 
 
 def test_check_works_beside_a_running_server(run, api):
@@ -10519,17 +10131,6 @@ def test_there_are_as_many_workers_as_processors_and_at_least_two(
     assert [server.cfg.workers for server in servers] == [workers]
 
 
-def test_a_server_greets_only_once_its_port_is_bound(files):
-    keys, db = files()
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        command = [sys.executable, "proxy.py", "--keys", keys, "--db", db]
-        command += ["--port", str(taken.getsockname()[1])]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        with subprocess.Popen(command, cwd=PROJECT, **pipes) as server:
-            assert b"is taken" in server.stderr.readline()
-            assert server.stdout.read() == b"" and server.wait() == 1
-
-
 def test_without_a_command_it_serves_as_the_environment_says(files, gate):
     with Upstream(short_or_long(gate)) as up:
         keys, db = files(up.url)
@@ -10585,7 +10186,9 @@ def test_the_files_are_named_before_or_after_the_command(before, files, capsys):
     assert json.loads(out)[0]["account"] == "team" and "other.db" in err
 
 
-def test_every_command_reads_the_env_file_beside_the_keys_file(files, monkeypatch, capsys):
+def test_every_command_reads_the_env_file_beside_the_keys_file(
+    files, monkeypatch, capsys
+):
     keys, _ = files()
     lines = ["# ours", "export PROXY_DB='" + str(keys.parent / "named.db") + "'", ""]
     lines += ["PROXY_KEYS=/nowhere", "UPSTREAM_KEY = from the file", "HOME=/nowhere"]
@@ -10620,7 +10223,7 @@ def test_a_taken_port_is_told_at_once(run):
         port = taken.getsockname()[1]
         status, out, err = run("serve", "--port", str(port))
         more = re.fullmatch(f"Refused: port {port} is taken: --port (\\d+)\n", err)
-        assert status == 1 and int(more[1]) > port
+        assert (status, out) == (1, "") and int(more[1]) > port  # it does not greet
 
 
 def test_tables_align_wide_characters(capsys):
@@ -10878,8 +10481,8 @@ NO_HOSTS = ['"><script>alert(1)</script>', "a'b", "ex ample", "@RATE@", ""]
     [*((host, (200, "http:///v1")) for host in NO_HOSTS), ("x" * 3000, (400, None))],
     ids=short,
 )
-def test_a_host_that_is_none_is_never_shown(host, answered, api):
-    answer = api.client.get("/", headers={"Host": host})
+def test_a_host_that_is_none_is_never_shown(host, answered, shared):
+    answer = shared.client.get("/", headers={"Host": host})
     base_url = Page(answer.text).text.get("base-url")
     assert (answer.status_code, base_url) == answered
 
@@ -10890,13 +10493,13 @@ def test_behind_tls_the_base_url_is_https(board):
     assert page.text["base-url"] == "https://api.example.com/v1"
 
 
-def test_every_link_on_a_page_leads_somewhere(api):
+def test_every_link_on_a_page_leads_somewhere(shared):
     for path in ("/", "/dashboard"):
-        page = Page(api.client.get(path).text)
+        page = Page(shared.client.get(path).text)
         for target in page.values("href", "src"):
             outer, _, anchor = target.partition("#")
             assert not re.match("https?:|//", outer)
-            assert outer in {"", "data:,"} or api.client.get(outer).status_code == 200
+            assert outer in {"", "data:,"} or shared.client.get(outer).status_code == 200
             assert anchor in {*page.text, ""}
 
 
@@ -10909,8 +10512,8 @@ PAGE_POLICY |= dict.fromkeys(("script-src", "style-src", "connect-src"), "'self'
 
 
 @pytest.mark.parametrize("path", OWN_PATHS)
-def test_pages_have_strict_headers(path, api):
-    answer = api.client.get(path)
+def test_pages_have_strict_headers(path, shared):
+    answer = shared.client.get(path)
     parts = answer.headers["Content-Security-Policy"].split(";")
     policy = dict(part.strip().partition(" ")[::2] for part in parts)
     assert answer.status_code == 200
@@ -10921,9 +10524,9 @@ def test_pages_have_strict_headers(path, api):
     assert answer.headers["x-request-id"].startswith("req_")
 
 
-def test_pages_hold_no_inline_code_and_no_foreign_address(api):
+def test_pages_hold_no_inline_code_and_no_foreign_address(shared):
     for path in ("/", "/dashboard"):
-        page = Page(api.client.get(path).text)
+        page = Page(shared.client.get(path).text)
         names = {name for _, name, _ in page.attributes}
         assert [name for name in names if re.match("style$|on", name)] == []
         assert "<style" not in page.html
@@ -10941,8 +10544,8 @@ def test_scripts_never_make_html_or_code_of_a_text():
 @pytest.mark.parametrize(
     "path", ["/assets/nothing.js", "/assets/..%2fproxy.py", "/keys.json"]
 )
-def test_there_are_no_other_pages(path, api):
-    answer = api.client.get(path)
+def test_there_are_no_other_pages(path, shared):
+    answer = shared.client.get(path)
     assert (answer.status_code, answer.json["error"]["code"]) == (404, "not_found")
 
 
@@ -11038,8 +10641,8 @@ def test_an_example_of_the_contracts_models_runs_as_it_stands(
     assert RELAYED[id] in run_example(page, id, tmp_path)
 
 
-def test_no_example_is_left_out(api):
-    html = documentation(api).html
+def test_no_example_is_left_out(shared):
+    html = documentation(shared).html
     assert dict(re.findall(r'<pre id="([\w-]+)"\s+data-run="(\w+)"', html)) == EXAMPLES
 
 
@@ -11684,6 +11287,13 @@ def wait_held(folder: Path, count: int, timeout: float = 2) -> None:
     wait_for(lambda: held(folder) == count, timeout, f"{count} holds")
 
 
+def sockets(port: int, listening: bool = False) -> list[str]:
+    """What a server's descriptors say of its connections, or of its listening socket."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    own = [one for one in lines if one[1].endswith(f":{port:04X}") and one[9] != "0"]
+    return [f"socket:[{one[9]}]" for one in own if (one[3] == "0A") == listening]
+
+
 def server_of(gateway: Gateway, sock: socket.socket) -> int:
     """The worker that has the other end of a client's socket."""
     ends = f":{gateway.port:04X}", f":{sock.getsockname()[1]:04X}"
@@ -11991,7 +11601,7 @@ def test_a_restart_under_a_kept_socket_refuses_nobody(files, gate):
     script = [sse(WORDS, gate=gate), *[json_answer(chat_json("hi"))] * 100]
     kept = socket.create_server(("127.0.0.1", 0), backlog=512)
     with Upstream(script) as up, kept:
-        server = Gateway(*files(up.url, limits={"concurrent": 200}), workers=2, threads=64)
+        server = Gateway(*files(up.url, limits={"concurrent": 200}), workers=2, threads=200)
         server.keep(kept)
         with server, ThreadPoolExecutor(100) as pool:
             stream = Visit(server, TEAM_KEY, stream=True).start()
@@ -12080,9 +11690,11 @@ def test_a_reload_cuts_nobody(two, gate):
     before, kept = set(two.wait_workers(2)), server_of(two, stream.sock)
     with put_load(two, OTHER_KEY) as seen:
         two.kill(two.master_pid, signal.SIGHUP)
-        wait_for(lambda: before & set(two.workers()) == {kept}, what="a reload")
+        wait_for(lambda: before & set(two.workers()) == {kept}, 10, "a reload")
+        door = lambda: {*sockets(two.port, listening=True)} & {*open_files(kept)}
+        wait_for(lambda: not door(), 10, "the old one to let nobody in any more")
         count = len(seen) + 4  # which the old workers may have
-        wait_for(lambda: len(seen) > count + 20, what="answers of the new workers")
+        wait_for(lambda: len(seen) > count + 20, 10, "answers of the new workers")
     gate.set()
     assert stream.finish().done
     refused = [one for one in seen if not one.done]
@@ -12435,6 +12047,8 @@ MALFORMED = {
     "CL sign": (POST + b"Content-Length: +60\r\n\r\n" + BODY + HIDDEN, 400),
     "CL negative": (POST + b"Content-Length: -1\r\n\r\n" + BODY + HIDDEN, 400),
     "TE gzip": (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + END + HIDDEN, 415),
+    "TE deflate": (POST + b"Transfer-Encoding: deflate, chunked\r\n\r\n" + END, 415),
+    "TE alone": (POST + b"Transfer-Encoding: gzip\r\n\r\n" + END + HIDDEN, 400),
     "TE twice": (POST + CODING * 2 + END + HIDDEN, 400),
     "TE unknown": (POST + b"Transfer-Encoding: xchunked\r\n\r\n0" + END + HIDDEN, 400),
     "TE identity": (SIZED + b"Transfer-Encoding: identity\r\n\r\n" + BODY, 400),
@@ -12490,17 +12104,13 @@ def test_a_request_whose_unread_body_is_broken_has_one_answer(status, one):
     assert answer.count(b"HTTP/1.1 ") == 1
 
 
-CODINGS = {b"gzip": 400, b"deflate, chunked": 415, b"Chunked": 200, b"chunked": 200}
-
-
-@pytest.mark.parametrize("coding, status", CODINGS.items())
-def test_a_transfer_coding_is_undone_or_refused(coding, status, one):
+@pytest.mark.parametrize("coding", [b"Chunked", b"chunked"])
+def test_a_transfer_coding_is_undone(coding, one):
     body = json.dumps({"model": "echo", "messages": SAY_HELLO}).encode()
     head = POST + b"Transfer-Encoding: " + coding + b"\r\n\r\n"
-    ends = b"" if status != 200 else b"GET /healthz HTTP/1.0\r\n\r\n"
-    answer = raw_http(one.port, head + chunk(body) + chunk(b"") + ends)
-    assert answer.startswith(b"HTTP/1.1 %d " % status)
-    assert answer.count(b"x-request-id: ") == 1 + bool(ends)
+    last = b"GET /healthz HTTP/1.0\r\n\r\n"
+    answer = raw_http(one.port, head + chunk(body) + chunk(b"") + last)
+    assert answer.startswith(b"HTTP/1.1 200 ") and answer.count(b"x-request-id: ") == 2
 
 
 def test_a_chunked_body_over_the_limit_is_413(one):
@@ -12549,13 +12159,6 @@ def test_half_a_request_is_given_up_after_the_client_timeout(one):
         ends = [pool.submit(raw_http, one.port, sent, 8) for sent in (POST, HALF_BODY)]
         wait_for(lambda: all(end.done() for end in ends))
         assert 0.9 < time.monotonic() - started < 4
-
-
-def posted(path: str, *lines: str) -> bytes:
-    """Return the head of a JSON request whose body is still to come."""
-    head = f"POST {path} HTTP/1.1", "Host: x", f"Authorization: Bearer {TEAM_KEY}"
-    told = *head, "Content-Type: application/json", *lines, "", ""
-    return "\r\n".join(told).encode()
 
 
 MOST = 31 << 20  # bytes, of 32 MB
@@ -12641,29 +12244,31 @@ def test_many_bodies_that_trickle_delay_no_other_account(
     assert max(took) < 1.5
 
 
-def test_an_answer_that_nobody_reads_is_ended_and_was_paid(gateway, tmp_path):
+LONG_WORDS = [{"role": "user", "content": "word " * 60_000}]  # 12 MB of events
+LONG_ECHO = {"model": "echo", "messages": LONG_WORDS, "stream": True, "max_tokens": 60_000}
+
+
+@pytest.mark.parametrize("ask, open", [({}, 0), (LONG_ECHO, 1)], ids=["answer", "echo"])
+def test_an_answer_that_nobody_reads_is_ended_and_was_paid(ask, open, gateway, tmp_path):
     choices = [{"index": 0, "message": {"content": "x" * (9 << 20)}}]
     answer = {"object": "chat.completion", "choices": choices, "usage": TOLD}
-    limits = {"ANSWER_READING": 0.5, "WATCH_INTERVAL": 0.05, "HANG_UP": 0.2}
+    limits = dict.fromkeys(["ANSWER_READING", "STREAM_TIMEOUT"], 0.5)
+    limits |= {"WATCH_INTERVAL": 0.05, "HANG_UP": 0.2}
     with Upstream([json_answer(answer)]) as up, socket.socket() as client:
-        server = gateway(up.url, constants=limits)
+        server = gateway(up.url, constants=limits, accounts={"team": {"credits": 10**6}})
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", server.port))
-        client.sendall(chat_bytes())
-        assert client.recv(100).startswith(b"HTTP/1.1 200")
-        assert query(tmp_path, "SELECT state FROM requests") == [(proxy.SETTLED,)]
-        wait_for(lambda: "event=request" in server.log(), 5, "the answer's end")
+        client.sendall(chat_bytes(**ask))
+        assert client.recv(100).startswith(b"HTTP/1.1 200") and held(tmp_path) == open
+        wait_for(lambda: "event=request" in server.log(), 5, "its end")
+    sql = "SELECT state, output > 0, estimated FROM requests"
+    assert query(tmp_path, sql) == [(proxy.SETTLED, 1, open)]
 
 
-TRICKLED = {"relay": "/v1/chat/completions", "account": "/v1/account/keys"}
-
-
-@pytest.mark.parametrize("path", TRICKLED.values(), ids=list(TRICKLED))
+@pytest.mark.parametrize("path", [CHAT, "/v1/account/keys"])
 def test_a_body_that_trickles_in_is_refused_in_time(path, one):
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TEAM_KEY}\r\n"
-    head += "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
     with socket.create_connection(("127.0.0.1", one.port), 8) as sock:
-        sock.sendall(head.encode())
+        sock.sendall(posted(path, "Content-Length: 1000"))
         started = time.monotonic()
         while not select.select([sock], [], [], 0.1)[0]:
             sock.sendall(b" ")
@@ -12742,6 +12347,20 @@ def test_a_signal_in_an_accept_drops_nobody():
     worker.set_accept_enabled(False)
     assert listener.fileno() == -1
     taken[0].sock.close()
+
+
+def test_a_connection_that_ends_is_counted_once(monkeypatch):
+    """Or a drain would not wait for those that were let in."""
+    monkeypatch.setattr(proxy.gthread.ThreadWorker, "handle", lambda self, conn: False)
+    worker, answered = proxy.Worker.__new__(proxy.Worker), Future()
+    worker.alive, worker.nr_conns = True, 1
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.close()
+        conn = proxy.gthread.TConn(None, ours, None, None)
+        answered.set_result(worker.handle(conn))
+        worker.finish_request(conn, answered)
+    assert (worker.nr_conns, ours.fileno()) == (0, -1)
 
 
 def test_a_server_that_is_ended_under_connects_ends_well(gateway):
@@ -13120,11 +12739,8 @@ def struck(files, monkeypatch):
 
 def asked(app: Any, stream: bool) -> Any:
     """Ask in this process; the answer is not read yet if it is a stream."""
-    body = {"model": "chat", "messages": SAY_HELLO}
-    headers = bearer(TEAM_KEY)
-    body["stream"] = stream
-    path = "/v1/chat/completions"
-    return app.test_client().post(path, json=body, headers=headers, buffered=False)
+    body = {"model": "chat", "messages": SAY_HELLO, "stream": stream}
+    return app.test_client().post(CHAT, json=body, headers=bearer(TEAM_KEY))
 
 
 def ending(status: int, data: bytes) -> tuple[int, str]:
@@ -13147,9 +12763,13 @@ ENDS = {(200, "done"), NO_LEDGER}
 CUT = (200, "ledger_unavailable")  # a stream whose charge could not be written in time
 
 
-@pytest.mark.parametrize("times", [1, 10**6], ids=["once", "for long"])
+LONG_STRIKES = [(strike, times) for strike in STRIKES for times in (1, 10**6)]
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("strike", ["full", long("I/O error"), "busy"])
+@pytest.mark.parametrize(
+    "strike, times", [("full", 1), ("busy", 10**6), *(long(*one) for one in LONG_STRIKES)]
+)
 def test_any_statement_may_fail(strike, stream, times, struck, tmp_path, monkeypatch):
     monkeypatch.setattr(Faulty, "strike", STRIKES[strike])
     monkeypatch.setattr(Faulty, "times", times)
@@ -13837,7 +13457,7 @@ def test_malformed_requests_are_refused_and_cost_nothing(
         received, seconds = said_text(server.port, data)
         return number, seconds, heard(received, method)
 
-    with ThreadPoolExecutor(32) as pool:
+    with ThreadPoolExecutor(64) as pool:
         asked = list(pool.map(ask, range(seed, seed + count)))
     assert [number for number, seconds, _ in asked if seconds > 5] == []
     answers = [(number, one) for number, _, came in asked for one in came]
@@ -13855,18 +13475,6 @@ def test_malformed_requests_are_refused_and_cost_nothing(
 
 
 # -- Faults: upstreams ---------------------------------------------------------------
-
-
-def repeated(start: bytes, data: bytes, times: int) -> Answer:
-    """Send much, fast, then close."""
-
-    def answer(request: Request) -> None:
-        request.keep = False
-        request.send(start)
-        for _ in range(times):
-            request.send(data)
-
-    return answer
 
 
 def text_event(text: str) -> dict:
@@ -14008,33 +13616,22 @@ def test_a_flood_of_events_passes_whole_and_delays_nobody(count, gateway, tmp_pa
         assert max(waits) < 1 and memory(pid, "VmHWM") - before < 48 << 20
 
 
-@dataclass
-class Footprint:
+class Footprint(NamedTuple):
     """What a worker has of the machine."""
 
     files: int
     threads: int
     memory: int
 
-    @classmethod
-    def of(cls, pid: int) -> Footprint:
-        threads = len(os.listdir(f"/proc/{pid}/task"))
-        return cls(len(open_files(pid)), threads, memory(pid))
-
-
-def connected(port: int) -> list[str]:
-    """The sockets that the server of this port has open, but for the listening one."""
-    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
-    own = [one for one in lines if one[1].endswith(f":{port:04X}") and one[3] != "0A"]
-    return [one[9] for one in own if one[9] != "0"]  # which is of no process
-
 
 def idle(server: Gateway, up: Upstream, folder: Path) -> list[Footprint]:
     """The workers' footprints once nothing runs and no connection is kept."""
     wait_held(folder, 0, 5)
     up.wait_closed(len(up.connections))
-    wait_for(lambda: not connected(server.port), what="the clients' connections' end")
-    return [Footprint.of(pid) for pid in sorted(server.workers())]
+    wait_for(lambda: not sockets(server.port), what="the clients' connections' end")
+    tasks = lambda pid: len(os.listdir(f"/proc/{pid}/task"))
+    pids = sorted(server.workers())
+    return [Footprint(len(open_files(pid)), tasks(pid), memory(pid)) for pid in pids]
 
 
 def trouble(server: Gateway, folder: Path, seed: int, until: float) -> Counter:

@@ -82,7 +82,7 @@ import unicodedata
 import zlib
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Container, Generator, Iterable, Iterator
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from email.utils import parsedate_to_datetime
@@ -2080,25 +2080,36 @@ def new_request_id() -> str:
     return f"req_{time.time_ns() // 10**6:011x}{random.getrandbits(52):013x}"
 
 
+def use_key(db: sqlite3.Connection, key: Key) -> None:
+    """Notes in this transaction that a key is used, right to a minute; one of keys.json
+    gets its row so."""
+    row = key.id, key.account, key.name, key.hint, int(time.time())
+    db.execute(USED_KEY, row)
+
+
 def id_of_day(day: int) -> str:
     """No request of that day (since 1970) or a later one has a smaller id."""
     return f"req_{max(0, day) * DAY * 1000:011x}"
 
 
+USED_KEY = """
+INSERT INTO keys(id, account, name, hint, admin, used) VALUES (?, ?, ?, ?, 0, ?)
+    ON CONFLICT DO UPDATE SET used = excluded.used
+    WHERE coalesce(used, 0) < excluded.used - 59
+"""
 HOLD = """
 INSERT INTO requests(
     account, id, key, model, path, stream, slot, state, created, hold, asked)
-SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, 0, ?8, ?9, ?12 WHERE
-    ?9 <= ?13 AND (SELECT count(*) FROM requests WHERE key = ?3 AND state = 0) < ?10 AND
-    coalesce((SELECT granted - spent - held FROM accounts WHERE id = ?1), 0) + ?11 >= ?9
+VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?)
 """
 ACCOUNT_ROW = """
 INSERT INTO accounts(id, made, created) VALUES (?, 0, ?) ON CONFLICT DO NOTHING
 """
-DECLARED = "UPDATE accounts SET declared = ?1 WHERE id = ?2 AND declared != ?1"
-RUNNING_AND_LEFT = """
+DECLARED = "UPDATE accounts SET declared = ? WHERE id = ?"
+# How many requests of a key run, and what its account has left of its grants.
+ROOM = """
 SELECT (SELECT count(*) FROM requests WHERE key = ? AND state = 0),
-    coalesce((SELECT granted - spent - held FROM accounts WHERE id = ?), 0)
+    coalesce(sum(granted - spent - held), 0), sum(declared) FROM accounts WHERE id = ?
 """
 # What a key has spent and holds on the days from ?2 to before ?3.
 USED = f"""
@@ -2266,13 +2277,13 @@ class Ledger:
     def admit(
         self, id: str, key: Key, account: Account, quote: Quote, model: str, path: str,
         stream: bool, count: Callable[[sqlite3.Connection], list[Window]] = lambda db: [],
-        known: bool = False, asked: str | None = None,
+        asked: str | None = None,
     ) -> Admission:  # fmt: skip
         """Commits a hold, or says why there is none: rate, requests at once, credits.
 
         `count` hits the key's windows, in the same transaction. An account that cannot
-        pay for the whole output gets a hold for as many tokens as it can pay. `known`:
-        the key has a row. `asked`: the name that was asked for, where the model's is "*".
+        pay for the whole output gets a hold for as many tokens as it can pay. `asked`:
+        the name that was asked for, where the model's is "*".
         """
         if not self.slot:
             raise LedgerUnavailable(self.trouble or "no slot")
@@ -2282,47 +2293,37 @@ class Ledger:
         window = (key.id, *(budget.window(day) if budget else (0, 0)))
 
         def operation(db: sqlite3.Connection) -> Admission:
-            windows, tokens = count(db), quote.tokens
+            windows, room = count(db), MAX_HOLD
             if windows and not windows[-1].fits:
                 return Admission(windows, windows[-1].refusal())
-            if not known:
-                names = (key.id, key.account, key.name, key.hint)
-                db.execute(
-                    "INSERT INTO keys(id, account, name, hint, admin)"
-                    " VALUES (?, ?, ?, ?, 0) ON CONFLICT DO NOTHING",
-                    names,
-                )
-            room = MAX_HOLD
+            use_key(db, key)
             db.execute(OTHER_BUDGETS, (*window, day))
             if budget:
                 spent, held = db.execute(USED, window).fetchone()
                 room = budget.most - spent - held
                 db.execute(NEW_BUDGET, (*window, spent, max(budget.most, spent + held)))
-            while True:
-                hold = min(quote.hold(tokens), MAX_HOLD)
-                values = (*row, hold, most, account.credits, asked, room)
-                if db.execute(HOLD, values).rowcount:
-                    db.execute(DECLARED, (account.credits, account.id))
-                    if budget:
-                        db.execute(BUDGET_MOST, (*window, budget.most))
-                    lease = Lease(id, account.id, key.name, hold, tokens)
-                    return Admission(windows, lease)
-                asked_of = (key.id, account.id)
-                running, left = db.execute(RUNNING_AND_LEFT, asked_of).fetchone()
-                if running >= most:
-                    told = f"Too many requests at once: {most} per key."
-                    return Admission(windows, RateLimited(told, 1))
-                left += account.credits
-                tokens = quote.affordable(min(left, room))
-                if tokens < 0:
-                    least = quote.hold(min(1, quote.tokens))
-                    told = (
-                        f"The account has {max(0, left) / MICRO:.6f} credits left, and"
-                        f" this needs {least / MICRO:.6f}."
-                    )
-                    if room < left:
-                        told = budget.told(room, least, window[2])
-                    return Admission(windows, InsufficientCredits(told))
+            running, left, declared = db.execute(ROOM, (key.id, account.id)).fetchone()
+            if running >= most:
+                told = f"Too many requests at once: {most} per key."
+                return Admission(windows, RateLimited(told, 1))
+            left += account.credits
+            tokens = quote.affordable(min(left, room))
+            if tokens < 0:
+                least = quote.hold(min(1, quote.tokens))
+                told = (
+                    f"The account has {max(0, left) / MICRO:.6f} credits left, and this"
+                    f" needs {least / MICRO:.6f}."
+                )
+                if room < left:
+                    told = budget.told(room, least, window[2])
+                return Admission(windows, InsufficientCredits(told))
+            hold = quote.hold(tokens)
+            db.execute(HOLD, (*row, hold, asked))
+            if declared != account.credits:
+                db.execute(DECLARED, (account.credits, account.id))
+            if budget:
+                db.execute(BUDGET_MOST, (*window, budget.most))
+            return Admission(windows, Lease(id, account.id, key.name, hold, tokens))
 
         return self.write(operation)
 
@@ -2543,7 +2544,7 @@ class LedgerStorage(Storage, MovingWindowSupport):
         now = int(time.monotonic() * 10**6)
         since = MOMENT.pack(max(0, now - expiry * 10**6))
         rows = self._rows(HIT, key, MOMENT.pack(now), MOMENT.size * limit, since)
-        self._look(rows, limit, expiry)
+        self._look(rows or self._rows(WINDOW, key), limit, expiry)
         return bool(rows)
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
@@ -2566,20 +2567,22 @@ class LedgerStorage(Storage, MovingWindowSupport):
 
 
 def hit_windows(
-    items: Iterable[RateLimitItem], key: str, scope: str, db: sqlite3.Connection
+    items: Sequence[RateLimitItem], key: str, scope: str, db: sqlite3.Connection
 ) -> list[Window]:
     """Counts one request in each window of a key, in this transaction; if one is full,
-    in none, and that is the last one returned. `scope`: "relay" or "account"."""
+    in none, and that is the last one returned. `scope`: "relay" or "account".
+
+    The first is asked by its hit, before which the others are.
+    """
     storage = LedgerStorage(rows=lambda sql, *row: db.execute(sql, row).fetchall())
-    strategy = MovingWindowRateLimiter(storage)
-    for ask in strategy.test, strategy.hit:
-        seen = []
-        for item in items:
-            fits = ask(item, key, scope)
-            seen.append(Window(item, fits, *storage.seen))
-            if not fits:
-                return seen
-    return seen
+    strategy, seen = MovingWindowRateLimiter(storage), []
+    asked = [(strategy.test, item) for item in items[1:]]
+    for ask, item in asked + [(strategy.hit, item) for item in items]:
+        fits = ask(item, key, scope)
+        seen.append(Window(item, fits, *storage.seen))
+        if not fits:
+            return seen
+    return seen[len(asked) :]
 
 
 def tightest(windows: list[Window]) -> Window:
@@ -5774,9 +5777,8 @@ def sent_key(environ: dict[str, Any]) -> str:
     return environ.get("HTTP_X_API_KEY") or environ.get("HTTP_API_KEY") or ""
 
 
-def identify(services: Services, bearer: str) -> tuple[Key, Account, bool]:
-    """The key, its account as this key may use it, and whether the key has a row in the
-    ledger; or Unauthorized."""
+def identify(services: Services, bearer: str) -> tuple[Key, Account]:
+    """The key, and its account as this key may use it; or Unauthorized."""
     if not BEARER.fullmatch(bearer):
         raise Unauthorized
     hash, config = sha256(bearer), services.config
@@ -5790,7 +5792,7 @@ def identify(services: Services, bearer: str) -> tuple[Key, Account, bool]:
         raise Unauthorized
     if key.terms.expired():
         raise Unauthorized
-    return key, config.account(key.account).under(key.terms), row is not None
+    return key, config.account(key.account).under(key.terms)
 
 
 def windows_of(relayed: bool) -> Callable[[sqlite3.Connection], list[Window]]:
@@ -5803,16 +5805,10 @@ def windows_of(relayed: bool) -> Callable[[sqlite3.Connection], list[Window]]:
 def count_request(services: Services, hit: Callable) -> None:
     """Counts a request in a transaction of its own, in which its key's `last_used` is
     kept right to a minute, or raises RateLimited."""
-    key, now = g.key, int(time.time())
-    sql = (
-        "INSERT INTO keys(id, account, name, hint, admin, used) VALUES (?, ?, ?, ?, 0, ?)"
-        " ON CONFLICT DO UPDATE SET used = excluded.used"
-        " WHERE coalesce(used, 0) < excluded.used - 59"
-    )
-    row = (key.id, key.account, key.name, key.hint, now)
+    key = g.key
 
     def operation(db: sqlite3.Connection) -> list[Window]:
-        db.execute(sql, row)
+        use_key(db, key)
         return hit(db)
 
     g.windows = services.ledger.write(operation)
@@ -5879,7 +5875,7 @@ def add_hooks(app: Flask, services: Services) -> None:
             return Response(status=204)
         try:
             bearer = sent_key(asked.environ)
-            here.key, here.account, here.known = identify(services, bearer)
+            here.key, here.account = identify(services, bearer)
         except (Unauthorized, LedgerUnavailable):
             if endpoint is None:  # 404 or 405, whoever asks
                 return None
@@ -6055,7 +6051,7 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
         raise
     admission = services.ledger.admit(
         here.request_id, here.key, here.account, worst, model.id, path, call.stream,
-        (lambda db: here.windows) if here.windows else hit, here.known,
+        (lambda db: here.windows) if here.windows else hit,
         call.model if model.wild else None,
     )  # fmt: skip
     here.windows = admission.windows

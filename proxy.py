@@ -1445,13 +1445,18 @@ Operation = Callable[[sqlite3.Connection], Any]
 # -- The file
 
 
+def reason_of(error: BaseException) -> str:
+    """What is in the way, for the log."""
+    return getattr(error, "reason", f"{type(error).__name__}: {error}")
+
+
 @contextlib.contextmanager
 def ledger_errors() -> Iterator[None]:
     """The one place where the file's exceptions become ours."""
     try:
         yield
     except (sqlite3.Error, OSError) as error:
-        raise LedgerUnavailable(f"{type(error).__name__}: {error}") from None
+        raise LedgerUnavailable(reason_of(error)) from None
 
 
 def schema_of(db: sqlite3.Connection) -> dict[str, str]:
@@ -1477,13 +1482,13 @@ def are_locked(file: int, start: int, length: int) -> bool:
     return FLOCK.unpack(found)[0] != fcntl.F_UNLCK
 
 
-def columns_of(db: sqlite3.Connection, table: str) -> list[str]:
-    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
-
-
 def rebuilding(db: sqlite3.Connection) -> Iterator[str]:
     """Statements that give an older ledger the schema of SCHEMA; its rows keep the
     columns that both have. What is yielded is executed before the next one."""
+
+    def columns(table: str) -> list[str]:
+        return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+
     found = schema_of(db)
     for name, sql in found.items():
         if kind := re.match("CREATE (INDEX|TRIGGER)", sql):
@@ -1491,11 +1496,11 @@ def rebuilding(db: sqlite3.Connection) -> Iterator[str]:
     for name, sql in expected_schema().items():
         if found.get(name) == sql and sql.startswith("CREATE TABLE"):
             continue
-        if old := columns_of(db, name):
+        if old := columns(name):
             yield f"ALTER TABLE {name} RENAME TO former"
         yield sql
         if old:
-            kept = ", ".join([each for each in columns_of(db, name) if each in old])
+            kept = ", ".join([each for each in columns(name) if each in old])
             yield f"INSERT INTO {name}({kept}) SELECT {kept} FROM former"
             yield "DROP TABLE former"
 
@@ -1514,18 +1519,6 @@ def new_file(path: str) -> str:
             os.unlink(f"{path}-new{suffix}")
     os.close(os.open(f"{path}-new", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     return f"{path}-new"
-
-
-@contextlib.contextmanager
-def closed_by_errors(db: sqlite3.Connection) -> Iterator[None]:
-    """Its own cache refers to a connection: left alone it keeps three descriptors, and
-    the ledger in use, until the garbage is collected."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(sqlite3.Error):
-            db.close()  # which rolls back
-        raise
 
 
 class Job:
@@ -1554,11 +1547,9 @@ class LedgerFile:
         self.id = ""
         self._lock = -1
         self._places: tuple[int, ...] = ()  # of both files, once they are opened
-        self._writing: sqlite3.Connection | None = None
-        self._reading: sqlite3.Connection | None = None
+        self._kept: dict[str, sqlite3.Connection] = {}  # by what they are for
         self._reader = threading.Lock()
         self._doubtful = False  # a commit has failed: the log may have lost pages
-        self._level = ""  # of the writing connection's `synchronous`
 
     def open(self) -> None:
         """Finds, makes or upgrades the ledger, once; not called by two threads."""
@@ -1580,10 +1571,12 @@ class LedgerFile:
         mark = os.pread(self._lock, 64, 0).rstrip(b"\0").decode("ascii", "replace")
         mark = mark.replace("no ledger", "")  # 022b995 could write that of a good one
         if os.path.exists(self.path):
-            if not mark and self._in_use():
+            in_use = self._in_use()
+            if in_use and not mark:
                 reason = "is in use without its lock file: stop the server that uses it"
                 raise LedgerUnavailable(f"{self.path} {reason}")
-            id = self._accept(mark)
+            with contextlib.closing(self._connect(self.path)) as db:
+                id = self._accept(db, mark, in_use)
         elif mark:
             reason = f"restore it, or delete {self.path}-lock as well to start anew"
             raise LedgerUnavailable(f"{self.path} is gone; {reason}")
@@ -1605,10 +1598,9 @@ class LedgerFile:
         os.rename(new, self.path)  # closed, and so in one file
         return id
 
-    def _accept(self, mark: str) -> str:
+    def _accept(self, db: sqlite3.Connection, mark: str, in_use: bool) -> str:
         """The id of the ledger that is there, upgraded where it is an older one's."""
-        with contextlib.closing(self._connect()) as db:
-            version, id = self._identify(db)
+        version, id = self._identify(db)
         if mark not in ("", id):
             raise LedgerUnavailable(f"{self.path} is another ledger than before")
         if version > SCHEMA_VERSION:
@@ -1617,9 +1609,11 @@ class LedgerFile:
                 f" here is {SCHEMA_VERSION}"
             )
         if version < SCHEMA_VERSION:
-            self._upgrade(version, id)
-        with contextlib.closing(self._connect()) as db:
-            found = schema_of(db)
+            if in_use:
+                reason = "is in use: stop the older server first"
+                raise LedgerUnavailable(f"{self.path} {reason}")
+            self._upgrade(db, version, id)
+        found = schema_of(db)
         for name, sql in expected_schema().items():
             if found.get(name) != sql:
                 reason = f"its {name} is not that of schema {SCHEMA_VERSION}"
@@ -1639,25 +1633,22 @@ class LedgerFile:
             return 0, f"{number:08x}{other:08x}"
         raise LedgerUnavailable(f"{self.path} is no ledger")
 
-    def _upgrade(self, version: int, id: str) -> None:
+    def _upgrade(self, db: sqlite3.Connection, version: int, id: str) -> None:
         """Migrates in numbered steps, in one transaction, after a backup."""
-        if self._in_use():
-            raise LedgerUnavailable(f"{self.path} is in use: stop the older server first")
         backup = f"{self.path}-v{version}"
-        with contextlib.closing(self._connect()) as db:
-            with contextlib.closing(sqlite3.connect(new_file(backup))) as copy:
-                db.backup(copy)
-            os.rename(backup + "-new", backup)
-            db.execute("BEGIN")
-            if version == 0:
-                db.execute("DROP TABLE usage")  # it was of other things
-            steps = "".join(MIGRATIONS[version:]).format(id=id).split(";")
-            every = itertools.chain(rebuilding(db), steps)
-            with progress("Migrating", iterable=every, length=2 * len(schema_of(db))) as bar:
-                for sql in bar:
-                    db.execute(sql)
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            db.execute("COMMIT")
+        with contextlib.closing(sqlite3.connect(new_file(backup))) as copy:
+            db.backup(copy)
+        os.rename(backup + "-new", backup)
+        db.execute("BEGIN")
+        if version == 0:
+            db.execute("DROP TABLE usage")  # it was of other things
+        steps = "".join(MIGRATIONS[version:]).format(id=id).split(";")
+        every = itertools.chain(rebuilding(db), steps)
+        with progress("Migrating", iterable=every, length=2 * len(schema_of(db))) as bar:
+            for sql in bar:
+                db.execute(sql)
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        db.execute("COMMIT")
 
     def _in_use(self) -> bool:
         """Whether any process, this one too, has a connection to the file. None of
@@ -1686,14 +1677,8 @@ class LedgerFile:
 
     # Locks
 
-    def take(self, byte: int) -> bool:
+    def take(self, byte: int, kind: int = fcntl.F_WRLCK) -> bool:
         """Whether the lock on this byte is this process's now."""
-        return self._set(fcntl.F_WRLCK, byte)
-
-    def drop(self, byte: int) -> None:
-        self._set(fcntl.F_UNLCK, byte)
-
-    def _set(self, kind: int, byte: int) -> bool:
         # Linux's locks of an open file: POSIX ones vanish as soon as the process
         # closes any other descriptor of the file (fcntl(2)), as `check` would.
         try:
@@ -1703,20 +1688,23 @@ class LedgerFile:
             return False
         return True
 
+    def drop(self, byte: int) -> None:
+        self.take(byte, fcntl.F_UNLCK)
+
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """The lock between processes: waiting is short (p99 34 ms instead of 147 with
         SQLite's own), and its WAL-reset race (before 3.51.3) excluded. Polled for, as
         a stopped process may hold it for ever."""
         deadline = time.monotonic() + LEDGER_TIMEOUT
-        while not self._set(fcntl.F_WRLCK, WRITER):
+        while not self.take(WRITER):
             if time.monotonic() > deadline:
                 raise LedgerUnavailable("the lock is held by another process")
             time.sleep(LOCK_POLL)
         try:
             yield
         finally:
-            self._set(fcntl.F_UNLCK, WRITER)
+            self.drop(WRITER)
 
     # Connections
 
@@ -1735,62 +1723,62 @@ class LedgerFile:
         if found != self._places:
             raise LedgerUnavailable(f"{self.path}, or its lock file, was replaced")
 
-    def _connect(self, path: str | None = None) -> sqlite3.Connection:
-        """A connection to the file that is there; it is never made by opening."""
-        quoted = (path or self.path).replace("%", "%25")
-        quoted = quoted.replace("?", "%3f").replace("#", "%23")
+    def _connect(self, unknown: str = "") -> sqlite3.Connection:
+        """A connection to the ledger as it was opened, or to a file of which nothing is
+        known yet; the file is never made by opening."""
+        if not unknown:
+            self.check_places()
+        quoted = percent_encoded(unknown or self.path)
         db = sqlite3.connect(
             f"file:{quoted}?mode=rw", uri=True, timeout=LEDGER_TIMEOUT - 1,
             isolation_level=None, check_same_thread=False, cached_statements=64,
         )  # fmt: skip
-        with closed_by_errors(db):
+        try:
             # Errors of its own checkpoints would be told nobody.
             db.execute("PRAGMA wal_autocheckpoint = 0")
             db.execute("PRAGMA cache_size = -512")  # KiB; others' writes empty it
             db.execute(f"PRAGMA journal_size_limit = {LOG_SIZE}")
+            if not unknown and self._identify(db) != (SCHEMA_VERSION, self.id):
+                raise LedgerUnavailable(f"{self.path} is another ledger than before")
+        except BaseException:
+            db.close()  # in a cycle with its cache, it would keep three descriptors
+            raise
         return db
 
-    def _verified(self) -> sqlite3.Connection:
-        self.check_places()
-        db = self._connect()
-        with closed_by_errors(db):
-            if self._identify(db) != (SCHEMA_VERSION, self.id):
-                raise LedgerUnavailable(f"{self.path} is another ledger than before")
-        return db
+    @contextlib.contextmanager
+    def _connection(self, use: str) -> Iterator[sqlite3.Connection]:
+        """The connection that is kept for this use, until an error closes it."""
+        db = self._kept.get(use) or self._kept.setdefault(use, self._connect())
+        try:
+            yield db
+        except BaseException:
+            self._kept.pop(use).close()  # which rolls back
+            raise
 
     def transact(self, jobs: list[Job]) -> None:
         """Runs the jobs in one committed transaction, which survives a loss of power if
         one is `durable`. Any error undoes them all."""
-        level = "NORMAL"
-        for job in jobs:
-            level = "FULL" if job.durable else level
+        level = "FULL" if any([job.durable for job in jobs]) else "NORMAL"
         with self.exclusive():
             self.check_places()
-            db = self._writing = self._writing or self._verified()
-            try:
-                with closed_by_errors(db):
-                    if self._doubtful:
-                        # After a failed fsync the kernel takes the lost pages for clean:
-                        # only what is written anew, into the file, is sure to be there.
-                        self._checkpoint(db, "RESTART")
-                    if level != self._level:
-                        db.execute(f"PRAGMA synchronous = {level}")
-                        self._level = level
-                    db.execute("BEGIN IMMEDIATE")
-                    for job in jobs:
-                        job.result = job.operation(db)
-                    self._doubtful = True
-                    db.execute("COMMIT")
-                    self._doubtful = False
-            except BaseException:
-                self._writing, self._level = None, ""
-                raise
+            with self._connection("writing") as db:
+                if self._doubtful:
+                    # After a failed fsync the kernel takes the lost pages for clean:
+                    # only what is written anew, into the file, is sure to be there.
+                    self._checkpoint(db, "RESTART")
+                db.execute(f"PRAGMA synchronous = {level}")
+                db.execute("BEGIN IMMEDIATE")
+                for job in jobs:
+                    job.result = job.operation(db)
+                self._doubtful = True
+                db.execute("COMMIT")
+                self._doubtful = False
 
     def checkpoint(self) -> None:
         """Moves the log into the file, once it is worth it, while nobody writes."""
-        if self._writing and os.stat(self.path + "-wal").st_size > LOG_SIZE:
-            with self.exclusive():
-                self._checkpoint(self._writing, "PASSIVE")
+        if "writing" in self._kept and os.stat(self.path + "-wal").st_size > LOG_SIZE:
+            with self.exclusive(), self._connection("writing") as db:
+                self._checkpoint(db, "PASSIVE")
 
     def _checkpoint(self, db: sqlite3.Connection, mode: str) -> None:
         self._doubtful = True
@@ -1801,29 +1789,21 @@ class LedgerFile:
 
     def read(self, sql: str, *values: Any) -> list[tuple]:
         """All rows of one short query, of the file as it was opened."""
-        with self._reader:
-            try:
-                db = self._reading = self._reading or self._verified()
-                with closed_by_errors(db):
-                    return db.execute(sql, values).fetchall()
-            except (sqlite3.Error, OSError) as error:
-                self._reading = None
-                raise LedgerUnavailable(f"{type(error).__name__}: {error}") from None
+        with self._reader, ledger_errors(), self._connection("reading") as db:
+            return db.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
         """A connection of its own on one state of the ledger, for long queries."""
-        with ledger_errors(), contextlib.closing(self._verified()) as db:
+        with ledger_errors(), contextlib.closing(self._connect()) as db:
             db.execute("BEGIN")
             yield db
 
     def close(self) -> None:
         """Closes everything; the locks go with it."""
         with self._reader:
-            for db in (self._writing, self._reading):
-                if db is not None:
-                    db.close()
-            self._writing = self._reading = None
+            while self._kept:
+                self._kept.popitem()[1].close()
             if self._places:
                 self._places = ()
                 os.close(self._lock)
@@ -1894,9 +1874,8 @@ class Writer:
                 for job in jobs:
                     self._commit([job])
         except Exception as error:  # whatever it is, no job may look written
-            reason = getattr(error, "reason", f"{type(error).__name__}: {error}")
             for job in jobs:
-                job.trouble = reason
+                job.trouble = reason_of(error)
 
 
 # -- The money
@@ -2181,7 +2160,7 @@ class Ledger:
                 self._forget()
             self.trouble = None
         except Exception as error:  # nothing may end this thread
-            self.trouble = getattr(error, "reason", f"{type(error).__name__}: {error}")
+            self.trouble = reason_of(error)
 
     def _run(self, operation: Operation, durable: bool = False) -> Any:
         job = Job(operation, durable)
@@ -2238,10 +2217,7 @@ class Ledger:
     @staticmethod
     def _same_boot(db: sqlite3.Connection) -> None:
         """Windows are in monotonic time, which means nothing after a reboot."""
-        try:
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        except OSError:
-            return
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         sql = "UPDATE meta SET value = ? WHERE name = 'boot' AND value != ?"
         if db.execute(sql, (boot, boot)).rowcount:
             db.execute("DELETE FROM windows")

@@ -404,19 +404,27 @@ MAX_TOKENS = 10**7  # no context window is larger: a report above it is not beli
 DIALECTS: dict[str, type] = {}  # scheme before the "+" -> class; each enters itself
 
 
+@functools.lru_cache(1000)
+def rate_items(rate: str) -> tuple[RateLimitItem, ...]:
+    """The windows of a rate as Flask-Limiter writes it, each once."""
+    return tuple(dict.fromkeys(parse_many(rate)))
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one key may do: `rate` as Flask-Limiter writes it, and requests at once."""
 
-    rate: str
-    items: tuple[RateLimitItem, ...]
-    concurrent: int
+    rate: str = "60/minute"
+    concurrent: int = 10
+
+    @property
+    def items(self) -> tuple[RateLimitItem, ...]:
+        return rate_items(self.rate) if self.rate else ()
 
     def within(self, outer: Limits) -> Limits:
         """These and the `outer` ones: of two limits the smaller counts."""
         rate = "; ".join(filter(None, (outer.rate, self.rate)))
-        items = tuple(dict.fromkeys(outer.items + self.items))
-        return Limits(rate, items, min(outer.concurrent, self.concurrent))
+        return Limits(rate, min(outer.concurrent, self.concurrent))
 
 
 @dataclass(frozen=True, slots=True)
@@ -489,20 +497,20 @@ class Budget:
         )
 
 
-COMMON_LIMITS = Limits("60/minute", tuple(parse_many("60/minute")), 10)
-NO_LIMITS = Limits("", (), 100_000)
+COMMON_LIMITS, NO_LIMITS = Limits(), Limits("", 100_000)
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
     """What one key may do of what its account may; it expires at a unix second. With
-    `metrics` it reads /metrics, and nothing else."""
+    `metrics` it reads /metrics, and nothing else. `written`: as keys.json has them."""
 
     expires: int | None = None
     budget: Budget | None = None
     models: frozenset[str] | None = None
     limits: Limits = NO_LIMITS
     metrics: bool = False
+    written: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def expired(self) -> bool:
         return self.expires is not None and self.expires <= time.time()
@@ -544,11 +552,8 @@ class Account:
         """The account as a key with these terms may use it."""
         if terms == NO_TERMS:
             return self
-        models = terms.models
-        if models is None or self.models is None:
-            models = self.models if models is None else models
-        else:
-            models &= self.models
+        lists = [each for each in (self.models, terms.models) if each is not None]
+        models = frozenset.intersection(*lists) if lists else None
         return replace(self, models=models, limits=terms.limits.within(self.limits))
 
 
@@ -678,6 +683,9 @@ def key_hint(text: str) -> str:
     return f"{text[:4]}…{text[-4:]}" if len(text) >= 16 else f"{text[:3]}…"
 
 
+Parser = Callable[[Any, str], Any]  # of a value and its path; raises ConfigError
+
+
 def typed(value: Any, path: str, kind: type, name: str) -> Any:
     """The value if it is of this kind, which people call `name`, or ConfigError."""
     if not isinstance(value, kind):
@@ -705,15 +713,49 @@ def account_name(value: Any, path: str) -> str:
     return value
 
 
-def fields(value: Any, path: str, known: str, needed: str = "") -> dict[str, Any]:
-    """An object whose members are all known and whose needed ones are there."""
-    before = f"{path}." if path else ""
+def members(
+    value: Any, path: str, parsers: dict[str, Parser], needed: str = ""
+) -> dict[str, Any]:
+    """The members of an object, parsed; all are known and the needed ones are there."""
+    at = f"{path}." if path else ""
     for name in typed(value, path or "keys.json", dict, "an object"):
-        if name not in known.split() + needed.split():
-            raise ConfigError(f"{before}{name}: unknown field")
+        if name not in parsers:
+            raise ConfigError(f"{at}{name}: unknown field")
     for name in needed.split():
         if name not in value:
-            raise ConfigError(f"{before}{name}: is required")
+            raise ConfigError(f"{at}{name}: is required")
+    return {name: parsers[name](part, at + name) for name, part in value.items()}
+
+
+def named_members(
+    value: Any, path: str, parse: Callable[[str, Any, str], Any]
+) -> dict[str, Any]:
+    """What `parse` makes of the name, the value and the path of each member."""
+    given = typed(value, path, dict, "an object").items()
+    return {name: parse(name, part, f"{path}.{name}") for name, part in given}
+
+
+def text_list(
+    value: Any, path: str, fits: Callable[[str], Any], told: str
+) -> frozenset[str]:
+    """A list of texts that all fit, or what is `told` of the first that does not."""
+    for text in typed(value, path, list, "a list"):
+        if not fits(text_of(text, path)):
+            raise ConfigError(f"{path}: {told}; not {text!r}")
+    return frozenset(value)
+
+
+def boolean(value: Any, path: str) -> bool:
+    return typed(value, path, bool, "true or false")
+
+
+def as_it_is(value: Any, path: str) -> Any:
+    return value
+
+
+def one_of(value: Any, path: str, known: Iterable[str]) -> str:
+    if value not in tuple(known):
+        raise ConfigError(f"{path}: must be one of {', '.join(sorted(known))}")
     return value
 
 
@@ -762,67 +804,66 @@ def amount_text(credits: float) -> str:
 MAX_RATE = 10_000  # requests of one window: it is read and written whole
 
 
+def parse_rate(value: Any, path: str) -> str:
+    try:
+        items = rate_items(value)
+    except (ValueError, TypeError):
+        raise ConfigError(f"{path}: must read like '60/minute'") from None
+    for item in items:
+        whole(item.amount, path, 1, MAX_RATE)
+        whole(item.get_expiry(), f"{path} (seconds)", 1, 366 * DAY)
+    return value
+
+
 def parse_limits(value: Any, path: str, common: Limits = COMMON_LIMITS) -> Limits:
     """Limits of this object; what it leaves out is `common`."""
-    value = fields(value, path, "rate concurrent")
-    rate = value.get("rate", common.rate)
-    concurrent = value.get("concurrent", common.concurrent)
-    try:
-        items = common.items
-        if "rate" in value:
-            items = tuple(dict.fromkeys(parse_many(rate)))
-    except (ValueError, TypeError):
-        raise ConfigError(f"{path}.rate: must read like '60/minute'") from None
-    for item in items:
-        whole(item.amount, f"{path}.rate", 1, MAX_RATE)
-        whole(item.get_expiry(), f"{path}.rate (seconds)", 1, 366 * DAY)
-    most = whole(concurrent, f"{path}.concurrent", 1, NO_LIMITS.concurrent)
-    return Limits(rate, items, most)
+    most = functools.partial(whole, low=1, high=NO_LIMITS.concurrent)
+    return replace(common, **members(value, path, {"rate": parse_rate, "concurrent": most}))
 
 
-PRICES = "input cached written output image request characters reported"
+PRICES = Price.__slots__
 DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
 DAY_NAME, CLOCK = f"({'|'.join(DAYS)})", "([0-9]{2}):([0-5][0-9])"
 HOURS = re.compile(f"(?:{DAY_NAME}(?:-{DAY_NAME})? )?{CLOCK}-{CLOCK}")
 
 
-def parse_price(value: Any, path: str, other: dict[str, Any] | None = None) -> Price:
-    """A price: micro-credits per million tokens are pico-credits per token. `other`:
+def parse_price(value: Any, path: str, usual: dict[str, Any] | None = None) -> Price:
+    """A price: micro-credits per million tokens are pico-credits per token. `usual`:
     what it replaces a part of."""
-    value = fields(value, path, PRICES)
-    if not value:
+    if typed(value, path, dict, "an object") == {}:
         raise ConfigError(f"{path}: names no price (0 is one)")
-    parts = {}
-    for name, amount in ((other or {}) | value).items():
-        micro = to_micro(amount, f"{path}.{name}")
-        parts[name] = micro * (PICO if name in ("image", "request") else 1)
+    parts = members((usual or {}) | value, path, dict.fromkeys(PRICES, to_micro))
     if parts.keys() == {"reported"}:
         raise ConfigError(f"{path}.reported: needs other prices, which are held")
-    for name in ("cached", "written"):
-        parts.setdefault(name, parts.get("input", 0))
-    return Price(**parts)
+    for name in parts.keys() & {"image", "request"}:
+        parts[name] *= PICO
+    return Price(**dict.fromkeys(("cached", "written"), parts.get("input", 0)) | parts)
 
 
-def parse_hours(value: Any, path: str, usual: dict[str, Any]) -> Hours:
-    """The prices of "Mon-Fri 01:00-04:00": on these days, or on all; an end that is not
-    after its start is on the next day."""
-    value = dict(fields(value, path, PRICES, needed="utc"))
-    utc = text_of(value.pop("utc"), f"{path}.utc")
-    match = HOURS.fullmatch(utc)
+def parse_utc(value: Any, path: str) -> tuple[tuple[int, ...], int]:
+    """Minutes since Monday 0:00 UTC, and for how many: "Mon-Fri 01:00-04:00" is on these
+    days, or on all; an end that is not after its start is on the next day."""
+    match = HOURS.fullmatch(text_of(value, path))
     times = [int(part) for part in match.groups()[2:]] if match else [0] * 4
     start, end = times[0] * 60 + times[1], times[2] * 60 + times[3]
     if start == end or start >= 1440 or end > 1440:
-        raise ConfigError(f"{path}.utc: must read like 'Mon-Fri 01:00-04:00'")
+        raise ConfigError(f"{path}: must read like 'Mon-Fri 01:00-04:00'")
     first = DAYS.index(match[1] or "Mon")
     last = DAYS.index(match[2] or match[1] or "Sun")
     days = range(first, first + (last - first) % 7 + 1)
-    starts, length = tuple([day * 1440 + start for day in days]), (end - start) % 1440
-    return Hours(utc, starts, length or 1440, parse_price(value, path, usual))
+    return tuple([day * 1440 + start for day in days]), (end - start) % 1440 or 1440
+
+
+def parse_hours(value: Any, path: str, usual: dict[str, Any]) -> Hours:
+    parsers = dict.fromkeys(PRICES, as_it_is) | {"utc": parse_utc}
+    given = members(value, path, parsers, needed="utc")
+    starts, length = given.pop("utc")
+    return Hours(value["utc"], starts, length, parse_price(given, path, usual))
 
 
 def parse_prices(value: Any, path: str) -> tuple[Price, tuple[Hours, ...]]:
     """The usual price, and those of hours which no two may have in common."""
-    usual = dict(fields(value, path, f"{PRICES} hours"))
+    usual = dict(typed(value, path, dict, "an object"))
     listed, parsed = usual.pop("hours", []), []
     price = parse_price(usual, path)
     for number, each in enumerate(typed(listed, f"{path}.hours", list, "a list")):
@@ -845,17 +886,6 @@ def from_environment(value: Any, path: str, used: dict[str, str]) -> str:
     if not (text.isascii() and text.isprintable()):
         raise ConfigError(f"{path}: must be printable ASCII")
     return text
-
-
-def texts(value: Any, path: str, used: dict[str, str]) -> dict[str, str]:
-    given = typed(value, path, dict, "an object of texts").items()
-    return {name: from_environment(text, f"{path}.{name}", used) for name, text in given}
-
-
-def one_of(value: Any, path: str, known: Iterable[str]) -> str:
-    if value not in tuple(known):
-        raise ConfigError(f"{path}: must be one of {', '.join(sorted(known))}")
-    return value
 
 
 def parse_proxy(value: Any, path: str, used: dict[str, str]) -> HttpProxy | None:
@@ -886,43 +916,35 @@ CAPS |= {"n_predict", "num_predict", "max_new_tokens"}  # local servers' own nam
 NEEDED_FIELDS = CAPS | {"model", "messages", "stream"}  # no upstream goes without them
 
 
-def parse_without(value: Any, path: str) -> frozenset[str]:
-    for name in typed(value, path, list, "a list of fields"):
-        if text_of(name, path) in NEEDED_FIELDS:
-            also = " ('cap' renames it)" if name in CAPS else ""
-            raise ConfigError(f"{path}: {name!r} cannot be left out{also}")
-    return frozenset(value)
-
-
-def parse_url(text: Any, path: str) -> tuple[str, bool, str, int, str, str]:
-    """(dialect, secure, host, port, path, query) of an upstream's URL.
+def parse_url(text: Any, path: str) -> dict[str, Any]:
+    """The parts of an UpstreamConfig that its URL tells.
 
     What people copy with it is taken off: slashes too many, the path of a call.
     """
     try:
-        url = urlsplit(text)
+        url = urlsplit(text_of(text, path))
         host, port = url.hostname or "", url.port
-    except (ValueError, TypeError, AttributeError):
+    except ValueError:
         raise ConfigError(f"{path}: must be a URL") from None
     dialect, _, scheme = str(url.scheme).rpartition("+")
     if url.scheme == "echo":
         dialect, scheme = "echo", "http"
-    if dialect not in DIALECTS or scheme not in ("http", "https"):
-        raise ConfigError(
-            f"{path}: must begin with https:// or a dialect"
-            f" ({', '.join(f'{name}+https://' for name in DIALECTS if name)})"
-        )
-    if dialect != "echo" and not host:
-        raise ConfigError(f"{path}: names no host")
-    if not re.fullmatch(r"[\w.:-]*", host, re.ASCII):
-        raise ConfigError(f"{path}: the host must be ASCII")
-    if not re.fullmatch(r"[!-~]*", url.path + url.query):
-        raise ConfigError(f"{path}: the path must be printable ASCII")
-    if url.username or url.fragment:
-        raise ConfigError(f"{path}: takes no user or fragment")
-    base = re.sub("/+", "/", url.path).rstrip("/").removesuffix("/chat/completions")
+    starts = ", ".join([f"{name}+https://" for name in DIALECTS if name])
+    for wrong, told in (
+        (dialect not in DIALECTS or scheme not in ("http", "https"),
+         f"must begin with https:// or a dialect ({starts})"),
+        (dialect != "echo" and not host, "names no host"),
+        (not re.fullmatch(r"[\w.:-]*", host, re.ASCII), "the host must be ASCII"),
+        (not re.fullmatch("[!-~]*", url.path + url.query),
+         "the path must be printable ASCII"),
+        (url.username or url.fragment, "takes no user or fragment"),
+    ):  # fmt: skip
+        if wrong:
+            raise ConfigError(f"{path}: {told}")
     secure = scheme == "https"
-    return dialect, secure, host, port or (443 if secure else 80), base, url.query
+    base = re.sub("/+", "/", url.path).rstrip("/").removesuffix("/chat/completions")
+    place = {"dialect": dialect, "secure": secure, "host": host, "path": base}
+    return place | {"port": port or (443 if secure else 80), "query": url.query}
 
 
 HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
@@ -952,45 +974,53 @@ KNOWN = {
 }
 
 
+def parse_headers(
+    value: Any, path: str, parse: Callable[[str, Any, str], str]
+) -> tuple[tuple[str, str], ...]:
+    for name in (headers := named_members(value, path, parse)):
+        if not HEADER_NAME.fullmatch(name) or name.lower() in OWN_HEADERS:
+            raise ConfigError(f"{path}.{name}: is no header that can be set")
+    return tuple(headers.items())
+
+
 def parse_upstream(name: str, value: Any, path: str) -> UpstreamConfig:
     if "url" not in typed(value, path, dict, "an object"):
         raise ConfigError(f"{path}.url: is required")
-    dialect, secure, host, port, base, query = parse_url(value["url"], f"{path}.url")
-    kind, used = DIALECTS[dialect], {}
-    fields(value, path, f"url key {kind.options}")
-    if query and "query" not in kind.options:
+    place, used, partial = parse_url(value["url"], f"{path}.url"), {}, functools.partial
+    kind, host = DIALECTS[place["dialect"]], f".{place['host']}"
+
+    def filled(name: str, text: Any, path: str) -> str:
+        return from_environment(text, path, used)
+
+    cannot = "cannot leave out what all need ('cap' renames a cap)"
+    parsers = {
+        "url": lambda url, path: place,
+        "key": partial(from_environment, used=used),
+        "auth": partial(one_of, known=AUTH),
+        "headers": partial(parse_headers, parse=filled),
+        "query": partial(named_members, parse=filled),
+        "proxy": partial(parse_proxy, used=used),
+        "timeout": parse_timeout,
+        "without": partial(text_list, fits=lambda n: n not in NEEDED_FIELDS, told=cannot),
+        "developer": text_of,
+        "cap": partial(one_of, known=CAPS),
+    }
+    heeded = {each: parsers[each] for each in f"url key {kind.options}".split()}
+    known = [each for end, each in KNOWN.items() if host.endswith(f".{end}")]
+    known = functools.reduce(operator.or_, [*known, kind.known], {})
+    value = {each: part for each, part in known.items() if each in heeded} | value
+    given = members(value, path, heeded)
+    if place["query"] and "query" not in heeded:
         raise ConfigError(f"{path}.url: takes no query")
-    known = [each for end, each in KNOWN.items() if f".{host}".endswith(f".{end}")]
-    for each in (*known, kind.known):
-        value = each | value
-    key = from_environment(value.get("key", ""), f"{path}.key", used)
-    headers = texts(value.get("headers", {}), f"{path}.headers", used)
-    for each in headers:
-        if not HEADER_NAME.fullmatch(each) or each.lower() in OWN_HEADERS:
-            raise ConfigError(f"{path}.headers.{each}: is no header that can be set")
-    more = urlencode(texts(value.get("query", {}), f"{path}.query", used))
-    proxy = timeout = None
-    if "proxy" in value:
-        proxy = parse_proxy(value["proxy"], f"{path}.proxy", used)
-    if "timeout" in value:
-        timeout = parse_timeout(value["timeout"], f"{path}.timeout")
-    secrets = [*key.split(":"), *used.values()]
-    secrets += [proxy.login.partition(":")[2]] if proxy else []
-    words = [word for text in headers.values() for word in text.split()]
+    query = filter(None, (place["query"], urlencode(given.get("query", {}))))
+    parts = given.pop("url") | given | {"query": "&".join(query)}
+    secrets = [*parts.get("key", "").split(":"), *used.values()]
+    if proxy := parts.get("proxy"):
+        secrets.append(proxy.login.partition(":")[2])
+    words = [word for _, text in parts.get("headers", ()) for word in text.split()]
     secrets += [word for word in words if len(word) >= 16]
-    return UpstreamConfig(
-        name, dialect, secure, host, port, base, key,
-        missing=tuple([name for name, found in used.items() if not found]),
-        secrets=tuple(secrets),
-        auth=one_of(value.get("auth", "bearer"), f"{path}.auth", AUTH),
-        headers=tuple(headers.items()),
-        query="&".join(filter(None, (query, more))),
-        proxy=proxy,
-        timeout=timeout,
-        without=parse_without(value.get("without", []), f"{path}.without"),
-        developer=text_of(value.get("developer", ""), f"{path}.developer"),
-        cap=one_of(value["cap"], f"{path}.cap", CAPS) if "cap" in value else "",
-    )  # fmt: skip
+    missing = tuple([name for name, found in used.items() if not found])
+    return UpstreamConfig(name, **parts, missing=missing, secrets=tuple(secrets))
 
 
 def plain(value: Any, path: str) -> Any:
@@ -1032,63 +1062,57 @@ PRICED_IMAGES = {
 ALL_PRICED = PRICED | PRICED_IMAGES
 
 
-def parse_allow(value: Any, path: str) -> frozenset[str]:
-    """"field:value", or "field" for all values, of fields that move the price."""
-    for text in typed(value, path, list, "a list"):
-        if text_of(text, path).partition(":")[0] not in ALL_PRICED:
-            raise ConfigError(f"{path}: takes {', '.join(ALL_PRICED)}; not {text!r}")
-    return frozenset(value)
-
-
 LOOPBACK = re.compile(r"localhost|::1|127\.[0-9.]+|")  # echo has no host
+
+
+def parse_routes(
+    value: Any, path: str, id: str, upstreams: dict[str, UpstreamConfig]
+) -> tuple[tuple[UpstreamConfig, str], ...]:
+    routes = []
+    for text in value if isinstance(value, list) and value else [value]:
+        upstream, slash, upstream_id = text_of(text, path).partition("/")
+        if not slash or not upstream_id:
+            raise ConfigError(f"{path}: must read like 'name/id'")
+        if upstream not in upstreams:
+            raise ConfigError(f"{path}: no upstream is named '{upstream}'")
+        if id.endswith("*") != upstream_id.endswith("*"):
+            raise ConfigError(f"{path}: both names end with '*', or none")
+        routes.append((upstreams[upstream], upstream_id))
+    return tuple(routes)
+
+
+def parse_defaults(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or {"model", "n", "best_of"} & {*value}:
+        raise ConfigError(f"{path}: must be an object without 'model' or 'n'")
+    return plain(value, path)
 
 
 def parse_model(
     id: str, value: Any, path: str, upstreams: dict[str, UpstreamConfig]
 ) -> Model:
-    value = fields(value, path, "about allow defaults max_output price", needed="upstream")
-    names = value["upstream"]
-    names = names if isinstance(names, list) and names else [names]
-    routes = []
-    for text in names:
-        upstream, slash, upstream_id = text_of(text, f"{path}.upstream").partition("/")
-        if not slash or not upstream_id:
-            raise ConfigError(f"{path}.upstream: must read like 'name/id'")
-        if upstream not in upstreams:
-            raise ConfigError(f"{path}.upstream: no upstream is named '{upstream}'")
-        if id.endswith("*") != upstream_id.endswith("*"):
-            raise ConfigError(f"{path}.upstream: both names end with '*', or none")
-        routes.append((upstreams[upstream], upstream_id))
-    defaults = value.get("defaults", {})
-    if not isinstance(defaults, dict) or {"model", "n", "best_of"} & {*defaults}:
-        raise ConfigError(f"{path}.defaults: must be an object without 'model' or 'n'")
-    longest = value.get("max_output", DEFAULT_MAX_OUTPUT)
-    free = all([LOOPBACK.fullmatch(upstream.host) for upstream, _ in routes])
-    if "price" not in value and not free:
+    def is_priced(allowed: str) -> bool:
+        return allowed.partition(":")[0] in ALL_PRICED
+
+    partial, takes = functools.partial, f"takes {', '.join(ALL_PRICED)}"
+    given = members(value, path, {
+        "upstream": partial(parse_routes, id=id, upstreams=upstreams),
+        "about": text_of,
+        "defaults": parse_defaults,
+        "max_output": partial(whole, low=1, high=MAX_TOKENS),
+        "price": parse_prices,
+        "allow": partial(text_list, fits=is_priced, told=takes),
+    }, needed="upstream")  # fmt: skip
+    routes = given.pop("upstream")
+    if not ("price" in given or all([LOOPBACK.fullmatch(up.host) for up, _ in routes])):
         raise ConfigError(f"{path}.price: is required")
-    price, hours = parse_prices(value.get("price", {"input": 0}), f"{path}.price")
-    return Model(
-        printable_name(id, path, 200),
-        tuple(routes),
-        price,
-        text_of(value.get("about", ""), f"{path}.about"),
-        plain(defaults, f"{path}.defaults"),
-        whole(longest, f"{path}.max_output", 1, MAX_TOKENS),
-        hours,
-        parse_allow(value.get("allow", []), f"{path}.allow")
-        | frozenset.intersection(*[DIALECTS[up.dialect].flat(id) for up, id in routes]),
-    )
+    price, hours = given.pop("price", (Price(), ()))
+    flat = frozenset.intersection(*[DIALECTS[up.dialect].flat(id) for up, id in routes])
+    allow = given.pop("allow", frozenset()) | flat
+    name = printable_name(id, path, 200)
+    return Model(name, routes, price, hours=hours, allow=allow, **given)
 
 
 BEARER = re.compile(r"[\x21-\x2b\x2d-\x7e]{4,200}")  # no comma: two headers are joined
-
-
-def parse_names(value: Any, path: str, known: Container[str]) -> frozenset[str]:
-    """Models that an account or a key may use."""
-    for name in typed(value, path, list, "a list"):
-        if not isinstance(name, str) or name not in known:
-            raise ConfigError(f"{path}: no model is named {name!r}")
-    return frozenset(value)
 
 
 def parse_moment(value: Any, path: str) -> int:
@@ -1100,9 +1124,14 @@ def parse_moment(value: Any, path: str) -> int:
 
 
 def parse_budget(value: Any, path: str) -> Budget:
-    value = fields(value, path, "", needed="credits per")
-    most = to_micro(value["credits"], f"{path}.credits")
-    return Budget(most, one_of(value["per"], f"{path}.per", PERIODS))
+    parsers = {"credits": to_micro, "per": functools.partial(one_of, known=PERIODS)}
+    given = members(value, path, parsers, needed="credits per")
+    return Budget(given["credits"], given["per"])
+
+
+def parse_names(value: Any, path: str, known: Container[str]) -> frozenset[str]:
+    """Models that an account or a key may use."""
+    return text_list(value, path, known.__contains__, "must be names of models")
 
 
 TERMS = "expires budget models limits metrics"
@@ -1110,33 +1139,18 @@ TERMS = "expires budget models limits metrics"
 
 def parse_terms(value: Any, path: str = "", models: Container[str] = ()) -> Terms:
     """The terms of a key, of either file; `models`: those that there are."""
-    at = f"{path}." if path else ""
-    given = fields(value, path, TERMS).items()
+    given = typed(value, path or "terms", dict, "an object").items()
     given = {name: part for name, part in given if part is not None}
-    parsers = {
-        "expires": parse_moment, "budget": parse_budget,
+    parts = members(given, path, {
+        "expires": parse_moment,
+        "budget": parse_budget,
         "models": functools.partial(parse_names, known=models),
         "limits": functools.partial(parse_limits, common=NO_LIMITS),
-        "metrics": functools.partial(typed, kind=bool, name="true or false"),
-    }  # fmt: skip
-    return Terms(**{name: parsers[name](given[name], at + name) for name in given})
-
-
-def written_terms(terms: Terms) -> dict[str, Any]:
-    """Terms as `parse_terms` reads them."""
-    out: dict[str, Any] = {}
-    if (until := terms.expires) is not None:
-        whole_day = until % DAY == 0
-        form = "%Y-%m-%d" if whole_day else "%Y-%m-%dT%H:%M:%SZ"
-        out["expires"] = time.strftime(form, time.gmtime(until - DAY * whole_day))
-    if budget := terms.budget:
-        out["budget"] = {"credits": to_credits(budget.most), "per": budget.per}
-    if terms.models is not None:
-        out["models"] = sorted(terms.models)
-    limits = {name: getattr(terms.limits, name) for name in ("rate", "concurrent")}
-    if limits := {n: v for n, v in limits.items() if v != getattr(NO_LIMITS, n)}:
-        out["limits"] = limits
-    return out | ({"metrics": True} if terms.metrics else {})
+        "metrics": boolean,
+    })  # fmt: skip
+    told = plain(given, path).items()
+    written = {name: part for name, part in told if part is not False and part != {}}
+    return Terms(**parts, written=written)
 
 
 def patched(value: Any, change: Any) -> Any:
@@ -1153,22 +1167,20 @@ def changed_terms(terms: Terms, change: dict[str, Any], models: Iterable[str]) -
     """Terms after a merge patch of what is written of them, as a key that is made or
     changed at run time gets them; ConfigError."""
     known = {*models, *(terms.models or ())}
-    terms = parse_terms(patched(written_terms(terms), change), models=known)
+    terms = parse_terms(patched(terms.written, change), models=known)
     if "expires" in change and terms.expired():
         raise ConfigError("expires: has passed already")
     return terms
 
 
-def parse_key(
-    account: Account, models: Container[str], name: str, value: Any, path: str
-) -> Key:
+def parse_key(name: str, value: Any, path: str, models: Container[str]) -> Key:
     """A declared key: the text or sha256:<hex>, alone or as `key` beside its terms;
     only its hash and a hint are kept."""
-    path, terms = f"{path}.{name}", NO_TERMS
     printable_name(name, path)
+    terms = NO_TERMS
     if isinstance(value, dict):
-        given = dict(fields(value, path, TERMS, needed="key"))
-        value = given.pop("key")
+        given = dict(value)
+        value = given.pop("key", None)
         terms, path = parse_terms(given, path, models), f"{path}.key"
     if text_of(value, path).startswith("sha256:"):
         hash, hint = value[7:].lower(), "sha256"
@@ -1178,79 +1190,62 @@ def parse_key(
         hash, hint = sha256(value), key_hint(value)
     else:
         raise ConfigError(f"{path}: must be 4 to 200 characters without blanks")
-    return Key(key_id(hash), name, account.id, hash, hint, account.admin, terms=terms)
+    return Key(key_id(hash), name, "", hash, hint, terms=terms)
 
 
 def parse_account(
     id: str, value: Any, path: str, limits: Limits, models: dict[str, Model]
 ) -> Account:
-    value = fields(value, path, "credits keys models limits admin demo")
-    credits = value.get("credits", 0)
-    allowed = value.get("models")
-    if allowed is not None:
-        allowed = parse_names(allowed, f"{path}.models", models)
-    admin, demo = (
-        typed(value.get(name, False), f"{path}.{name}", bool, "true or false")
-        for name in ("admin", "demo")
-    )
-    if demo:
-        routes = [route for name in allowed or () for route in models[name].routes]
-        if admin or not routes or any(route[0].dialect != "echo" for route in routes):
+    partial = functools.partial
+    given = members(value, path, {
+        "credits": lambda it, at: UNLIMITED if it == "unlimited" else to_micro(it, at),
+        "keys": partial(named_members, parse=partial(parse_key, models=models)),
+        "models": partial(parse_names, known=models),
+        "limits": partial(parse_limits, common=limits),
+        "admin": boolean,
+        "demo": boolean,
+    })  # fmt: skip
+    keys = given.pop("keys", {}).values()
+    account = Account(account_name(id, path), **{"limits": limits} | given)
+    if account.demo:
+        names = account.models or ()
+        routes = [route for name in names for route in models[name].routes]
+        if account.admin or {upstream.dialect for upstream, _ in routes} != {"echo"}:
             reason = "is for accounts that list echo models only, and are no admin's"
             raise ConfigError(f"{path}.demo: {reason}")
-    account = Account(
-        account_name(id, path),
-        parse_limits(value.get("limits", {}), f"{path}.limits", limits),
-        UNLIMITED if credits == "unlimited" else to_micro(credits, f"{path}.credits"),
-        allowed, admin, demo,
-    )  # fmt: skip
-    keys = typed(value.get("keys", {}), f"{path}.keys", dict, "an object")
-    at = f"{path}.keys"
-    parsed = [parse_key(account, models, *each, at) for each in keys.items()]
-    if demo and any([key.terms.metrics for key in parsed]):
-        raise ConfigError(f"{at}: a public key reads no metrics")
-    return replace(account, keys=tuple(parsed))
+        if any([key.terms.metrics for key in keys]):
+            raise ConfigError(f"{path}.keys: a public key reads no metrics")
+    keys = [replace(key, account=id, admin=account.admin) for key in keys]
+    return replace(account, keys=tuple(keys))
 
 
-def parse_origins(value: Any, path: str) -> frozenset[str]:
-    """Origins as browsers write them (RFC 6454 §6.2), or "*"."""
-    origins = value if isinstance(value, list) else [value]
-    for origin in origins:
-        form = r"\*|[a-z][a-z0-9+.-]*://[^/\sA-Z]+"
-        if not re.fullmatch(form, text_of(origin, path)):
-            raise ConfigError(f"{path}: must list origins like 'https://example.com'")
-    return frozenset(origins)
+# As browsers write it (RFC 6454 §6.2), or all.
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
 
 
 def parse_config(document: Any) -> Config:
     """The whole of keys.json; raises ConfigError with the path of what is wrong."""
-    known = "limits accounts upstreams models"
-    document = fields(document, "", f"{known} cors")
-    for section in known.split():
-        typed(document.get(section, {}), section, dict, "an object")
-    limits = parse_limits(document.get("limits", {}), "limits")
-    upstreams = {
-        name: parse_upstream(name, value, f"upstreams.{name}")
-        for name, value in document.get("upstreams", {}).items()
-    }
-    models = {
-        name: parse_model(name, value, f"models.{name}", upstreams)
-        for name, value in document.get("models", {}).items()
-    }
-    accounts: dict[str, Account] = {}
+    sections = "limits accounts upstreams models cors".split()
+    raw = members(document, "", dict.fromkeys(sections, as_it_is))
+    limits = parse_limits(raw.get("limits", {}), "limits")
+    upstreams = named_members(raw.get("upstreams", {}), "upstreams", parse_upstream)
+    parse = functools.partial(parse_model, upstreams=upstreams)
+    models = named_members(raw.get("models", {}), "models", parse)
+    parse = functools.partial(parse_account, limits=limits, models=models)
+    accounts = named_members(raw.get("accounts", {}), "accounts", parse)
     keys: dict[str, Key] = {}
-    demo = None
-    for id, value in document.get("accounts", {}).items():
-        account = accounts[id] = parse_account(id, value, f"accounts.{id}", limits, models)
-        for key in account.keys:
-            if key.id in keys:
-                raise ConfigError(f"accounts.{id}.keys.{key.name}: is declared twice")
-            keys[key.id] = key
-            text = value["keys"][key.name]
-            plain_text = isinstance(text, str) and not text.startswith("sha256:")
-            if account.demo and plain_text and not demo:
-                demo = text, min(account.models)
-    cors = parse_origins(document.get("cors", []), "cors")
+    for key in itertools.chain(*[account.keys for account in accounts.values()]):
+        if key.id in keys:
+            raise ConfigError(f"accounts.{key.account}.keys.{key.name}: is declared twice")
+        keys[key.id] = key
+    shown = [
+        (text, min(account.models)) for account in accounts.values() if account.demo
+        for text in raw["accounts"][account.id].get("keys", {}).values()
+        if isinstance(text, str) and not text.startswith("sha256:")
+    ]  # fmt: skip
+    told = "must list origins like 'https://example.com'"
+    cors = text_list(raw.get("cors", []), "cors", ORIGIN.fullmatch, told)
+    demo = next(iter(shown), None)
     return Config(limits, accounts, keys, models, int(time.time()), demo, cors)
 
 
@@ -1272,14 +1267,12 @@ class ConfigFile:
 
     def refresh(self) -> str | None:
         """Reads a changed file; returns what was wrong with it, once."""
-        seen = self._stat()
-        if seen == self._seen:
-            return None
-        self._seen = seen
-        try:
-            self.current = self._read()
-        except ConfigError as error:
-            return str(error)
+        before, self._seen = self._seen, self._stat()
+        if self._seen != before:
+            try:
+                self.current = self._read()
+            except ConfigError as error:
+                return str(error)
         return None
 
     def _stat(self) -> tuple[int, int, int] | None:
@@ -1292,20 +1285,17 @@ class ConfigFile:
     def _read(self) -> Config:
         try:
             text = self.path.read_bytes().decode()
-            document = json.loads(text, parse_float=Decimal, object_pairs_hook=unique)
+            return parse_config(
+                json.loads(text, parse_float=Decimal, object_pairs_hook=unique)
+            )
         except OSError as error:
             reason = error.strerror or "cannot be read"
         except UnicodeDecodeError:
             reason = "is not UTF-8"
         except json.JSONDecodeError as error:
             reason = f"line {error.lineno}, column {error.colno}: {error.msg}"
-        except (ValueError, RecursionError) as error:
+        except (ConfigError, ValueError, RecursionError) as error:
             reason = str(error)
-        else:
-            try:
-                return parse_config(document)
-            except ConfigError as error:
-                reason = str(error)
         raise ConfigError(f"{self.path.name}: {reason}")
 
 
@@ -2395,7 +2385,7 @@ class Ledger:
         text = "sk-" + secrets.token_urlsafe(32)
         hash, hint = sha256(text), key_hint(text)
         key = Key(key_id(hash), name, account, hash, hint, admin, "proxy.db", terms)
-        now, given = int(time.time()), json.dumps(written_terms(terms))
+        now, given = int(time.time()), json.dumps(terms.written)
         row = (key.id, account, name, hint, hash, admin, now, given)
         sql = (
             "INSERT INTO keys(id, account, name, hint, hash, admin, created, terms)"
@@ -2428,7 +2418,7 @@ class Ledger:
             "UPDATE keys SET name = ?, terms = nullif(?, '{}')"
             " WHERE id = ? AND hash IS NOT NULL AND revoked IS NULL"
         )
-        values = key.name, json.dumps(written_terms(key.terms)), key.id
+        values = key.name, json.dumps(key.terms.written), key.id
         return self.write(lambda db: db.execute(sql, values).rowcount, durable=True) > 0
 
     def grant(self, account: Account, amount: int, note: str) -> bool:
@@ -6168,7 +6158,7 @@ def key_entry(ledger: Ledger, key: Key, row: KeyRow | None) -> dict[str, Any]:
     entry |= {"source": key.source, "admin": key.admin}
     entry |= {"created": row and row.created, "last_used": row and row.used}
     entry |= {"revoked": row and row.revoked}
-    entry |= dict.fromkeys(TERMS.split()) | written_terms(key.terms)
+    entry |= dict.fromkeys(TERMS.split()) | key.terms.written
     return entry | {"budget": budget_entry(ledger, key), "metrics": key.terms.metrics}
 
 
@@ -6283,7 +6273,7 @@ def live_use(services: Services, account: Account) -> dict[str, int]:
 def price_entry(model: Model) -> dict[str, Any]:
     """A model's prices as keys.json writes them."""
     out, price = {}, model.price
-    for name in PRICES.split():
+    for name in PRICES:
         pico = getattr(price, name)
         if pico != (price.input if name in ("cached", "written") else 0):
             out[name] = to_credits(pico // (PICO if name in ("image", "request") else 1))
@@ -6305,7 +6295,7 @@ def describe_account(services: Services, id: str) -> dict[str, Any]:
     entry["limits"] = {"rate": limits.rate, "concurrent": limits.concurrent}
     if own:
         entry["admin"] = g.key.admin
-        entry["key"] = {"id": g.key.id, "name": g.key.name} | written_terms(g.key.terms)
+        entry["key"] = {"id": g.key.id, "name": g.key.name} | g.key.terms.written
         entry["budget"] = budget_entry(ledger, g.key)
         entry["live"], entry["demo"] = live_use(services, account), account.demo
     entry["models"] = [

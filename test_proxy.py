@@ -1542,7 +1542,7 @@ def test_a_key_may_be_an_object_with_its_terms(load: Callable) -> None:
     (plain,) = load(planted()).keys.values()
     assert replace(key, terms=proxy.NO_TERMS) == plain
     assert key.terms.budget == proxy.Budget(2_500_000, "week")
-    assert proxy.written_terms(key.terms) == written
+    assert key.terms.written == written
     assert proxy.parse_terms(written, models=["chat"]) == key.terms
 
 
@@ -1562,7 +1562,7 @@ def test_a_key_works_through_its_last_day(
         wall_clock.set(moment)
         told.append(terms.expired())
     assert told == [False, True]
-    assert proxy.written_terms(terms) == {"expires": expires}
+    assert terms.written == {"expires": expires}
 
 
 @pytest.mark.parametrize(
@@ -12899,7 +12899,7 @@ class Books:
     def hold(self, worker: int, who: int, size: int, tokens: int) -> None:
         ledger = self.workers[worker % len(self.workers)]
         id, key, tokens = "ab"[who % 2], f"k{who}", tokens + 1
-        limits = proxy.Limits("1/minute", (), self.concurrent)
+        limits = proxy.Limits("1/minute", self.concurrent)
         account = proxy.Account(id, limits, self.declared[id])
         terms = proxy.Terms(budget=self.budgets.get(key))
         about = proxy.Key(key, key, id, "", "", terms=terms)

@@ -769,14 +769,18 @@ MOST_CREDITS = 10**9
 UNLIMITED = 2**61  # micro-credits of an account that is metered, and not bounded
 
 
-def to_micro(value: Any, path: str, low: int = 0) -> int:
-    """Micro-credits of an amount of credits; ConfigError beyond six decimals."""
+def amount(value: Any, path: str, low: float, high: int) -> Decimal:
     if type(value) is bool or not isinstance(value, (int, float, Decimal)):
         raise ConfigError(f"{path}: must be a number")
     amount = Decimal(str(value))
-    if not amount.is_finite() or not low <= amount <= MOST_CREDITS:
-        raise ConfigError(f"{path}: must be a number from {low} to {MOST_CREDITS}")
-    micro = amount * MICRO
+    if not amount.is_finite() or not low <= amount <= high:
+        raise ConfigError(f"{path}: must be a number from {low} to {high}")
+    return amount
+
+
+def to_micro(value: Any, path: str, low: int = 0) -> int:
+    """Micro-credits of an amount of credits; ConfigError beyond six decimals."""
+    micro = amount(value, path, low, MOST_CREDITS) * MICRO
     if micro != micro.to_integral_value():
         raise ConfigError(f"{path}: has more than six decimals")
     return int(micro)
@@ -905,10 +909,7 @@ def parse_proxy(value: Any, path: str, used: dict[str, str]) -> HttpProxy | None
 
 
 def parse_timeout(value: Any, path: str) -> float:
-    number = isinstance(value, (int, float, Decimal)) and type(value) is not bool
-    if not number or not 0 < value <= 3600:
-        raise ConfigError(f"{path}: must be a number of seconds up to 3600")
-    return float(value)
+    return float(amount(value, path, 0.001, 3600))
 
 
 CAPS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
@@ -1026,8 +1027,7 @@ def parse_upstream(name: str, value: Any, path: str) -> UpstreamConfig:
 def plain(value: Any, path: str) -> Any:
     """JSON with floats for decimals, as it will be forwarded."""
     try:
-        floats = json.loads(json.dumps(value, default=float))
-        return json.loads(json.dumps(floats, allow_nan=False))
+        return json.loads(json.dumps(value, default=float, allow_nan=False))
     except ValueError:
         raise ConfigError(f"{path}: a number is too large") from None
 
@@ -1304,65 +1304,57 @@ class ConfigFile:
 SCHEMA_VERSION = 4  # `PRAGMA user_version`; MIGRATIONS has the steps to it
 OPEN, SETTLED, RELEASED = 0, 1, 2  # a request's row: a hold resolves at most once
 
+TEXT, INT = "TEXT NOT NULL", "INTEGER NOT NULL"
+SUM = f"{INT} DEFAULT 0"
+SUMMED = (
+    "requests released answered input cached output images cost ttfb duration written lost"
+).split()
+ADDED = ", ".join([f"{name} = {name} + excluded.{name}" for name in SUMMED])
 # accounts.made: when it was made at run time, 0: it was not, or was closed;
 # accounts.declared: what keys.json granted it at its last hold; grants.amount: negative
 # for a correction; keys.former: 1 for a former account's; keys.terms: as keys.json has
 # them. A row of budgets is what a key has spent on the days from `since` to before
 # `until`, which its budget is for: made out of usage when a hold first asks, then kept.
 # `most`: the budget at the last hold, or what was spent and held before there was one.
-SCHEMA = """
-CREATE TABLE meta(name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
+SCHEMA = f"""
+CREATE TABLE meta(name TEXT PRIMARY KEY, value {TEXT}) STRICT, WITHOUT ROWID;
 CREATE TABLE accounts(
-    id TEXT PRIMARY KEY, made INTEGER NOT NULL, created INTEGER NOT NULL,
-    granted INTEGER NOT NULL DEFAULT 0, spent INTEGER NOT NULL DEFAULT 0,
-    held INTEGER NOT NULL DEFAULT 0, lost INTEGER NOT NULL DEFAULT 0,
-    declared INTEGER NOT NULL DEFAULT 0,
+    id TEXT PRIMARY KEY, made {INT}, created {INT}, granted {SUM}, spent {SUM},
+    held {SUM}, lost {SUM}, declared {SUM},
     CHECK (spent >= 0 AND held >= 0 AND lost >= 0)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE grants(
-    id INTEGER PRIMARY KEY, account TEXT NOT NULL, amount INTEGER NOT NULL,
-    note TEXT NOT NULL, created INTEGER NOT NULL
+    id INTEGER PRIMARY KEY, account {TEXT}, amount {INT}, note {TEXT}, created {INT}
 ) STRICT;
 CREATE TABLE keys(
-    id TEXT PRIMARY KEY, account TEXT NOT NULL, name TEXT NOT NULL, hint TEXT NOT NULL,
-    hash TEXT, admin INTEGER NOT NULL, created INTEGER, used INTEGER, revoked INTEGER,
-    former INTEGER NOT NULL DEFAULT 0, terms TEXT
+    id TEXT PRIMARY KEY, account {TEXT}, name {TEXT}, hint {TEXT}, hash TEXT,
+    admin {INT}, created INTEGER, used INTEGER, revoked INTEGER, former {SUM}, terms TEXT
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX keys_account ON keys(account, revoked IS NOT NULL, created);
 CREATE TABLE requests(
-    account TEXT NOT NULL, id TEXT NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL,
-    path TEXT NOT NULL, stream INTEGER NOT NULL, slot INTEGER NOT NULL,
-    state INTEGER NOT NULL, hold INTEGER NOT NULL, cost INTEGER NOT NULL DEFAULT 0,
-    lost INTEGER NOT NULL DEFAULT 0, input INTEGER NOT NULL DEFAULT 0,
-    cached INTEGER NOT NULL DEFAULT 0, output INTEGER NOT NULL DEFAULT 0,
-    images INTEGER NOT NULL DEFAULT 0, estimated INTEGER NOT NULL DEFAULT 0,
-    status INTEGER NOT NULL DEFAULT 0, created INTEGER NOT NULL,
-    ttfb INTEGER, duration INTEGER, written INTEGER NOT NULL DEFAULT 0, asked TEXT,
-    code TEXT, upstream TEXT, attempts INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (account, id)
+    account {TEXT}, id {TEXT}, key {TEXT}, model {TEXT}, path {TEXT}, stream {INT},
+    slot {INT}, state {INT}, hold {INT}, cost {SUM}, lost {SUM}, input {SUM},
+    cached {SUM}, output {SUM}, images {SUM}, estimated {SUM}, status {SUM},
+    created {INT}, ttfb INTEGER, duration INTEGER, written {SUM}, asked TEXT,
+    code TEXT, upstream TEXT, attempts {SUM}, PRIMARY KEY (account, id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX requests_open ON requests(key, created, hold) WHERE state = 0;
 CREATE TABLE usage(
-    account TEXT NOT NULL, day INTEGER NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL,
-    status INTEGER NOT NULL, requests INTEGER NOT NULL DEFAULT 0,
-    released INTEGER NOT NULL DEFAULT 0, refused INTEGER NOT NULL DEFAULT 0,
-    answered INTEGER NOT NULL DEFAULT 0, input INTEGER NOT NULL DEFAULT 0,
-    cached INTEGER NOT NULL DEFAULT 0, output INTEGER NOT NULL DEFAULT 0,
-    images INTEGER NOT NULL DEFAULT 0, cost INTEGER NOT NULL DEFAULT 0,
-    ttfb INTEGER NOT NULL DEFAULT 0, duration INTEGER NOT NULL DEFAULT 0,
-    written INTEGER NOT NULL DEFAULT 0, lost INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (account, day, key, model, status)
+    account {TEXT}, day {INT}, key {TEXT}, model {TEXT}, status {INT}, requests {SUM},
+    released {SUM}, refused {SUM}, answered {SUM}, input {SUM}, cached {SUM},
+    output {SUM}, images {SUM}, cost {SUM}, ttfb {SUM}, duration {SUM}, written {SUM},
+    lost {SUM}, PRIMARY KEY (account, day, key, model, status)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX usage_key ON usage(key, day);
 CREATE TABLE budgets(
-    key TEXT NOT NULL, until INTEGER NOT NULL, since INTEGER NOT NULL,
-    spent INTEGER NOT NULL, most INTEGER NOT NULL, PRIMARY KEY (key, until, since)
+    key {TEXT}, until {INT}, since {INT}, spent {INT}, most {INT},
+    PRIMARY KEY (key, until, since)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE windows(key TEXT PRIMARY KEY, hits BLOB NOT NULL) STRICT, WITHOUT ROWID;
 
 -- The sums follow the rows, whoever writes them: they cannot diverge. Of usage,
 -- `requests` were settled, `released` ended free, `refused` never had a row; of the
--- first two `answered` had a first byte. `ttfb` and `duration` are sums of milliseconds.
+-- first two `answered` had a first byte. `ttfb` and `duration`: sums of milliseconds.
 CREATE TRIGGER opened AFTER INSERT ON requests BEGIN
     INSERT INTO accounts(id, made, created, held)
         VALUES (NEW.account, 0, NEW.created / 1000, NEW.hold)
@@ -1378,13 +1370,7 @@ CREATE TRIGGER resolved AFTER UPDATE OF state ON requests WHEN OLD.state = 0 BEG
         NEW.state = 1, NEW.state = 2, 0, NEW.ttfb IS NOT NULL, NEW.input, NEW.cached,
         NEW.output, NEW.images, NEW.cost, coalesce(NEW.ttfb, 0),
         coalesce(NEW.duration, 0), NEW.written, NEW.lost
-    ) ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,
-        released = released + excluded.released, answered = answered + excluded.answered,
-        input = input + excluded.input, cached = cached + excluded.cached,
-        output = output + excluded.output, images = images + excluded.images,
-        cost = cost + excluded.cost, ttfb = ttfb + excluded.ttfb,
-        duration = duration + excluded.duration, written = written + excluded.written,
-        lost = lost + excluded.lost;
+    ) ON CONFLICT DO UPDATE SET {ADDED};
     UPDATE budgets SET spent = spent + NEW.cost WHERE key = NEW.key
         AND until > NEW.created / 86400000 AND since <= NEW.created / 86400000;
 END;
@@ -2071,6 +2057,12 @@ INSERT INTO requests(
     account, id, key, model, path, stream, slot, state, created, hold, asked)
 VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?)
 """
+RESOLVED = """
+UPDATE requests SET (state, cost, lost, input, cached, written, output, images,
+    estimated, status, ttfb, duration, code, upstream, attempts)
+    = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    WHERE account = ? AND id = ? AND state = 0
+"""
 ACCOUNT_ROW = """
 INSERT INTO accounts(id, made, created) VALUES (?, 0, ?) ON CONFLICT DO NOTHING
 """
@@ -2316,17 +2308,12 @@ class Ledger:
         if cost > lease.hold:
             left = db.execute(ALL_LEFT, (lease.account, lease.id)).fetchall()
             cost = min(cost, lease.hold + max(0, min(left)[0]))
-        db.execute(
-            "UPDATE requests SET state = ?, cost = ?, lost = ?, input = ?, cached = ?,"
-            " written = ?, output = ?, images = ?, estimated = ?, status = ?, ttfb = ?,"
-            " duration = ?, code = ?, upstream = ?, attempts = ?"
-            " WHERE account = ? AND id = ? AND state = 0",
-            (SETTLED if charge.usage else RELEASED, cost, charge.cost - cost)
-            + (usage.input, usage.cached, usage.written, usage.output, usage.images)
-            + (usage.estimated, charge.status, charge.ttfb, charge.duration)
-            + (charge.code, charge.upstream, charge.attempts)
-            + (lease.account, lease.id),
-        )
+        # In the order of RESOLVED.
+        row = (SETTLED if charge.usage else RELEASED, cost, charge.cost - cost)
+        row += (usage.input, usage.cached, usage.written, usage.output, usage.images)
+        row += (usage.estimated, charge.status, charge.ttfb, charge.duration)
+        row += (charge.code, charge.upstream, charge.attempts)
+        db.execute(RESOLVED, (*row, lease.account, lease.id))
         return charge.cost - cost
 
     # Accounts and keys
@@ -2409,7 +2396,7 @@ class Ledger:
             " ON CONFLICT DO UPDATE SET revoked = coalesce(revoked, excluded.revoked)"
         )
         row = key.id, key.account, key.name, key.hint, int(time.time())
-        self.write(lambda db: db.execute(sql, row), durable=True)
+        self._change(sql, *row)
 
     def change_key(self, key: Key) -> bool:
         """Gives a key made at run time the name and the terms of this one; whether it
@@ -2418,8 +2405,11 @@ class Ledger:
             "UPDATE keys SET name = ?, terms = nullif(?, '{}')"
             " WHERE id = ? AND hash IS NOT NULL AND revoked IS NULL"
         )
-        values = key.name, json.dumps(key.terms.written), key.id
-        return self.write(lambda db: db.execute(sql, values).rowcount, durable=True) > 0
+        return self._change(sql, key.name, json.dumps(key.terms.written), key.id) > 0
+
+    def _change(self, sql: str, *values: Any) -> int:
+        """How many rows one statement has changed, on the disk."""
+        return self.write(lambda db: db.execute(sql, values).rowcount, durable=True)
 
     def grant(self, account: Account, amount: int, note: str) -> bool:
         """Adds micro-credits to an account's own; a negative amount corrects, unless
@@ -2443,14 +2433,9 @@ class Ledger:
 
     def close_account(self, id: str) -> None:
         """Ends an account made at run time, and its keys with it; its history stays."""
-        values = id, int(time.time())
-
-        def operation(db: sqlite3.Connection) -> None:
-            db.execute("UPDATE accounts SET made = 0 WHERE id = ?1", values[:1])
-            sql = "UPDATE keys SET revoked = ?2 WHERE account = ?1 AND hash IS NOT NULL"
-            db.execute(sql + " AND revoked IS NULL", values)
-
-        self.write(operation, durable=True)
+        self._change("UPDATE accounts SET made = 0 WHERE id = ?", id)
+        sql = "UPDATE keys SET revoked = ? WHERE account = ? AND hash IS NOT NULL"
+        self._change(f"{sql} AND revoked IS NULL", int(time.time()), id)
 
     def made(self, id: str) -> bool | None:
         """Whether the account was made at run time; None if it has no row."""

@@ -1497,19 +1497,6 @@ def new_file(path: str) -> str:
     return f"{path}-new"
 
 
-class Job:
-    """An operation that waits to be committed; then it has a result, or `trouble`."""
-
-    __slots__ = ("operation", "durable", "result", "trouble", "done")
-
-    def __init__(self, operation: Operation, durable: bool):
-        self.operation, self.durable = operation, durable
-        self.result: Any = None
-        self.trouble: str | None = None
-        self.done = threading.Lock()
-        self.done.acquire()
-
-
 class LedgerFile:
     """The SQLite file: its identity, its locks, its connections. It knows no money.
 
@@ -1731,10 +1718,9 @@ class LedgerFile:
             self._kept.pop(use).close()  # which rolls back
             raise
 
-    def transact(self, jobs: list[Job]) -> None:
-        """Runs the jobs in one committed transaction, which survives a loss of power if
-        one is `durable`. Any error undoes them all."""
-        level = "FULL" if any([job.durable for job in jobs]) else "NORMAL"
+    def transact(self, operations: Iterable[Operation], durable: bool) -> list[Any]:
+        """The results of the operations, run in one committed transaction, which if
+        `durable` survives a loss of power. Any error undoes them all."""
         with self.exclusive():
             self.check_places()
             with self._connection("writing") as db:
@@ -1742,13 +1728,13 @@ class LedgerFile:
                     # After a failed fsync the kernel takes the lost pages for clean:
                     # only what is written anew, into the file, is sure to be there.
                     self._checkpoint(db, "RESTART")
-                db.execute(f"PRAGMA synchronous = {level}")
+                db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 db.execute("BEGIN IMMEDIATE")
-                for job in jobs:
-                    job.result = job.operation(db)
+                results = [operation(db) for operation in operations]
                 self._doubtful = True
                 db.execute("COMMIT")
                 self._doubtful = False
+        return results
 
     def checkpoint(self) -> None:
         """Moves the log into the file, once it is worth it, while nobody writes."""
@@ -1788,6 +1774,14 @@ class LedgerFile:
 # -- The writer
 
 
+class Job(NamedTuple):
+    """An operation that waits to be committed; `answer` gets its result, or why none."""
+
+    operation: Operation
+    durable: bool
+    answer: queue.SimpleQueue[Any]
+
+
 class Writer:
     """The one thread that writes: it commits together whatever waits.
 
@@ -1808,12 +1802,11 @@ class Writer:
         """
         if self._closed:
             raise LedgerUnavailable("the ledger is closed")
-        job = Job(operation, durable)
+        job = Job(operation, durable, queue.SimpleQueue())
         self._jobs.put(job)
-        job.done.acquire()
-        if job.trouble is not None:
-            raise LedgerUnavailable(job.trouble)
-        return job.result
+        if isinstance(result := job.answer.get(), LedgerUnavailable):
+            raise result
+        return result
 
     def close(self) -> None:
         """Commits what waits, and ends the thread."""
@@ -1830,9 +1823,8 @@ class Writer:
                 while job is not None:  # all that wait
                     jobs.append(job)
                     job = self._jobs.get_nowait()
-            self._commit(jobs)
-            for job in jobs:
-                job.done.release()
+            if jobs:
+                self._commit(jobs)
             if time.monotonic() >= due:
                 self._upkeep()
                 due = time.monotonic() + SWEEP_INTERVAL
@@ -1840,18 +1832,19 @@ class Writer:
 
     def _commit(self, jobs: list[Job]) -> None:
         """Commits the jobs together; where one breaks a rule, each alone."""
+        operations, durable, answers = zip(*jobs)
         try:
-            if jobs:
-                self._file.transact(jobs)
-        except sqlite3.IntegrityError:
-            if len(jobs) == 1:
-                jobs[0].trouble = "a rule of the ledger was broken"
-            else:
+            results = self._file.transact(operations, any(durable))
+        except sqlite3.IntegrityError as error:
+            if len(jobs) > 1:
                 for job in jobs:
                     self._commit([job])
+                return
+            results = [LedgerUnavailable(reason_of(error))]
         except Exception as error:  # whatever it is, no job may look written
-            for job in jobs:
-                job.trouble = reason_of(error)
+            results = [LedgerUnavailable(reason_of(error)) for _ in jobs]
+        for answer, result in zip(answers, results):
+            answer.put(result)
 
 
 # -- The money
@@ -2145,9 +2138,7 @@ class Ledger:
             self.trouble = reason_of(error)
 
     def _run(self, operation: Operation, durable: bool = False) -> Any:
-        job = Job(operation, durable)
-        self.file.transact([job])
-        return job.result
+        return self.file.transact([operation], durable)[0]
 
     def _forget(self) -> None:
         """One step of deleting receipts that are too old, by one of all workers."""
@@ -2318,32 +2309,33 @@ class Ledger:
 
     # Accounts and keys
 
+    def _key_rows(self, which: str, *values: Any) -> list[KeyRow]:
+        return [KeyRow._make(row) for row in self.read(f"{KEY_ROWS} {which}", *values)]
+
     def find_key(self, id: str) -> KeyRow | None:
         """The row of a key; one of keys.json may have none."""
-        for row in self.read(f"{KEY_ROWS} WHERE k.id = ?", id):
-            return KeyRow._make(row)
+        for row in self._key_rows("WHERE k.id = ?", id):
+            return row
         self.file.check_places()  # nobody is unknown because the file was replaced
         return None
 
     def key_rows(self, ids: list[str]) -> dict[str, KeyRow]:
         """The rows of those of these keys that have one."""
         which = "WHERE k.id IN (SELECT value FROM json_each(?))"
-        rows = map(KeyRow._make, self.read(f"{KEY_ROWS} {which}", json.dumps(ids)))
-        return {row.id: row for row in rows}
+        return {row.id: row for row in self._key_rows(which, json.dumps(ids))}
 
     def made_keys(
         self, account: str, declared: list[str], after: str, limit: int
     ) -> list[KeyRow]:
         """An account's keys made at run time, without those `declared`, from behind the
         one with the id `after` on: in order of creation, those that live first."""
-        values = account, json.dumps(declared), after, limit
         place = f"SELECT {KEY_ORDER} FROM keys k WHERE k.id = ?3 AND account = ?1"
-        sql = (
-            f"{KEY_ROWS} WHERE account = ?1 AND hash IS NOT NULL"
+        which = (
+            "WHERE account = ?1 AND hash IS NOT NULL"
             " AND k.id NOT IN (SELECT value FROM json_each(?2))"
             f" AND (?3 = '' OR ({KEY_ORDER}) > ({place})) ORDER BY {KEY_ORDER} LIMIT ?4"
         )
-        return [KeyRow._make(row) for row in self.read(sql, *values)]
+        return self._key_rows(which, account, json.dumps(declared), after, limit)
 
     def make_account(self, id: str) -> int | None:
         """Makes the account at run time; the micro-credits that its name has spent

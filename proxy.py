@@ -686,31 +686,56 @@ def key_hint(text: str) -> str:
 Parser = Callable[[Any, str], Any]  # of a value and its path; raises ConfigError
 
 
-def typed(value: Any, path: str, kind: type, name: str) -> Any:
-    """The value if it is of this kind, which people call `name`, or ConfigError."""
-    if not isinstance(value, kind):
-        raise ConfigError(f"{path}: must be {name}")
-    return value
+def expect(fits: Any, path: str, told: str) -> None:
+    if not fits:
+        raise ConfigError(f"{path}: {told}")
 
 
-def text_of(value: Any, path: str) -> str:
-    return typed(value, path, str, "a text")
+def where(fits: Callable[[Any], Any], told: str) -> Parser:
+    """A parser of values that fit, for which they must be as `told`."""
+
+    def parse(value: Any, path: str) -> Any:
+        expect(fits(value), path, f"must be {told}")
+        return value
+
+    return parse
 
 
-def printable_name(value: Any, path: str, longest: int = 100) -> str:
-    """A name that people and terminals can be shown, or ConfigError."""
-    if not 1 <= len(text_of(value, path)) <= longest:
-        raise ConfigError(f"{path}: must be a text of 1 to {longest} characters")
-    if not value.isprintable() or value != value.strip():
-        raise ConfigError(f"{path}: must hold printable characters only")
-    return value
+text_of = where(lambda it: isinstance(it, str), "a text")
+object_of = where(lambda it: isinstance(it, dict), "an object")
+list_of = where(lambda it: isinstance(it, list), "a list")
+boolean = where(lambda it: isinstance(it, bool), "true or false")
+as_it_is = where(lambda it: True, "")
 
 
-def account_name(value: Any, path: str) -> str:
-    """A name that can stand in the path of a URL, too."""
-    if "/" in printable_name(value, path) or value in (".", ".."):
-        raise ConfigError(f"{path}: must hold no '/'")
-    return value
+def whole(low: int, high: int) -> Parser:
+    fits = lambda it: type(it) is int and low <= it <= high
+    return where(fits, f"a whole number from {low} to {high}")
+
+
+def one_of(known: Iterable[str]) -> Parser:
+    return where(lambda it: it in tuple(known), f"one of {', '.join(sorted(known))}")
+
+
+def texts(fits: Callable[[str], Any], told: str) -> Parser:
+    """A parser of lists of texts that all fit; `told` if one does not."""
+
+    def parse(value: Any, path: str) -> frozenset[str]:
+        for text in list_of(value, path):
+            expect(fits(text_of(text, path)), path, f"{told}; not {text!r}")
+        return frozenset(value)
+
+    return parse
+
+
+def named_members(parse: Callable[[str, Any, str], Any]) -> Parser:
+    """A parser of objects: `parse` takes the name, value and path of each member."""
+
+    def parse_all(value: Any, path: str) -> dict[str, Any]:
+        given = object_of(value, path).items()
+        return {name: parse(name, part, f"{path}.{name}") for name, part in given}
+
+    return parse_all
 
 
 def members(
@@ -718,50 +743,26 @@ def members(
 ) -> dict[str, Any]:
     """The members of an object, parsed; all are known and the needed ones are there."""
     at = f"{path}." if path else ""
-    for name in typed(value, path or "keys.json", dict, "an object"):
-        if name not in parsers:
-            raise ConfigError(f"{at}{name}: unknown field")
+    for name in object_of(value, path or "keys.json"):
+        expect(name in parsers, at + name, "unknown field")
     for name in needed.split():
-        if name not in value:
-            raise ConfigError(f"{at}{name}: is required")
+        expect(name in value, at + name, "is required")
     return {name: parsers[name](part, at + name) for name, part in value.items()}
 
 
-def named_members(
-    value: Any, path: str, parse: Callable[[str, Any, str], Any]
-) -> dict[str, Any]:
-    """What `parse` makes of the name, the value and the path of each member."""
-    given = typed(value, path, dict, "an object").items()
-    return {name: parse(name, part, f"{path}.{name}") for name, part in given}
-
-
-def text_list(
-    value: Any, path: str, fits: Callable[[str], Any], told: str
-) -> frozenset[str]:
-    """A list of texts that all fit, or what is `told` of the first that does not."""
-    for text in typed(value, path, list, "a list"):
-        if not fits(text_of(text, path)):
-            raise ConfigError(f"{path}: {told}; not {text!r}")
-    return frozenset(value)
-
-
-def boolean(value: Any, path: str) -> bool:
-    return typed(value, path, bool, "true or false")
-
-
-def as_it_is(value: Any, path: str) -> Any:
+def printable_name(value: Any, path: str, longest: int = 100) -> str:
+    """A name that people and terminals can be shown."""
+    fits = 1 <= len(text_of(value, path)) <= longest
+    expect(fits, path, f"must be a text of 1 to {longest} characters")
+    fits = value.isprintable() and value == value.strip()
+    expect(fits, path, "must hold printable characters only")
     return value
 
 
-def one_of(value: Any, path: str, known: Iterable[str]) -> str:
-    if value not in tuple(known):
-        raise ConfigError(f"{path}: must be one of {', '.join(sorted(known))}")
-    return value
-
-
-def whole(value: Any, path: str, low: int, high: int) -> int:
-    if type(value) is not int or not low <= value <= high:
-        raise ConfigError(f"{path}: must be a whole number from {low} to {high}")
+def account_name(value: Any, path: str) -> str:
+    """A name that can stand in the path of a URL, too."""
+    fits = "/" not in printable_name(value, path) and value not in (".", "..")
+    expect(fits, path, "must hold no '/'")
     return value
 
 
@@ -770,19 +771,18 @@ UNLIMITED = 2**61  # micro-credits of an account that is metered, and not bounde
 
 
 def amount(value: Any, path: str, low: float, high: int) -> Decimal:
-    if type(value) is bool or not isinstance(value, (int, float, Decimal)):
-        raise ConfigError(f"{path}: must be a number")
-    amount = Decimal(str(value))
-    if not amount.is_finite() or not low <= amount <= high:
-        raise ConfigError(f"{path}: must be a number from {low} to {high}")
-    return amount
+    fits = isinstance(value, (int, float, Decimal)) and type(value) is not bool
+    expect(fits, path, "must be a number")
+    found = Decimal(str(value))
+    fits = found.is_finite() and low <= found <= high
+    expect(fits, path, f"must be a number from {low} to {high}")
+    return found
 
 
 def to_micro(value: Any, path: str, low: int = 0) -> int:
-    """Micro-credits of an amount of credits; ConfigError beyond six decimals."""
+    """Micro-credits of an amount of credits, of six decimals at the most."""
     micro = amount(value, path, low, MOST_CREDITS) * MICRO
-    if micro != micro.to_integral_value():
-        raise ConfigError(f"{path}: has more than six decimals")
+    expect(micro == micro.to_integral_value(), path, "has more than six decimals")
     return int(micro)
 
 
@@ -814,15 +814,15 @@ def parse_rate(value: Any, path: str) -> str:
     except (ValueError, TypeError):
         raise ConfigError(f"{path}: must read like '60/minute'") from None
     for item in items:
-        whole(item.amount, path, 1, MAX_RATE)
-        whole(item.get_expiry(), f"{path} (seconds)", 1, 366 * DAY)
+        whole(1, MAX_RATE)(item.amount, path)
+        whole(1, 366 * DAY)(item.get_expiry(), f"{path} (seconds)")
     return value
 
 
 def parse_limits(value: Any, path: str, common: Limits = COMMON_LIMITS) -> Limits:
     """Limits of this object; what it leaves out is `common`."""
-    most = functools.partial(whole, low=1, high=NO_LIMITS.concurrent)
-    return replace(common, **members(value, path, {"rate": parse_rate, "concurrent": most}))
+    parsers = {"rate": parse_rate, "concurrent": whole(1, NO_LIMITS.concurrent)}
+    return replace(common, **members(value, path, parsers))
 
 
 PRICES = Price.__slots__
@@ -834,11 +834,10 @@ HOURS = re.compile(f"(?:{DAY_NAME}(?:-{DAY_NAME})? )?{CLOCK}-{CLOCK}")
 def parse_price(value: Any, path: str, usual: dict[str, Any] | None = None) -> Price:
     """A price: micro-credits per million tokens are pico-credits per token. `usual`:
     what it replaces a part of."""
-    if typed(value, path, dict, "an object") == {}:
-        raise ConfigError(f"{path}: names no price (0 is one)")
+    expect(object_of(value, path), path, "names no price (0 is one)")
     parts = members((usual or {}) | value, path, dict.fromkeys(PRICES, to_micro))
-    if parts.keys() == {"reported"}:
-        raise ConfigError(f"{path}.reported: needs other prices, which are held")
+    others = parts.keys() != {"reported"}
+    expect(others, f"{path}.reported", "needs other prices, which are held")
     for name in parts.keys() & {"image", "request"}:
         parts[name] *= PICO
     return Price(**dict.fromkeys(("cached", "written"), parts.get("input", 0)) | parts)
@@ -850,8 +849,8 @@ def parse_utc(value: Any, path: str) -> tuple[tuple[int, ...], int]:
     match = HOURS.fullmatch(text_of(value, path))
     times = [int(part) for part in match.groups()[2:]] if match else [0] * 4
     start, end = times[0] * 60 + times[1], times[2] * 60 + times[3]
-    if start == end or start >= 1440 or end > 1440:
-        raise ConfigError(f"{path}: must read like 'Mon-Fri 01:00-04:00'")
+    fits = start != end and start < 1440 and end <= 1440
+    expect(fits, path, "must read like 'Mon-Fri 01:00-04:00'")
     first = DAYS.index(match[1] or "Mon")
     last = DAYS.index(match[2] or match[1] or "Sun")
     days = range(first, first + (last - first) % 7 + 1)
@@ -867,14 +866,14 @@ def parse_hours(value: Any, path: str, usual: dict[str, Any]) -> Hours:
 
 def parse_prices(value: Any, path: str) -> tuple[Price, tuple[Hours, ...]]:
     """The usual price, and those of hours which no two may have in common."""
-    usual = dict(typed(value, path, dict, "an object"))
+    usual = dict(object_of(value, path))
     listed, parsed = usual.pop("hours", []), []
     price = parse_price(usual, path)
-    for number, each in enumerate(typed(listed, f"{path}.hours", list, "a list")):
+    for number, each in enumerate(list_of(listed, f"{path}.hours")):
         hours = parse_hours(each, f"{path}.hours.{number}", usual)
-        for other in filter(hours.overlap, parsed):
+        for other in parsed:
             told = f"overlaps with '{other.utc}'"
-            raise ConfigError(f"{path}.hours.{number}.utc: {told}")
+            expect(not hours.overlap(other), f"{path}.hours.{number}.utc", told)
         parsed.append(hours)
     return price, tuple(parsed)
 
@@ -887,8 +886,7 @@ def from_environment(value: Any, path: str, used: dict[str, str]) -> str:
         return used.setdefault(match[1], os.environ.get(match[1], ""))
 
     text = re.sub(r"\$([A-Za-z_][A-Za-z0-9_]*)", found, text_of(value, path))
-    if not (text.isascii() and text.isprintable()):
-        raise ConfigError(f"{path}: must be printable ASCII")
+    expect(text.isascii() and text.isprintable(), path, "must be printable ASCII")
     return text
 
 
@@ -906,10 +904,6 @@ def parse_proxy(value: Any, path: str, used: dict[str, str]) -> HttpProxy | None
         if scheme == "http" and url.hostname and url.netloc == place:
             return HttpProxy(url.hostname, url.port or 80, unquote(login))
     raise ConfigError(f"{path}: must read like http://user:$PASSWORD@host:3128")
-
-
-def parse_timeout(value: Any, path: str) -> float:
-    return float(amount(value, path, 0.001, 3600))
 
 
 CAPS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
@@ -931,17 +925,13 @@ def parse_url(text: Any, path: str) -> dict[str, Any]:
     if url.scheme == "echo":
         dialect, scheme = "echo", "http"
     starts = ", ".join([f"{name}+https://" for name in DIALECTS if name])
-    for wrong, told in (
-        (dialect not in DIALECTS or scheme not in ("http", "https"),
-         f"must begin with https:// or a dialect ({starts})"),
-        (dialect != "echo" and not host, "names no host"),
-        (not re.fullmatch(r"[\w.:-]*", host, re.ASCII), "the host must be ASCII"),
-        (not re.fullmatch("[!-~]*", url.path + url.query),
-         "the path must be printable ASCII"),
-        (url.username or url.fragment, "takes no user or fragment"),
-    ):  # fmt: skip
-        if wrong:
-            raise ConfigError(f"{path}: {told}")
+    known = dialect in DIALECTS and scheme in ("http", "https")
+    expect(known, path, f"must begin with https:// or a dialect ({starts})")
+    expect(host or dialect == "echo", path, "names no host")
+    expect(re.fullmatch(r"[\w.:-]*", host, re.ASCII), path, "the host must be ASCII")
+    plain = re.fullmatch("[!-~]*", url.path + url.query)
+    expect(plain, path, "the path must be printable ASCII")
+    expect(not (url.username or url.fragment), path, "takes no user or fragment")
     secure = scheme == "https"
     base = re.sub("/+", "/", url.path).rstrip("/").removesuffix("/chat/completions")
     place = {"dialect": dialect, "secure": secure, "host": host, "path": base}
@@ -975,50 +965,42 @@ KNOWN = {
 }
 
 
-def parse_headers(
-    value: Any, path: str, parse: Callable[[str, Any, str], str]
-) -> tuple[tuple[str, str], ...]:
-    for name in (headers := named_members(value, path, parse)):
-        if not HEADER_NAME.fullmatch(name) or name.lower() in OWN_HEADERS:
-            raise ConfigError(f"{path}.{name}: is no header that can be set")
-    return tuple(headers.items())
-
-
 def parse_upstream(name: str, value: Any, path: str) -> UpstreamConfig:
-    if "url" not in typed(value, path, dict, "an object"):
-        raise ConfigError(f"{path}.url: is required")
-    place, used, partial = parse_url(value["url"], f"{path}.url"), {}, functools.partial
+    expect("url" in object_of(value, path), f"{path}.url", "is required")
+    place, used = parse_url(value["url"], f"{path}.url"), {}
     kind, host = DIALECTS[place["dialect"]], f".{place['host']}"
+    filled = functools.partial(from_environment, used=used)
 
-    def filled(name: str, text: Any, path: str) -> str:
-        return from_environment(text, path, used)
+    def parse_header(name: str, text: Any, path: str) -> str:
+        fits = HEADER_NAME.fullmatch(name) and name.lower() not in OWN_HEADERS
+        expect(fits, path, "is no header that can be set")
+        return filled(text, path)
 
     cannot = "cannot leave out what all need ('cap' renames a cap)"
     parsers = {
-        "url": lambda url, path: place,
-        "key": partial(from_environment, used=used),
-        "auth": partial(one_of, known=AUTH),
-        "headers": partial(parse_headers, parse=filled),
-        "query": partial(named_members, parse=filled),
-        "proxy": partial(parse_proxy, used=used),
-        "timeout": parse_timeout,
-        "without": partial(text_list, fits=lambda n: n not in NEEDED_FIELDS, told=cannot),
-        "developer": text_of,
-        "cap": partial(one_of, known=CAPS),
-    }
+        "url": as_it_is, "key": filled, "auth": one_of(AUTH),
+        "headers": named_members(parse_header),
+        "query": named_members(lambda name, text, path: filled(text, path)),
+        "proxy": functools.partial(parse_proxy, used=used),
+        "timeout": lambda it, at: float(amount(it, at, 0.001, 3600)),
+        "without": texts(lambda it: it not in NEEDED_FIELDS, cannot),
+        "developer": text_of, "cap": one_of(CAPS),
+    }  # fmt: skip
     heeded = {each: parsers[each] for each in f"url key {kind.options}".split()}
     known = [each for end, each in KNOWN.items() if host.endswith(f".{end}")]
     known = functools.reduce(operator.or_, [*known, kind.known], {})
     value = {each: part for each, part in known.items() if each in heeded} | value
-    given = members(value, path, heeded)
-    if place["query"] and "query" not in heeded:
-        raise ConfigError(f"{path}.url: takes no query")
-    query = filter(None, (place["query"], urlencode(given.get("query", {}))))
-    parts = given.pop("url") | given | {"query": "&".join(query)}
+    parts = members(value, path, heeded)
+    del parts["url"]
+    takes = "query" in heeded or not place["query"]
+    expect(takes, f"{path}.url", "takes no query")
+    query = filter(None, (place["query"], urlencode(parts.get("query", {}))))
+    parts = place | parts | {"query": "&".join(query)}
+    parts["headers"] = tuple(parts.get("headers", {}).items())
     secrets = [*parts.get("key", "").split(":"), *used.values()]
     if proxy := parts.get("proxy"):
         secrets.append(proxy.login.partition(":")[2])
-    words = [word for _, text in parts.get("headers", ()) for word in text.split()]
+    words = [word for _, text in parts["headers"] for word in text.split()]
     secrets += [word for word in words if len(word) >= 16]
     missing = tuple([name for name, found in used.items() if not found])
     return UpstreamConfig(name, **parts, missing=missing, secrets=tuple(secrets))
@@ -1070,20 +1052,18 @@ def parse_routes(
 ) -> tuple[tuple[UpstreamConfig, str], ...]:
     routes = []
     for text in value if isinstance(value, list) and value else [value]:
-        upstream, slash, upstream_id = text_of(text, path).partition("/")
-        if not slash or not upstream_id:
-            raise ConfigError(f"{path}: must read like 'name/id'")
-        if upstream not in upstreams:
-            raise ConfigError(f"{path}: no upstream is named '{upstream}'")
-        if id.endswith("*") != upstream_id.endswith("*"):
-            raise ConfigError(f"{path}: both names end with '*', or none")
+        upstream, _, upstream_id = text_of(text, path).partition("/")
+        expect(upstream_id, path, "must read like 'name/id'")
+        expect(upstream in upstreams, path, f"no upstream is named '{upstream}'")
+        alike = id.endswith("*") == upstream_id.endswith("*")
+        expect(alike, path, "both names end with '*', or none")
         routes.append((upstreams[upstream], upstream_id))
     return tuple(routes)
 
 
 def parse_defaults(value: Any, path: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or {"model", "n", "best_of"} & {*value}:
-        raise ConfigError(f"{path}: must be an object without 'model' or 'n'")
+    fits = isinstance(value, dict) and not {"model", "n", "best_of"} & {*value}
+    expect(fits, path, "must be an object without 'model' or 'n'")
     return plain(value, path)
 
 
@@ -1093,18 +1073,15 @@ def parse_model(
     def is_priced(allowed: str) -> bool:
         return allowed.partition(":")[0] in ALL_PRICED
 
-    partial, takes = functools.partial, f"takes {', '.join(ALL_PRICED)}"
     given = members(value, path, {
-        "upstream": partial(parse_routes, id=id, upstreams=upstreams),
-        "about": text_of,
-        "defaults": parse_defaults,
-        "max_output": partial(whole, low=1, high=MAX_TOKENS),
+        "upstream": functools.partial(parse_routes, id=id, upstreams=upstreams),
+        "about": text_of, "defaults": parse_defaults, "max_output": whole(1, MAX_TOKENS),
         "price": parse_prices,
-        "allow": partial(text_list, fits=is_priced, told=takes),
+        "allow": texts(is_priced, f"takes {', '.join(ALL_PRICED)}"),
     }, needed="upstream")  # fmt: skip
     routes = given.pop("upstream")
-    if not ("price" in given or all([LOOPBACK.fullmatch(up.host) for up, _ in routes])):
-        raise ConfigError(f"{path}.price: is required")
+    free = all([LOOPBACK.fullmatch(upstream.host) for upstream, _ in routes])
+    expect("price" in given or free, f"{path}.price", "is required")
     price, hours = given.pop("price", (Price(), ()))
     flat = frozenset.intersection(*[DIALECTS[up.dialect].flat(id) for up, id in routes])
     allow = given.pop("allow", frozenset()) | flat
@@ -1124,14 +1101,14 @@ def parse_moment(value: Any, path: str) -> int:
 
 
 def parse_budget(value: Any, path: str) -> Budget:
-    parsers = {"credits": to_micro, "per": functools.partial(one_of, known=PERIODS)}
+    parsers = {"credits": to_micro, "per": one_of(PERIODS)}
     given = members(value, path, parsers, needed="credits per")
     return Budget(given["credits"], given["per"])
 
 
-def parse_names(value: Any, path: str, known: Container[str]) -> frozenset[str]:
-    """Models that an account or a key may use."""
-    return text_list(value, path, known.__contains__, "must be names of models")
+def models_of(known: Container[str]) -> Parser:
+    """A parser of lists of the models that an account or a key may use."""
+    return texts(known.__contains__, "must be names of models")
 
 
 TERMS = "expires budget models limits metrics"
@@ -1139,14 +1116,11 @@ TERMS = "expires budget models limits metrics"
 
 def parse_terms(value: Any, path: str = "", models: Container[str] = ()) -> Terms:
     """The terms of a key, of either file; `models`: those that there are."""
-    given = typed(value, path or "terms", dict, "an object").items()
+    given = object_of(value, path or "terms").items()
     given = {name: part for name, part in given if part is not None}
     parts = members(given, path, {
-        "expires": parse_moment,
-        "budget": parse_budget,
-        "models": functools.partial(parse_names, known=models),
-        "limits": functools.partial(parse_limits, common=NO_LIMITS),
-        "metrics": boolean,
+        "expires": parse_moment, "budget": parse_budget, "models": models_of(models),
+        "limits": functools.partial(parse_limits, common=NO_LIMITS), "metrics": boolean,
     })  # fmt: skip
     told = plain(given, path).items()
     written = {name: part for name, part in told if part is not False and part != {}}
@@ -1168,8 +1142,8 @@ def changed_terms(terms: Terms, change: dict[str, Any], models: Iterable[str]) -
     changed at run time gets them; ConfigError."""
     known = {*models, *(terms.models or ())}
     terms = parse_terms(patched(terms.written, change), models=known)
-    if "expires" in change and terms.expired():
-        raise ConfigError("expires: has passed already")
+    passed = "expires" in change and terms.expired()
+    expect(not passed, "expires", "has passed already")
     return terms
 
 
@@ -1184,37 +1158,34 @@ def parse_key(name: str, value: Any, path: str, models: Container[str]) -> Key:
         terms, path = parse_terms(given, path, models), f"{path}.key"
     if text_of(value, path).startswith("sha256:"):
         hash, hint = value[7:].lower(), "sha256"
-        if not re.fullmatch("[0-9a-f]{64}", hash):
-            raise ConfigError(f"{path}: sha256: takes 64 hexadecimal digits")
-    elif BEARER.fullmatch(value):
-        hash, hint = sha256(value), key_hint(value)
+        fits = re.fullmatch("[0-9a-f]{64}", hash)
+        expect(fits, path, "sha256: takes 64 hexadecimal digits")
     else:
-        raise ConfigError(f"{path}: must be 4 to 200 characters without blanks")
+        hash, hint = sha256(value), key_hint(value)
+        fits = BEARER.fullmatch(value)
+        expect(fits, path, "must be 4 to 200 characters without blanks")
     return Key(key_id(hash), name, "", hash, hint, terms=terms)
 
 
 def parse_account(
     id: str, value: Any, path: str, limits: Limits, models: dict[str, Model]
 ) -> Account:
-    partial = functools.partial
     given = members(value, path, {
         "credits": lambda it, at: UNLIMITED if it == "unlimited" else to_micro(it, at),
-        "keys": partial(named_members, parse=partial(parse_key, models=models)),
-        "models": partial(parse_names, known=models),
-        "limits": partial(parse_limits, common=limits),
-        "admin": boolean,
-        "demo": boolean,
+        "keys": named_members(functools.partial(parse_key, models=models)),
+        "models": models_of(models),
+        "limits": functools.partial(parse_limits, common=limits),
+        "admin": boolean, "demo": boolean,
     })  # fmt: skip
     keys = given.pop("keys", {}).values()
     account = Account(account_name(id, path), **{"limits": limits} | given)
     if account.demo:
-        names = account.models or ()
-        routes = [route for name in names for route in models[name].routes]
-        if account.admin or {upstream.dialect for upstream, _ in routes} != {"echo"}:
-            reason = "is for accounts that list echo models only, and are no admin's"
-            raise ConfigError(f"{path}.demo: {reason}")
-        if any([key.terms.metrics for key in keys]):
-            raise ConfigError(f"{path}.keys: a public key reads no metrics")
+        routes = itertools.chain(*[models[name].routes for name in account.models or ()])
+        fits = not account.admin and {up.dialect for up, _ in routes} == {"echo"}
+        told = "is for accounts that list echo models only, and are no admin's"
+        expect(fits, f"{path}.demo", told)
+        reads = any([key.terms.metrics for key in keys])
+        expect(not reads, f"{path}.keys", "a public key reads no metrics")
     keys = [replace(key, account=id, admin=account.admin) for key in keys]
     return replace(account, keys=tuple(keys))
 
@@ -1228,23 +1199,25 @@ def parse_config(document: Any) -> Config:
     sections = "limits accounts upstreams models cors".split()
     raw = members(document, "", dict.fromkeys(sections, as_it_is))
     limits = parse_limits(raw.get("limits", {}), "limits")
-    upstreams = named_members(raw.get("upstreams", {}), "upstreams", parse_upstream)
-    parse = functools.partial(parse_model, upstreams=upstreams)
-    models = named_members(raw.get("models", {}), "models", parse)
-    parse = functools.partial(parse_account, limits=limits, models=models)
-    accounts = named_members(raw.get("accounts", {}), "accounts", parse)
+
+    def section(name: str, parse: Callable, **above: Any) -> dict[str, Any]:
+        parse = functools.partial(parse, **above)
+        return named_members(parse)(raw.get(name, {}), name)
+
+    upstreams = section("upstreams", parse_upstream)
+    models = section("models", parse_model, upstreams=upstreams)
+    accounts = section("accounts", parse_account, limits=limits, models=models)
     keys: dict[str, Key] = {}
     for key in itertools.chain(*[account.keys for account in accounts.values()]):
-        if key.id in keys:
-            raise ConfigError(f"accounts.{key.account}.keys.{key.name}: is declared twice")
-        keys[key.id] = key
+        path = f"accounts.{key.account}.keys.{key.name}"
+        expect(keys.setdefault(key.id, key) is key, path, "is declared twice")
     shown = [
         (text, min(account.models)) for account in accounts.values() if account.demo
         for text in raw["accounts"][account.id].get("keys", {}).values()
         if isinstance(text, str) and not text.startswith("sha256:")
     ]  # fmt: skip
-    told = "must list origins like 'https://example.com'"
-    cors = text_list(raw.get("cors", []), "cors", ORIGIN.fullmatch, told)
+    origins = texts(ORIGIN.fullmatch, "must list origins like 'https://example.com'")
+    cors = origins(raw.get("cors", []), "cors")
     demo = next(iter(shown), None)
     return Config(limits, accounts, keys, models, int(time.time()), demo, cors)
 

@@ -1506,22 +1506,25 @@ class LedgerFile:
         """The ledger's id. It is never made again where there was one."""
         mark = os.pread(self._lock, 64, 0).rstrip(b"\0").decode("ascii", "replace")
         mark = mark.replace("no ledger", "")  # 022b995 could write that of a good one
-        if os.path.exists(self.path):
+        there = os.path.exists(self.path)
+        anew = f"restore it, or delete {self.path}-lock as well to start anew"
+        self._require(there or not mark, f"is gone; {anew}")
+        if there:
             in_use = self._in_use()
-            if in_use and not mark:
-                reason = "is in use without its lock file: stop the server that uses it"
-                raise LedgerUnavailable(f"{self.path} {reason}")
+            told = "is in use without its lock file: stop the server that uses it"
+            self._require(mark or not in_use, told)
             with contextlib.closing(self._connect(self.path)) as db:
                 id = self._accept(db, mark, in_use)
-        elif mark:
-            reason = f"restore it, or delete {self.path}-lock as well to start anew"
-            raise LedgerUnavailable(f"{self.path} is gone; {reason}")
         else:
             id = self._make()
         if id != mark:
             os.pwrite(self._lock, id.encode().ljust(64, b"\0"), 0)
             os.fsync(self._lock)
         return id
+
+    def _require(self, fits: Any, reason: str) -> None:
+        if not fits:
+            raise LedgerUnavailable(f"{self.path} {reason}")
 
     def _make(self) -> str:
         """A new ledger; under another name first: half of one would stay for ever."""
@@ -1537,23 +1540,16 @@ class LedgerFile:
     def _accept(self, db: sqlite3.Connection, mark: str, in_use: bool) -> str:
         """The id of the ledger that is there, upgraded where it is an older one's."""
         version, id = self._identify(db)
-        if mark not in ("", id):
-            raise LedgerUnavailable(f"{self.path} is another ledger than before")
-        if version > SCHEMA_VERSION:
-            raise LedgerUnavailable(
-                f"{self.path} is of a newer proxy.py: its schema is version {version},"
-                f" here is {SCHEMA_VERSION}"
-            )
+        self._require(mark in ("", id), "is another ledger than before")
+        told = f"is of a newer proxy.py: its schema is {version}, here is {SCHEMA_VERSION}"
+        self._require(version <= SCHEMA_VERSION, told)
         if version < SCHEMA_VERSION:
-            if in_use:
-                reason = "is in use: stop the older server first"
-                raise LedgerUnavailable(f"{self.path} {reason}")
+            self._require(not in_use, "is in use: stop the older server first")
             self._upgrade(db, version, id)
         found = schema_of(db)
         for name, sql in expected_schema().items():
-            if found.get(name) != sql:
-                reason = f"its {name} is not that of schema {SCHEMA_VERSION}"
-                raise LedgerUnavailable(f"{self.path} is damaged: {reason}")
+            told = f"is damaged: its {name} is not that of schema {SCHEMA_VERSION}"
+            self._require(found.get(name) == sql, told)
         return id
 
     def _identify(self, db: sqlite3.Connection) -> tuple[int, str]:
@@ -1565,9 +1561,9 @@ class LedgerFile:
         sql = "SELECT value FROM meta WHERE name = 'id'"
         if "meta" in tables and (row := db.execute(sql).fetchone()):
             return number, row[0]
-        if {"meta", "tallies"} <= tables:  # 022b995 had its id in the file's header
-            return 0, f"{number:08x}{other:08x}"
-        raise LedgerUnavailable(f"{self.path} is no ledger")
+        # 022b995 had its id in the file's header.
+        self._require({"meta", "tallies"} <= tables, "is no ledger")
+        return 0, f"{number:08x}{other:08x}"
 
     def _upgrade(self, db: sqlite3.Connection, version: int, id: str) -> None:
         """Migrates in numbered steps, in one transaction, after a backup."""
@@ -1652,12 +1648,10 @@ class LedgerFile:
         """Both files must be those that were opened: an unlinked one takes writes, a log
         beside another file is that file's own, and slots without the lock file's are
         nobody's."""
-        if not self._places:
-            raise LedgerUnavailable(f"{self.path} is not opened yet")
+        self._require(self._places, "is not opened yet")
         with ledger_errors():
             found = self._look()
-        if found != self._places:
-            raise LedgerUnavailable(f"{self.path}, or its lock file, was replaced")
+        self._require(found == self._places, "or its lock file was replaced")
 
     def _connect(self, unknown: str = "") -> sqlite3.Connection:
         """A connection to the ledger as it was opened, or to a file of which nothing is
@@ -1674,8 +1668,8 @@ class LedgerFile:
             db.execute("PRAGMA wal_autocheckpoint = 0")
             db.execute("PRAGMA cache_size = -512")  # KiB; others' writes empty it
             db.execute(f"PRAGMA journal_size_limit = {LOG_SIZE}")
-            if not unknown and self._identify(db) != (SCHEMA_VERSION, self.id):
-                raise LedgerUnavailable(f"{self.path} is another ledger than before")
+            known = unknown or self._identify(db) == (SCHEMA_VERSION, self.id)
+            self._require(known, "is another ledger than before")
         except BaseException:
             db.close()  # in a cycle with its cache, it would keep three descriptors
             raise

@@ -474,22 +474,21 @@ class Budget:
     def window(self, day: int) -> tuple[int, int]:
         """The first day (since 1970) of the period that this day is in, and that of
         the next. It is computed: there is nothing to reset."""
-        if self.per == "total":
-            return 0, FOREVER
-        since, length = day, 1
-        if self.per == "week":
-            since, length = day - (day + 3) % 7, 7  # from Monday; day 0 was a Thursday
-        elif self.per == "month":
-            date = time.gmtime(day * DAY)
-            since -= date.tm_mday - 1
-            length = calendar.monthrange(date.tm_year, date.tm_mon)[1]
+        date = time.gmtime(day * DAY)
+        since, length = {
+            "day": (day, 1),
+            "week": (day - date.tm_wday, 7),
+            "month": (day - date.tm_mday + 1, calendar.monthrange(*date[:2])[1]),
+            "total": (0, FOREVER),
+        }[self.per]
         return since, since + length
 
     def told(self, left: int, needed: int, until: int) -> str:
         """Why micro-credits that are `needed` are refused, and when that ends."""
-        per = "in total" if self.per == "total" else f"per {self.per}"
         then = time.strftime("%Y-%m-%d", time.gmtime(until * DAY))
-        then = "" if self.per == "total" else f"; its next window begins {then} (UTC)"
+        per, then = f"per {self.per}", f"; its next window begins {then} (UTC)"
+        if self.per == "total":
+            per, then = "in total", ""
         most, left, needed = self.most / MICRO, max(0, left) / MICRO, needed / MICRO
         return (
             f"The key's budget of {most:.6f} credits {per} has {left:.6f} left, and this"
@@ -1249,11 +1248,10 @@ class ConfigFile:
         return None
 
     def _stat(self) -> tuple[int, int, int] | None:
-        try:
+        with contextlib.suppress(OSError):
             found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_size, found.st_mtime_ns
+            return found.st_ino, found.st_size, found.st_mtime_ns
+        return None
 
     def _read(self) -> Config:
         try:
@@ -1763,10 +1761,8 @@ class Writer:
         self._thread.start()
 
     def do(self, operation: Operation, durable: bool = False) -> Any:
-        """The result of `operation`, committed; with `durable` on the disk.
-
-        Run in the writer's thread, and again if another one of its batch broke a rule.
-        """
+        """The result of `operation`, committed by the writer's thread; with `durable` on
+        the disk. What fails fails with all that wait beside it."""
         if self._closed:
             raise LedgerUnavailable("the ledger is closed")
         job = Job(operation, durable, queue.SimpleQueue())
@@ -1798,16 +1794,9 @@ class Writer:
         self._upkeep()
 
     def _commit(self, jobs: list[Job]) -> None:
-        """Commits the jobs together; where one breaks a rule, each alone."""
         operations, durable, answers = zip(*jobs)
         try:
             results = self._file.transact(operations, any(durable))
-        except sqlite3.IntegrityError as error:
-            if len(jobs) > 1:
-                for job in jobs:
-                    self._commit([job])
-                return
-            results = [LedgerUnavailable(reason_of(error))]
         except Exception as error:  # whatever it is, no job may look written
             results = [LedgerUnavailable(reason_of(error)) for _ in jobs]
         for answer, result in zip(answers, results):
@@ -2095,8 +2084,7 @@ class Ledger:
                 self._run(self._tidy)
                 self._refused.clear()
                 while self._unsettled:
-                    lease, charge = self._unsettled[0]
-                    self._run(functools.partial(self._resolve, lease, charge), True)
+                    self._run(functools.partial(self._resolve, *self._unsettled[0]), True)
                     self._unsettled.popleft()
                 self.file.checkpoint()
                 self._forget()

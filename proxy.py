@@ -23,8 +23,8 @@ A relay runs in the thread of its request, from the first byte to the last. Two 
 threads a worker: the `writer` commits for all that wait, sweeps after dead workers and
 retries; the `watcher` ends relays whose client left or whose time is up, and looks at
 keys.json, idle connections and the log. What waits, waits for one of six locks: the
-one between processes, a job's own, the reader's, the watcher's list, the room of bodies,
-gunicorn's pool.
+one between processes, a job's answer, the reader's, the watcher's list, the room of
+bodies, gunicorn's pool.
 
 Sections, each needing only what stands above it (but for the templates at the end):
 Errors, Configuration, Ledger, Limits, Wire, Calls and prices, HTTP, Dialects, Meter,
@@ -877,14 +877,15 @@ def parse_prices(value: Any, path: str) -> tuple[Price, tuple[Hours, ...]]:
     return price, tuple(parsed)
 
 
+VARIABLE = r"\$([A-Za-z_][A-Za-z0-9_]*)"
+
+
 def from_environment(value: Any, path: str, used: dict[str, str]) -> str:
     """Printable ASCII with every $NAME replaced; `used` notes their values, empty for
     those that are not set."""
-
-    def found(match: re.Match) -> str:
-        return used.setdefault(match[1], os.environ.get(match[1], ""))
-
-    text = re.sub(r"\$([A-Za-z_][A-Za-z0-9_]*)", found, text_of(value, path))
+    for name in re.findall(VARIABLE, text_of(value, path)):
+        used[name] = os.environ.get(name, "")
+    text = re.sub(VARIABLE, lambda match: used[match[1]], value)
     expect(text.isascii() and text.isprintable(), path, "must be printable ASCII")
     return text
 

@@ -445,19 +445,12 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class Hours:
-    """Hours of the week with a price of their own: from each of `starts`, in minutes
-    since Monday 0:00 UTC, for `length` minutes."""
+    """Hours of the week with a price of their own: `minutes` has a bit for each of its
+    minutes since Monday 0:00 UTC."""
 
     utc: str
-    starts: tuple[int, ...]
-    length: int
-    price: Price = Price()
-
-    def cover(self, minute: int) -> bool:
-        return any([(minute - start) % WEEK < self.length for start in self.starts])
-
-    def overlap(self, other: Self) -> bool:
-        return any(map(self.cover, other.starts)) or any(map(other.cover, self.starts))
+    minutes: int
+    price: Price
 
 
 PERIODS = ("day", "week", "month", "total")
@@ -639,7 +632,7 @@ class Model:
         """This model at the price of the moment (unix seconds)."""
         minute = int(moment) // 60 + 3 * 1440  # 1970 began on a Thursday
         for hours in self.hours:
-            if hours.cover(minute):
+            if hours.minutes >> minute % WEEK & 1:
                 return replace(self, price=hours.price)
         return self
 
@@ -842,9 +835,9 @@ def parse_price(value: Any, path: str, usual: dict[str, Any] | None = None) -> P
     return Price(**dict.fromkeys(("cached", "written"), parts.get("input", 0)) | parts)
 
 
-def parse_utc(value: Any, path: str) -> tuple[tuple[int, ...], int]:
-    """Minutes since Monday 0:00 UTC, and for how many: "Mon-Fri 01:00-04:00" is on these
-    days, or on all; an end that is not after its start is on the next day."""
+def parse_utc(value: Any, path: str) -> int:
+    """The minutes of "Mon-Fri 01:00-04:00", on these days or on all, as Hours has them;
+    an end that is not after its start is on the next day."""
     match = HOURS.fullmatch(text_of(value, path))
     times = [int(part) for part in match.groups()[2:]] if match else [0] * 4
     start, end = times[0] * 60 + times[1], times[2] * 60 + times[3]
@@ -852,15 +845,17 @@ def parse_utc(value: Any, path: str) -> tuple[tuple[int, ...], int]:
     expect(fits, path, "must read like 'Mon-Fri 01:00-04:00'")
     first = DAYS.index(match[1] or "Mon")
     last = DAYS.index(match[2] or match[1] or "Sun")
+    all_day = (1 << ((end - start) % 1440 or 1440)) - 1
     days = range(first, first + (last - first) % 7 + 1)
-    return tuple([day * 1440 + start for day in days]), (end - start) % 1440 or 1440
+    minutes = functools.reduce(operator.or_, [all_day << d * 1440 + start for d in days])
+    return (minutes | minutes >> WEEK) & (1 << WEEK) - 1
 
 
 def parse_hours(value: Any, path: str, usual: dict[str, Any]) -> Hours:
     parsers = dict.fromkeys(PRICES, as_it_is) | {"utc": parse_utc}
     given = members(value, path, parsers, needed="utc")
-    starts, length = given.pop("utc")
-    return Hours(value["utc"], starts, length, parse_price(given, path, usual))
+    minutes = given.pop("utc")
+    return Hours(value["utc"], minutes, parse_price(given, path, usual))
 
 
 def parse_prices(value: Any, path: str) -> tuple[Price, tuple[Hours, ...]]:
@@ -872,7 +867,8 @@ def parse_prices(value: Any, path: str) -> tuple[Price, tuple[Hours, ...]]:
         hours = parse_hours(each, f"{path}.hours.{number}", usual)
         for other in parsed:
             told = f"overlaps with '{other.utc}'"
-            expect(not hours.overlap(other), f"{path}.hours.{number}.utc", told)
+            apart = not hours.minutes & other.minutes
+            expect(apart, f"{path}.hours.{number}.utc", told)
         parsed.append(hours)
     return price, tuple(parsed)
 
@@ -1463,8 +1459,7 @@ def new_file(path: str) -> str:
     """The name of an empty file beside `path`, for its owner alone; what an earlier
     attempt has left there is gone, journals too."""
     for suffix in ("", "-journal", "-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{path}-new{suffix}")
+        Path(f"{path}-new{suffix}").unlink(missing_ok=True)
     os.close(os.open(f"{path}-new", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     return f"{path}-new"
 
@@ -1584,11 +1579,8 @@ class LedgerFile:
     def _in_use(self) -> bool:
         """Whether any process, this one too, has a connection to the file. None of
         ours may be open: closing a descriptor drops SQLite's locks (fcntl(2))."""
-        file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return are_locked(file, *SHARED_BYTES)
-        finally:
-            os.close(file)
+        with open(self.path, "rb") as file:
+            return are_locked(file.fileno(), *SHARED_BYTES)
 
     def is_served(self) -> bool:
         """Whether a worker of any server lives: it has its slot."""
@@ -2130,26 +2122,21 @@ class Ledger:
         return id < id_of_day(kept)
 
     def _claim(self) -> None:
-        """Takes a free worker slot and clears what its former owner left."""
-        slots = range(1, MAX_WORKERS + 1)
-        slot = next((slot for slot in slots if self.file.take(slot)), None)
+        """Takes a free worker slot and clears what its former owner left, and windows of
+        before a reboot: their monotonic time means nothing then."""
+        slot = next(filter(self.file.take, range(1, MAX_WORKERS + 1)), None)
         if slot is None:
             raise LedgerUnavailable("no free worker slot")
-        try:
-            self._run(functools.partial(self._clear, slot=slot))
-            self._run(self._same_boot)
-        except BaseException:
-            self.file.drop(slot)
-            raise
-        self.slot = slot
-
-    @staticmethod
-    def _same_boot(db: sqlite3.Connection) -> None:
-        """Windows are in monotonic time, which means nothing after a reboot."""
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         sql = "UPDATE meta SET value = ? WHERE name = 'boot' AND value != ?"
-        if db.execute(sql, (boot, boot)).rowcount:
-            db.execute("DELETE FROM windows")
+
+        def operation(db: sqlite3.Connection) -> None:
+            self._clear(db, slot)
+            if db.execute(sql, (boot, boot)).rowcount:
+                db.execute("DELETE FROM windows")
+
+        self._run(operation)
+        self.slot = slot
 
     @staticmethod
     def _clear(db: sqlite3.Connection, slot: int) -> None:

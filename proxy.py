@@ -23,8 +23,8 @@ A relay runs in the thread of its request, from the first byte to the last. Two 
 threads a worker: the `writer` commits for all that wait, sweeps after dead workers and
 retries; the `watcher` ends relays whose client left or whose time is up, and looks at
 keys.json, idle connections and the log. What waits, waits for one of six locks: the
-one between processes, a job's own, the reader's, the watcher's list, the room of bodies,
-gunicorn's pool.
+one between processes, a job's answer, the reader's, the watcher's list, the room of
+bodies, gunicorn's pool.
 
 Sections, each needing only what stands above it (but for the templates at the end):
 Errors, Configuration, Ledger, Limits, Wire, Calls and prices, HTTP, Dialects, Meter,
@@ -82,7 +82,7 @@ import unicodedata
 import zlib
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Container, Generator, Iterable, Iterator
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from email.utils import parsedate_to_datetime
@@ -404,19 +404,27 @@ MAX_TOKENS = 10**7  # no context window is larger: a report above it is not beli
 DIALECTS: dict[str, type] = {}  # scheme before the "+" -> class; each enters itself
 
 
+@functools.lru_cache(1000)
+def rate_items(rate: str) -> tuple[RateLimitItem, ...]:
+    """The windows of a rate as Flask-Limiter writes it, each once."""
+    return tuple(dict.fromkeys(parse_many(rate)))
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one key may do: `rate` as Flask-Limiter writes it, and requests at once."""
 
-    rate: str
-    items: tuple[RateLimitItem, ...]
-    concurrent: int
+    rate: str = "60/minute"
+    concurrent: int = 10
+
+    @property
+    def items(self) -> tuple[RateLimitItem, ...]:
+        return rate_items(self.rate) if self.rate else ()
 
     def within(self, outer: Limits) -> Limits:
         """These and the `outer` ones: of two limits the smaller counts."""
         rate = "; ".join(filter(None, (outer.rate, self.rate)))
-        items = tuple(dict.fromkeys(outer.items + self.items))
-        return Limits(rate, items, min(outer.concurrent, self.concurrent))
+        return Limits(rate, min(outer.concurrent, self.concurrent))
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,19 +445,12 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class Hours:
-    """Hours of the week with a price of their own: from each of `starts`, in minutes
-    since Monday 0:00 UTC, for `length` minutes."""
+    """Hours of the week with a price of their own: `minutes` has a bit for each of its
+    minutes since Monday 0:00 UTC."""
 
     utc: str
-    starts: tuple[int, ...]
-    length: int
-    price: Price = Price()
-
-    def cover(self, minute: int) -> bool:
-        return any([(minute - start) % WEEK < self.length for start in self.starts])
-
-    def overlap(self, other: Self) -> bool:
-        return any(map(self.cover, other.starts)) or any(map(other.cover, self.starts))
+    minutes: int
+    price: Price
 
 
 PERIODS = ("day", "week", "month", "total")
@@ -466,22 +467,21 @@ class Budget:
     def window(self, day: int) -> tuple[int, int]:
         """The first day (since 1970) of the period that this day is in, and that of
         the next. It is computed: there is nothing to reset."""
-        if self.per == "total":
-            return 0, FOREVER
-        since, length = day, 1
-        if self.per == "week":
-            since, length = day - (day + 3) % 7, 7  # from Monday; day 0 was a Thursday
-        elif self.per == "month":
-            date = time.gmtime(day * DAY)
-            since -= date.tm_mday - 1
-            length = calendar.monthrange(date.tm_year, date.tm_mon)[1]
+        date = time.gmtime(day * DAY)
+        since, length = {
+            "day": (day, 1),
+            "week": (day - date.tm_wday, 7),
+            "month": (day - date.tm_mday + 1, calendar.monthrange(*date[:2])[1]),
+            "total": (0, FOREVER),
+        }[self.per]
         return since, since + length
 
     def told(self, left: int, needed: int, until: int) -> str:
         """Why micro-credits that are `needed` are refused, and when that ends."""
-        per = "in total" if self.per == "total" else f"per {self.per}"
         then = time.strftime("%Y-%m-%d", time.gmtime(until * DAY))
-        then = "" if self.per == "total" else f"; its next window begins {then} (UTC)"
+        per, then = f"per {self.per}", f"; its next window begins {then} (UTC)"
+        if self.per == "total":
+            per, then = "in total", ""
         most, left, needed = self.most / MICRO, max(0, left) / MICRO, needed / MICRO
         return (
             f"The key's budget of {most:.6f} credits {per} has {left:.6f} left, and this"
@@ -489,20 +489,20 @@ class Budget:
         )
 
 
-COMMON_LIMITS = Limits("60/minute", tuple(parse_many("60/minute")), 10)
-NO_LIMITS = Limits("", (), 100_000)
+COMMON_LIMITS, NO_LIMITS = Limits(), Limits("", 100_000)
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
     """What one key may do of what its account may; it expires at a unix second. With
-    `metrics` it reads /metrics, and nothing else."""
+    `metrics` it reads /metrics, and nothing else. `written`: as keys.json has them."""
 
     expires: int | None = None
     budget: Budget | None = None
     models: frozenset[str] | None = None
     limits: Limits = NO_LIMITS
     metrics: bool = False
+    written: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def expired(self) -> bool:
         return self.expires is not None and self.expires <= time.time()
@@ -544,11 +544,8 @@ class Account:
         """The account as a key with these terms may use it."""
         if terms == NO_TERMS:
             return self
-        models = terms.models
-        if models is None or self.models is None:
-            models = self.models if models is None else models
-        else:
-            models &= self.models
+        lists = [each for each in (self.models, terms.models) if each is not None]
+        models = frozenset.intersection(*lists) if lists else None
         return replace(self, models=models, limits=terms.limits.within(self.limits))
 
 
@@ -635,7 +632,7 @@ class Model:
         """This model at the price of the moment (unix seconds)."""
         minute = int(moment) // 60 + 3 * 1440  # 1970 began on a Thursday
         for hours in self.hours:
-            if hours.cover(minute):
+            if hours.minutes >> minute % WEEK & 1:
                 return replace(self, price=hours.price)
         return self
 
@@ -678,48 +675,86 @@ def key_hint(text: str) -> str:
     return f"{text[:4]}…{text[-4:]}" if len(text) >= 16 else f"{text[:3]}…"
 
 
-def typed(value: Any, path: str, kind: type, name: str) -> Any:
-    """The value if it is of this kind, which people call `name`, or ConfigError."""
-    if not isinstance(value, kind):
-        raise ConfigError(f"{path}: must be {name}")
-    return value
+Parser = Callable[[Any, str], Any]  # of a value and its path; raises ConfigError
 
 
-def text_of(value: Any, path: str) -> str:
-    return typed(value, path, str, "a text")
+def expect(fits: Any, path: str, told: str) -> None:
+    if not fits:
+        raise ConfigError(f"{path}: {told}")
+
+
+def where(fits: Callable[[Any], Any], told: str) -> Parser:
+    """A parser of values that fit, for which they must be as `told`."""
+
+    def parse(value: Any, path: str) -> Any:
+        expect(fits(value), path, f"must be {told}")
+        return value
+
+    return parse
+
+
+text_of = where(lambda it: isinstance(it, str), "a text")
+object_of = where(lambda it: isinstance(it, dict), "an object")
+list_of = where(lambda it: isinstance(it, list), "a list")
+boolean = where(lambda it: isinstance(it, bool), "true or false")
+as_it_is = where(lambda it: True, "")
+
+
+def whole(low: int, high: int) -> Parser:
+    fits = lambda it: type(it) is int and low <= it <= high
+    return where(fits, f"a whole number from {low} to {high}")
+
+
+def one_of(known: Iterable[str]) -> Parser:
+    return where(lambda it: it in tuple(known), f"one of {', '.join(sorted(known))}")
+
+
+def texts(fits: Callable[[str], Any], told: str) -> Parser:
+    """A parser of lists of texts that all fit; `told` if one does not."""
+
+    def parse(value: Any, path: str) -> frozenset[str]:
+        for text in list_of(value, path):
+            expect(fits(text_of(text, path)), path, f"{told}; not {text!r}")
+        return frozenset(value)
+
+    return parse
+
+
+def named_members(parse: Callable[[str, Any, str], Any]) -> Parser:
+    """A parser of objects: `parse` takes the name, value and path of each member."""
+
+    def parse_all(value: Any, path: str) -> dict[str, Any]:
+        given = object_of(value, path).items()
+        return {name: parse(name, part, f"{path}.{name}") for name, part in given}
+
+    return parse_all
+
+
+def members(
+    value: Any, path: str, parsers: dict[str, Parser], needed: str = ""
+) -> dict[str, Any]:
+    """The members of an object, parsed; all are known and the needed ones are there."""
+    at = f"{path}." if path else ""
+    for name in object_of(value, path or "keys.json"):
+        expect(name in parsers, at + name, "unknown field")
+    for name in needed.split():
+        expect(name in value, at + name, "is required")
+    return {name: parsers[name](part, at + name) for name, part in value.items()}
 
 
 def printable_name(value: Any, path: str, longest: int = 100) -> str:
-    """A name that people and terminals can be shown, or ConfigError."""
-    if not 1 <= len(text_of(value, path)) <= longest:
-        raise ConfigError(f"{path}: must be a text of 1 to {longest} characters")
-    if not value.isprintable() or value != value.strip():
-        raise ConfigError(f"{path}: must hold printable characters only")
+    """A name that people and terminals can be shown."""
+    fits = 1 <= len(text_of(value, path)) <= longest
+    expect(fits, path, f"must be a text of 1 to {longest} characters")
+    fits = value.isprintable() and value == value.strip()
+    expect(fits, path, "must hold printable characters only")
     return value
 
 
 def account_name(value: Any, path: str) -> str:
     """A name that can stand in the path of a URL, too."""
-    if "/" in printable_name(value, path) or value in (".", ".."):
-        raise ConfigError(f"{path}: must hold no '/'")
-    return value
-
-
-def fields(value: Any, path: str, known: str, needed: str = "") -> dict[str, Any]:
-    """An object whose members are all known and whose needed ones are there."""
-    before = f"{path}." if path else ""
-    for name in typed(value, path or "keys.json", dict, "an object"):
-        if name not in known.split() + needed.split():
-            raise ConfigError(f"{before}{name}: unknown field")
-    for name in needed.split():
-        if name not in value:
-            raise ConfigError(f"{before}{name}: is required")
-    return value
-
-
-def whole(value: Any, path: str, low: int, high: int) -> int:
-    if type(value) is not int or not low <= value <= high:
-        raise ConfigError(f"{path}: must be a whole number from {low} to {high}")
+    fits = "/" not in printable_name(value, path) and value not in (".", "..")
+    expect(fits, path, "must hold no '/'")
     return value
 
 
@@ -727,16 +762,19 @@ MOST_CREDITS = 10**9
 UNLIMITED = 2**61  # micro-credits of an account that is metered, and not bounded
 
 
+def amount(value: Any, path: str, low: float, high: int) -> Decimal:
+    fits = isinstance(value, (int, float, Decimal)) and type(value) is not bool
+    expect(fits, path, "must be a number")
+    found = Decimal(str(value))
+    fits = found.is_finite() and low <= found <= high
+    expect(fits, path, f"must be a number from {low} to {high}")
+    return found
+
+
 def to_micro(value: Any, path: str, low: int = 0) -> int:
-    """Micro-credits of an amount of credits; ConfigError beyond six decimals."""
-    if type(value) is bool or not isinstance(value, (int, float, Decimal)):
-        raise ConfigError(f"{path}: must be a number")
-    amount = Decimal(str(value))
-    if not amount.is_finite() or not low <= amount <= MOST_CREDITS:
-        raise ConfigError(f"{path}: must be a number from {low} to {MOST_CREDITS}")
-    micro = amount * MICRO
-    if micro != micro.to_integral_value():
-        raise ConfigError(f"{path}: has more than six decimals")
+    """Micro-credits of an amount of credits, of six decimals at the most."""
+    micro = amount(value, path, low, MOST_CREDITS) * MICRO
+    expect(micro == micro.to_integral_value(), path, "has more than six decimals")
     return int(micro)
 
 
@@ -762,100 +800,90 @@ def amount_text(credits: float) -> str:
 MAX_RATE = 10_000  # requests of one window: it is read and written whole
 
 
+def parse_rate(value: Any, path: str) -> str:
+    try:
+        items = rate_items(value)
+    except (ValueError, TypeError):
+        raise ConfigError(f"{path}: must read like '60/minute'") from None
+    for item in items:
+        whole(1, MAX_RATE)(item.amount, path)
+        whole(1, 366 * DAY)(item.get_expiry(), f"{path} (seconds)")
+    return value
+
+
 def parse_limits(value: Any, path: str, common: Limits = COMMON_LIMITS) -> Limits:
     """Limits of this object; what it leaves out is `common`."""
-    value = fields(value, path, "rate concurrent")
-    rate = value.get("rate", common.rate)
-    concurrent = value.get("concurrent", common.concurrent)
-    try:
-        items = common.items
-        if "rate" in value:
-            items = tuple(dict.fromkeys(parse_many(rate)))
-    except (ValueError, TypeError):
-        raise ConfigError(f"{path}.rate: must read like '60/minute'") from None
-    for item in items:
-        whole(item.amount, f"{path}.rate", 1, MAX_RATE)
-        whole(item.get_expiry(), f"{path}.rate (seconds)", 1, 366 * DAY)
-    most = whole(concurrent, f"{path}.concurrent", 1, NO_LIMITS.concurrent)
-    return Limits(rate, items, most)
+    parsers = {"rate": parse_rate, "concurrent": whole(1, NO_LIMITS.concurrent)}
+    return replace(common, **members(value, path, parsers))
 
 
-PRICES = "input cached written output image request characters reported"
+PRICES = Price.__slots__
 DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
 DAY_NAME, CLOCK = f"({'|'.join(DAYS)})", "([0-9]{2}):([0-5][0-9])"
 HOURS = re.compile(f"(?:{DAY_NAME}(?:-{DAY_NAME})? )?{CLOCK}-{CLOCK}")
 
 
-def parse_price(value: Any, path: str, other: dict[str, Any] | None = None) -> Price:
-    """A price: micro-credits per million tokens are pico-credits per token. `other`:
+def parse_price(value: Any, path: str, usual: dict[str, Any] | None = None) -> Price:
+    """A price: micro-credits per million tokens are pico-credits per token. `usual`:
     what it replaces a part of."""
-    value = fields(value, path, PRICES)
-    if not value:
-        raise ConfigError(f"{path}: names no price (0 is one)")
-    parts = {}
-    for name, amount in ((other or {}) | value).items():
-        micro = to_micro(amount, f"{path}.{name}")
-        parts[name] = micro * (PICO if name in ("image", "request") else 1)
-    if parts.keys() == {"reported"}:
-        raise ConfigError(f"{path}.reported: needs other prices, which are held")
-    for name in ("cached", "written"):
-        parts.setdefault(name, parts.get("input", 0))
-    return Price(**parts)
+    expect(object_of(value, path), path, "names no price (0 is one)")
+    parts = members((usual or {}) | value, path, dict.fromkeys(PRICES, to_micro))
+    others = parts.keys() != {"reported"}
+    expect(others, f"{path}.reported", "needs other prices, which are held")
+    for name in parts.keys() & {"image", "request"}:
+        parts[name] *= PICO
+    return Price(**dict.fromkeys(("cached", "written"), parts.get("input", 0)) | parts)
+
+
+def parse_utc(value: Any, path: str) -> int:
+    """The minutes of "Mon-Fri 01:00-04:00", on these days or on all, as Hours has them;
+    an end that is not after its start is on the next day."""
+    match = HOURS.fullmatch(text_of(value, path))
+    times = [int(part) for part in match.groups()[2:]] if match else [0] * 4
+    start, end = times[0] * 60 + times[1], times[2] * 60 + times[3]
+    fits = start != end and start < 1440 and end <= 1440
+    expect(fits, path, "must read like 'Mon-Fri 01:00-04:00'")
+    first = DAYS.index(match[1] or "Mon")
+    last = DAYS.index(match[2] or match[1] or "Sun")
+    all_day = (1 << ((end - start) % 1440 or 1440)) - 1
+    days = range(first, first + (last - first) % 7 + 1)
+    minutes = functools.reduce(operator.or_, [all_day << d * 1440 + start for d in days])
+    return (minutes | minutes >> WEEK) & (1 << WEEK) - 1
 
 
 def parse_hours(value: Any, path: str, usual: dict[str, Any]) -> Hours:
-    """The prices of "Mon-Fri 01:00-04:00": on these days, or on all; an end that is not
-    after its start is on the next day."""
-    value = dict(fields(value, path, PRICES, needed="utc"))
-    utc = text_of(value.pop("utc"), f"{path}.utc")
-    match = HOURS.fullmatch(utc)
-    times = [int(part) for part in match.groups()[2:]] if match else [0] * 4
-    start, end = times[0] * 60 + times[1], times[2] * 60 + times[3]
-    if start == end or start >= 1440 or end > 1440:
-        raise ConfigError(f"{path}.utc: must read like 'Mon-Fri 01:00-04:00'")
-    first = DAYS.index(match[1] or "Mon")
-    last = DAYS.index(match[2] or match[1] or "Sun")
-    days = range(first, first + (last - first) % 7 + 1)
-    starts, length = tuple([day * 1440 + start for day in days]), (end - start) % 1440
-    return Hours(utc, starts, length or 1440, parse_price(value, path, usual))
+    parsers = dict.fromkeys(PRICES, as_it_is) | {"utc": parse_utc}
+    given = members(value, path, parsers, needed="utc")
+    minutes = given.pop("utc")
+    return Hours(value["utc"], minutes, parse_price(given, path, usual))
 
 
 def parse_prices(value: Any, path: str) -> tuple[Price, tuple[Hours, ...]]:
     """The usual price, and those of hours which no two may have in common."""
-    usual = dict(fields(value, path, f"{PRICES} hours"))
+    usual = dict(object_of(value, path))
     listed, parsed = usual.pop("hours", []), []
     price = parse_price(usual, path)
-    for number, each in enumerate(typed(listed, f"{path}.hours", list, "a list")):
+    for number, each in enumerate(list_of(listed, f"{path}.hours")):
         hours = parse_hours(each, f"{path}.hours.{number}", usual)
-        for other in filter(hours.overlap, parsed):
+        for other in parsed:
             told = f"overlaps with '{other.utc}'"
-            raise ConfigError(f"{path}.hours.{number}.utc: {told}")
+            apart = not hours.minutes & other.minutes
+            expect(apart, f"{path}.hours.{number}.utc", told)
         parsed.append(hours)
     return price, tuple(parsed)
+
+
+VARIABLE = r"\$([A-Za-z_][A-Za-z0-9_]*)"
 
 
 def from_environment(value: Any, path: str, used: dict[str, str]) -> str:
     """Printable ASCII with every $NAME replaced; `used` notes their values, empty for
     those that are not set."""
-
-    def found(match: re.Match) -> str:
-        return used.setdefault(match[1], os.environ.get(match[1], ""))
-
-    text = re.sub(r"\$([A-Za-z_][A-Za-z0-9_]*)", found, text_of(value, path))
-    if not (text.isascii() and text.isprintable()):
-        raise ConfigError(f"{path}: must be printable ASCII")
+    for name in re.findall(VARIABLE, text_of(value, path)):
+        used[name] = os.environ.get(name, "")
+    text = re.sub(VARIABLE, lambda match: used[match[1]], value)
+    expect(text.isascii() and text.isprintable(), path, "must be printable ASCII")
     return text
-
-
-def texts(value: Any, path: str, used: dict[str, str]) -> dict[str, str]:
-    given = typed(value, path, dict, "an object of texts").items()
-    return {name: from_environment(text, f"{path}.{name}", used) for name, text in given}
-
-
-def one_of(value: Any, path: str, known: Iterable[str]) -> str:
-    if value not in tuple(known):
-        raise ConfigError(f"{path}: must be one of {', '.join(sorted(known))}")
-    return value
 
 
 def parse_proxy(value: Any, path: str, used: dict[str, str]) -> HttpProxy | None:
@@ -874,55 +902,36 @@ def parse_proxy(value: Any, path: str, used: dict[str, str]) -> HttpProxy | None
     raise ConfigError(f"{path}: must read like http://user:$PASSWORD@host:3128")
 
 
-def parse_timeout(value: Any, path: str) -> float:
-    number = isinstance(value, (int, float, Decimal)) and type(value) is not bool
-    if not number or not 0 < value <= 3600:
-        raise ConfigError(f"{path}: must be a number of seconds up to 3600")
-    return float(value)
-
-
 CAPS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
 CAPS |= {"n_predict", "num_predict", "max_new_tokens"}  # local servers' own names
 NEEDED_FIELDS = CAPS | {"model", "messages", "stream"}  # no upstream goes without them
 
 
-def parse_without(value: Any, path: str) -> frozenset[str]:
-    for name in typed(value, path, list, "a list of fields"):
-        if text_of(name, path) in NEEDED_FIELDS:
-            also = " ('cap' renames it)" if name in CAPS else ""
-            raise ConfigError(f"{path}: {name!r} cannot be left out{also}")
-    return frozenset(value)
-
-
-def parse_url(text: Any, path: str) -> tuple[str, bool, str, int, str, str]:
-    """(dialect, secure, host, port, path, query) of an upstream's URL.
+def parse_url(text: Any, path: str) -> dict[str, Any]:
+    """The parts of an UpstreamConfig that its URL tells.
 
     What people copy with it is taken off: slashes too many, the path of a call.
     """
     try:
-        url = urlsplit(text)
+        url = urlsplit(text_of(text, path))
         host, port = url.hostname or "", url.port
-    except (ValueError, TypeError, AttributeError):
+    except ValueError:
         raise ConfigError(f"{path}: must be a URL") from None
     dialect, _, scheme = str(url.scheme).rpartition("+")
     if url.scheme == "echo":
         dialect, scheme = "echo", "http"
-    if dialect not in DIALECTS or scheme not in ("http", "https"):
-        raise ConfigError(
-            f"{path}: must begin with https:// or a dialect"
-            f" ({', '.join(f'{name}+https://' for name in DIALECTS if name)})"
-        )
-    if dialect != "echo" and not host:
-        raise ConfigError(f"{path}: names no host")
-    if not re.fullmatch(r"[\w.:-]*", host, re.ASCII):
-        raise ConfigError(f"{path}: the host must be ASCII")
-    if not re.fullmatch(r"[!-~]*", url.path + url.query):
-        raise ConfigError(f"{path}: the path must be printable ASCII")
-    if url.username or url.fragment:
-        raise ConfigError(f"{path}: takes no user or fragment")
-    base = re.sub("/+", "/", url.path).rstrip("/").removesuffix("/chat/completions")
+    starts = ", ".join([f"{name}+https://" for name in DIALECTS if name])
+    known = dialect in DIALECTS and scheme in ("http", "https")
+    expect(known, path, f"must begin with https:// or a dialect ({starts})")
+    expect(host or dialect == "echo", path, "names no host")
+    expect(re.fullmatch(r"[\w.:-]*", host, re.ASCII), path, "the host must be ASCII")
+    plain = re.fullmatch("[!-~]*", url.path + url.query)
+    expect(plain, path, "the path must be printable ASCII")
+    expect(not (url.username or url.fragment), path, "takes no user or fragment")
     secure = scheme == "https"
-    return dialect, secure, host, port or (443 if secure else 80), base, url.query
+    base = re.sub("/+", "/", url.path).rstrip("/").removesuffix("/chat/completions")
+    place = {"dialect": dialect, "secure": secure, "host": host, "path": base}
+    return place | {"port": port or (443 if secure else 80), "query": url.query}
 
 
 HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
@@ -953,51 +962,50 @@ KNOWN = {
 
 
 def parse_upstream(name: str, value: Any, path: str) -> UpstreamConfig:
-    if "url" not in typed(value, path, dict, "an object"):
-        raise ConfigError(f"{path}.url: is required")
-    dialect, secure, host, port, base, query = parse_url(value["url"], f"{path}.url")
-    kind, used = DIALECTS[dialect], {}
-    fields(value, path, f"url key {kind.options}")
-    if query and "query" not in kind.options:
-        raise ConfigError(f"{path}.url: takes no query")
-    known = [each for end, each in KNOWN.items() if f".{host}".endswith(f".{end}")]
-    for each in (*known, kind.known):
-        value = each | value
-    key = from_environment(value.get("key", ""), f"{path}.key", used)
-    headers = texts(value.get("headers", {}), f"{path}.headers", used)
-    for each in headers:
-        if not HEADER_NAME.fullmatch(each) or each.lower() in OWN_HEADERS:
-            raise ConfigError(f"{path}.headers.{each}: is no header that can be set")
-    more = urlencode(texts(value.get("query", {}), f"{path}.query", used))
-    proxy = timeout = None
-    if "proxy" in value:
-        proxy = parse_proxy(value["proxy"], f"{path}.proxy", used)
-    if "timeout" in value:
-        timeout = parse_timeout(value["timeout"], f"{path}.timeout")
-    secrets = [*key.split(":"), *used.values()]
-    secrets += [proxy.login.partition(":")[2]] if proxy else []
-    words = [word for text in headers.values() for word in text.split()]
+    expect("url" in object_of(value, path), f"{path}.url", "is required")
+    place, used = parse_url(value["url"], f"{path}.url"), {}
+    kind, host = DIALECTS[place["dialect"]], f".{place['host']}"
+    filled = functools.partial(from_environment, used=used)
+
+    def parse_header(name: str, text: Any, path: str) -> str:
+        fits = HEADER_NAME.fullmatch(name) and name.lower() not in OWN_HEADERS
+        expect(fits, path, "is no header that can be set")
+        return filled(text, path)
+
+    cannot = "cannot leave out what all need ('cap' renames a cap)"
+    parsers = {
+        "url": as_it_is, "key": filled, "auth": one_of(AUTH),
+        "headers": named_members(parse_header),
+        "query": named_members(lambda name, text, path: filled(text, path)),
+        "proxy": functools.partial(parse_proxy, used=used),
+        "timeout": lambda it, at: float(amount(it, at, 0.001, 3600)),
+        "without": texts(lambda it: it not in NEEDED_FIELDS, cannot),
+        "developer": text_of, "cap": one_of(CAPS),
+    }  # fmt: skip
+    heeded = {each: parsers[each] for each in f"url key {kind.options}".split()}
+    known = [each for end, each in KNOWN.items() if host.endswith(f".{end}")]
+    known = functools.reduce(operator.or_, [*known, kind.known], {})
+    value = {each: part for each, part in known.items() if each in heeded} | value
+    parts = members(value, path, heeded)
+    del parts["url"]
+    takes = "query" in heeded or not place["query"]
+    expect(takes, f"{path}.url", "takes no query")
+    query = filter(None, (place["query"], urlencode(parts.get("query", {}))))
+    parts = place | parts | {"query": "&".join(query)}
+    parts["headers"] = tuple(parts.get("headers", {}).items())
+    secrets = [*parts.get("key", "").split(":"), *used.values()]
+    if proxy := parts.get("proxy"):
+        secrets.append(proxy.login.partition(":")[2])
+    words = [word for _, text in parts["headers"] for word in text.split()]
     secrets += [word for word in words if len(word) >= 16]
-    return UpstreamConfig(
-        name, dialect, secure, host, port, base, key,
-        missing=tuple([name for name, found in used.items() if not found]),
-        secrets=tuple(secrets),
-        auth=one_of(value.get("auth", "bearer"), f"{path}.auth", AUTH),
-        headers=tuple(headers.items()),
-        query="&".join(filter(None, (query, more))),
-        proxy=proxy,
-        timeout=timeout,
-        without=parse_without(value.get("without", []), f"{path}.without"),
-        developer=text_of(value.get("developer", ""), f"{path}.developer"),
-        cap=one_of(value["cap"], f"{path}.cap", CAPS) if "cap" in value else "",
-    )  # fmt: skip
+    missing = tuple([name for name, found in used.items() if not found])
+    return UpstreamConfig(name, **parts, missing=missing, secrets=tuple(secrets))
 
 
 def plain(value: Any, path: str) -> Any:
     """JSON with floats for decimals, as it will be forwarded."""
     try:
-        floats = json.loads(json.dumps(value, default=float))
-        return json.loads(json.dumps(floats, allow_nan=False))
+        return json.loads(json.dumps(value, default=float, allow_nan=False))
     except ValueError:
         raise ConfigError(f"{path}: a number is too large") from None
 
@@ -1032,63 +1040,52 @@ PRICED_IMAGES = {
 ALL_PRICED = PRICED | PRICED_IMAGES
 
 
-def parse_allow(value: Any, path: str) -> frozenset[str]:
-    """"field:value", or "field" for all values, of fields that move the price."""
-    for text in typed(value, path, list, "a list"):
-        if text_of(text, path).partition(":")[0] not in ALL_PRICED:
-            raise ConfigError(f"{path}: takes {', '.join(ALL_PRICED)}; not {text!r}")
-    return frozenset(value)
-
-
 LOOPBACK = re.compile(r"localhost|::1|127\.[0-9.]+|")  # echo has no host
+
+
+def parse_routes(
+    value: Any, path: str, id: str, upstreams: dict[str, UpstreamConfig]
+) -> tuple[tuple[UpstreamConfig, str], ...]:
+    routes = []
+    for text in value if isinstance(value, list) and value else [value]:
+        upstream, _, upstream_id = text_of(text, path).partition("/")
+        expect(upstream_id, path, "must read like 'name/id'")
+        expect(upstream in upstreams, path, f"no upstream is named '{upstream}'")
+        alike = id.endswith("*") == upstream_id.endswith("*")
+        expect(alike, path, "both names end with '*', or none")
+        routes.append((upstreams[upstream], upstream_id))
+    return tuple(routes)
+
+
+def parse_defaults(value: Any, path: str) -> dict[str, Any]:
+    fits = isinstance(value, dict) and not {"model", "n", "best_of"} & {*value}
+    expect(fits, path, "must be an object without 'model' or 'n'")
+    return plain(value, path)
 
 
 def parse_model(
     id: str, value: Any, path: str, upstreams: dict[str, UpstreamConfig]
 ) -> Model:
-    value = fields(value, path, "about allow defaults max_output price", needed="upstream")
-    names = value["upstream"]
-    names = names if isinstance(names, list) and names else [names]
-    routes = []
-    for text in names:
-        upstream, slash, upstream_id = text_of(text, f"{path}.upstream").partition("/")
-        if not slash or not upstream_id:
-            raise ConfigError(f"{path}.upstream: must read like 'name/id'")
-        if upstream not in upstreams:
-            raise ConfigError(f"{path}.upstream: no upstream is named '{upstream}'")
-        if id.endswith("*") != upstream_id.endswith("*"):
-            raise ConfigError(f"{path}.upstream: both names end with '*', or none")
-        routes.append((upstreams[upstream], upstream_id))
-    defaults = value.get("defaults", {})
-    if not isinstance(defaults, dict) or {"model", "n", "best_of"} & {*defaults}:
-        raise ConfigError(f"{path}.defaults: must be an object without 'model' or 'n'")
-    longest = value.get("max_output", DEFAULT_MAX_OUTPUT)
+    def is_priced(allowed: str) -> bool:
+        return allowed.partition(":")[0] in ALL_PRICED
+
+    given = members(value, path, {
+        "upstream": functools.partial(parse_routes, id=id, upstreams=upstreams),
+        "about": text_of, "defaults": parse_defaults, "max_output": whole(1, MAX_TOKENS),
+        "price": parse_prices,
+        "allow": texts(is_priced, f"takes {', '.join(ALL_PRICED)}"),
+    }, needed="upstream")  # fmt: skip
+    routes = given.pop("upstream")
     free = all([LOOPBACK.fullmatch(upstream.host) for upstream, _ in routes])
-    if "price" not in value and not free:
-        raise ConfigError(f"{path}.price: is required")
-    price, hours = parse_prices(value.get("price", {"input": 0}), f"{path}.price")
-    return Model(
-        printable_name(id, path, 200),
-        tuple(routes),
-        price,
-        text_of(value.get("about", ""), f"{path}.about"),
-        plain(defaults, f"{path}.defaults"),
-        whole(longest, f"{path}.max_output", 1, MAX_TOKENS),
-        hours,
-        parse_allow(value.get("allow", []), f"{path}.allow")
-        | frozenset.intersection(*[DIALECTS[up.dialect].flat(id) for up, id in routes]),
-    )
+    expect("price" in given or free, f"{path}.price", "is required")
+    price, hours = given.pop("price", (Price(), ()))
+    flat = frozenset.intersection(*[DIALECTS[up.dialect].flat(id) for up, id in routes])
+    allow = given.pop("allow", frozenset()) | flat
+    name = printable_name(id, path, 200)
+    return Model(name, routes, price, hours=hours, allow=allow, **given)
 
 
 BEARER = re.compile(r"[\x21-\x2b\x2d-\x7e]{4,200}")  # no comma: two headers are joined
-
-
-def parse_names(value: Any, path: str, known: Container[str]) -> frozenset[str]:
-    """Models that an account or a key may use."""
-    for name in typed(value, path, list, "a list"):
-        if not isinstance(name, str) or name not in known:
-            raise ConfigError(f"{path}: no model is named {name!r}")
-    return frozenset(value)
 
 
 def parse_moment(value: Any, path: str) -> int:
@@ -1100,9 +1097,14 @@ def parse_moment(value: Any, path: str) -> int:
 
 
 def parse_budget(value: Any, path: str) -> Budget:
-    value = fields(value, path, "", needed="credits per")
-    most = to_micro(value["credits"], f"{path}.credits")
-    return Budget(most, one_of(value["per"], f"{path}.per", PERIODS))
+    parsers = {"credits": to_micro, "per": one_of(PERIODS)}
+    given = members(value, path, parsers, needed="credits per")
+    return Budget(given["credits"], given["per"])
+
+
+def models_of(known: Container[str]) -> Parser:
+    """A parser of lists of the models that an account or a key may use."""
+    return texts(known.__contains__, "must be names of models")
 
 
 TERMS = "expires budget models limits metrics"
@@ -1110,33 +1112,15 @@ TERMS = "expires budget models limits metrics"
 
 def parse_terms(value: Any, path: str = "", models: Container[str] = ()) -> Terms:
     """The terms of a key, of either file; `models`: those that there are."""
-    at = f"{path}." if path else ""
-    given = fields(value, path, TERMS).items()
+    given = object_of(value, path or "terms").items()
     given = {name: part for name, part in given if part is not None}
-    parsers = {
-        "expires": parse_moment, "budget": parse_budget,
-        "models": functools.partial(parse_names, known=models),
-        "limits": functools.partial(parse_limits, common=NO_LIMITS),
-        "metrics": functools.partial(typed, kind=bool, name="true or false"),
-    }  # fmt: skip
-    return Terms(**{name: parsers[name](given[name], at + name) for name in given})
-
-
-def written_terms(terms: Terms) -> dict[str, Any]:
-    """Terms as `parse_terms` reads them."""
-    out: dict[str, Any] = {}
-    if (until := terms.expires) is not None:
-        whole_day = until % DAY == 0
-        form = "%Y-%m-%d" if whole_day else "%Y-%m-%dT%H:%M:%SZ"
-        out["expires"] = time.strftime(form, time.gmtime(until - DAY * whole_day))
-    if budget := terms.budget:
-        out["budget"] = {"credits": to_credits(budget.most), "per": budget.per}
-    if terms.models is not None:
-        out["models"] = sorted(terms.models)
-    limits = {name: getattr(terms.limits, name) for name in ("rate", "concurrent")}
-    if limits := {n: v for n, v in limits.items() if v != getattr(NO_LIMITS, n)}:
-        out["limits"] = limits
-    return out | ({"metrics": True} if terms.metrics else {})
+    parts = members(given, path, {
+        "expires": parse_moment, "budget": parse_budget, "models": models_of(models),
+        "limits": functools.partial(parse_limits, common=NO_LIMITS), "metrics": boolean,
+    })  # fmt: skip
+    told = plain(given, path).items()
+    written = {name: part for name, part in told if part is not False and part != {}}
+    return Terms(**parts, written=written)
 
 
 def patched(value: Any, change: Any) -> Any:
@@ -1153,104 +1137,84 @@ def changed_terms(terms: Terms, change: dict[str, Any], models: Iterable[str]) -
     """Terms after a merge patch of what is written of them, as a key that is made or
     changed at run time gets them; ConfigError."""
     known = {*models, *(terms.models or ())}
-    terms = parse_terms(patched(written_terms(terms), change), models=known)
-    if "expires" in change and terms.expired():
-        raise ConfigError("expires: has passed already")
+    terms = parse_terms(patched(terms.written, change), models=known)
+    passed = "expires" in change and terms.expired()
+    expect(not passed, "expires", "has passed already")
     return terms
 
 
-def parse_key(
-    account: Account, models: Container[str], name: str, value: Any, path: str
-) -> Key:
+def parse_key(name: str, value: Any, path: str, models: Container[str]) -> Key:
     """A declared key: the text or sha256:<hex>, alone or as `key` beside its terms;
     only its hash and a hint are kept."""
-    path, terms = f"{path}.{name}", NO_TERMS
     printable_name(name, path)
+    terms = NO_TERMS
     if isinstance(value, dict):
-        given = dict(fields(value, path, TERMS, needed="key"))
-        value = given.pop("key")
+        given = dict(value)
+        value = given.pop("key", None)
         terms, path = parse_terms(given, path, models), f"{path}.key"
     if text_of(value, path).startswith("sha256:"):
         hash, hint = value[7:].lower(), "sha256"
-        if not re.fullmatch("[0-9a-f]{64}", hash):
-            raise ConfigError(f"{path}: sha256: takes 64 hexadecimal digits")
-    elif BEARER.fullmatch(value):
-        hash, hint = sha256(value), key_hint(value)
+        fits = re.fullmatch("[0-9a-f]{64}", hash)
+        expect(fits, path, "sha256: takes 64 hexadecimal digits")
     else:
-        raise ConfigError(f"{path}: must be 4 to 200 characters without blanks")
-    return Key(key_id(hash), name, account.id, hash, hint, account.admin, terms=terms)
+        hash, hint = sha256(value), key_hint(value)
+        fits = BEARER.fullmatch(value)
+        expect(fits, path, "must be 4 to 200 characters without blanks")
+    return Key(key_id(hash), name, "", hash, hint, terms=terms)
 
 
 def parse_account(
     id: str, value: Any, path: str, limits: Limits, models: dict[str, Model]
 ) -> Account:
-    value = fields(value, path, "credits keys models limits admin demo")
-    credits = value.get("credits", 0)
-    allowed = value.get("models")
-    if allowed is not None:
-        allowed = parse_names(allowed, f"{path}.models", models)
-    admin, demo = (
-        typed(value.get(name, False), f"{path}.{name}", bool, "true or false")
-        for name in ("admin", "demo")
-    )
-    if demo:
-        routes = [route for name in allowed or () for route in models[name].routes]
-        if admin or not routes or any(route[0].dialect != "echo" for route in routes):
-            reason = "is for accounts that list echo models only, and are no admin's"
-            raise ConfigError(f"{path}.demo: {reason}")
-    account = Account(
-        account_name(id, path),
-        parse_limits(value.get("limits", {}), f"{path}.limits", limits),
-        UNLIMITED if credits == "unlimited" else to_micro(credits, f"{path}.credits"),
-        allowed, admin, demo,
-    )  # fmt: skip
-    keys = typed(value.get("keys", {}), f"{path}.keys", dict, "an object")
-    at = f"{path}.keys"
-    parsed = [parse_key(account, models, *each, at) for each in keys.items()]
-    if demo and any([key.terms.metrics for key in parsed]):
-        raise ConfigError(f"{at}: a public key reads no metrics")
-    return replace(account, keys=tuple(parsed))
+    given = members(value, path, {
+        "credits": lambda it, at: UNLIMITED if it == "unlimited" else to_micro(it, at),
+        "keys": named_members(functools.partial(parse_key, models=models)),
+        "models": models_of(models),
+        "limits": functools.partial(parse_limits, common=limits),
+        "admin": boolean, "demo": boolean,
+    })  # fmt: skip
+    keys = given.pop("keys", {}).values()
+    account = Account(account_name(id, path), **{"limits": limits} | given)
+    if account.demo:
+        routes = itertools.chain(*[models[name].routes for name in account.models or ()])
+        fits = not account.admin and {up.dialect for up, _ in routes} == {"echo"}
+        told = "is for accounts that list echo models only, and are no admin's"
+        expect(fits, f"{path}.demo", told)
+        reads = any([key.terms.metrics for key in keys])
+        expect(not reads, f"{path}.keys", "a public key reads no metrics")
+    keys = [replace(key, account=id, admin=account.admin) for key in keys]
+    return replace(account, keys=tuple(keys))
 
 
-def parse_origins(value: Any, path: str) -> frozenset[str]:
-    """Origins as browsers write them (RFC 6454 §6.2), or "*"."""
-    origins = value if isinstance(value, list) else [value]
-    for origin in origins:
-        form = r"\*|[a-z][a-z0-9+.-]*://[^/\sA-Z]+"
-        if not re.fullmatch(form, text_of(origin, path)):
-            raise ConfigError(f"{path}: must list origins like 'https://example.com'")
-    return frozenset(origins)
+# As browsers write it (RFC 6454 §6.2), or all.
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
 
 
 def parse_config(document: Any) -> Config:
     """The whole of keys.json; raises ConfigError with the path of what is wrong."""
-    known = "limits accounts upstreams models"
-    document = fields(document, "", f"{known} cors")
-    for section in known.split():
-        typed(document.get(section, {}), section, dict, "an object")
-    limits = parse_limits(document.get("limits", {}), "limits")
-    upstreams = {
-        name: parse_upstream(name, value, f"upstreams.{name}")
-        for name, value in document.get("upstreams", {}).items()
-    }
-    models = {
-        name: parse_model(name, value, f"models.{name}", upstreams)
-        for name, value in document.get("models", {}).items()
-    }
-    accounts: dict[str, Account] = {}
+    sections = "limits accounts upstreams models cors".split()
+    raw = members(document, "", dict.fromkeys(sections, as_it_is))
+    limits = parse_limits(raw.get("limits", {}), "limits")
+
+    def section(name: str, parse: Callable, **above: Any) -> dict[str, Any]:
+        parse = functools.partial(parse, **above)
+        return named_members(parse)(raw.get(name, {}), name)
+
+    upstreams = section("upstreams", parse_upstream)
+    models = section("models", parse_model, upstreams=upstreams)
+    accounts = section("accounts", parse_account, limits=limits, models=models)
     keys: dict[str, Key] = {}
-    demo = None
-    for id, value in document.get("accounts", {}).items():
-        account = accounts[id] = parse_account(id, value, f"accounts.{id}", limits, models)
-        for key in account.keys:
-            if key.id in keys:
-                raise ConfigError(f"accounts.{id}.keys.{key.name}: is declared twice")
-            keys[key.id] = key
-            text = value["keys"][key.name]
-            plain_text = isinstance(text, str) and not text.startswith("sha256:")
-            if account.demo and plain_text and not demo:
-                demo = text, min(account.models)
-    cors = parse_origins(document.get("cors", []), "cors")
+    for key in itertools.chain(*[account.keys for account in accounts.values()]):
+        path = f"accounts.{key.account}.keys.{key.name}"
+        expect(keys.setdefault(key.id, key) is key, path, "is declared twice")
+    shown = [
+        (text, min(account.models)) for account in accounts.values() if account.demo
+        for text in raw["accounts"][account.id].get("keys", {}).values()
+        if isinstance(text, str) and not text.startswith("sha256:")
+    ]  # fmt: skip
+    origins = texts(ORIGIN.fullmatch, "must list origins like 'https://example.com'")
+    cors = origins(raw.get("cors", []), "cors")
+    demo = next(iter(shown), None)
     return Config(limits, accounts, keys, models, int(time.time()), demo, cors)
 
 
@@ -1272,40 +1236,34 @@ class ConfigFile:
 
     def refresh(self) -> str | None:
         """Reads a changed file; returns what was wrong with it, once."""
-        seen = self._stat()
-        if seen == self._seen:
-            return None
-        self._seen = seen
-        try:
-            self.current = self._read()
-        except ConfigError as error:
-            return str(error)
+        before, self._seen = self._seen, self._stat()
+        if self._seen != before:
+            try:
+                self.current = self._read()
+            except ConfigError as error:
+                return str(error)
         return None
 
     def _stat(self) -> tuple[int, int, int] | None:
-        try:
+        with contextlib.suppress(OSError):
             found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_size, found.st_mtime_ns
+            return found.st_ino, found.st_size, found.st_mtime_ns
+        return None
 
     def _read(self) -> Config:
         try:
             text = self.path.read_bytes().decode()
-            document = json.loads(text, parse_float=Decimal, object_pairs_hook=unique)
+            return parse_config(
+                json.loads(text, parse_float=Decimal, object_pairs_hook=unique)
+            )
         except OSError as error:
             reason = error.strerror or "cannot be read"
         except UnicodeDecodeError:
             reason = "is not UTF-8"
         except json.JSONDecodeError as error:
             reason = f"line {error.lineno}, column {error.colno}: {error.msg}"
-        except (ValueError, RecursionError) as error:
+        except (ConfigError, ValueError, RecursionError) as error:
             reason = str(error)
-        else:
-            try:
-                return parse_config(document)
-            except ConfigError as error:
-                reason = str(error)
         raise ConfigError(f"{self.path.name}: {reason}")
 
 
@@ -1314,65 +1272,57 @@ class ConfigFile:
 SCHEMA_VERSION = 4  # `PRAGMA user_version`; MIGRATIONS has the steps to it
 OPEN, SETTLED, RELEASED = 0, 1, 2  # a request's row: a hold resolves at most once
 
+TEXT, INT = "TEXT NOT NULL", "INTEGER NOT NULL"
+SUM = f"{INT} DEFAULT 0"
+SUMMED = (
+    "requests released answered input cached output images cost ttfb duration written lost"
+).split()
+ADDED = ", ".join([f"{name} = {name} + excluded.{name}" for name in SUMMED])
 # accounts.made: when it was made at run time, 0: it was not, or was closed;
 # accounts.declared: what keys.json granted it at its last hold; grants.amount: negative
 # for a correction; keys.former: 1 for a former account's; keys.terms: as keys.json has
 # them. A row of budgets is what a key has spent on the days from `since` to before
 # `until`, which its budget is for: made out of usage when a hold first asks, then kept.
 # `most`: the budget at the last hold, or what was spent and held before there was one.
-SCHEMA = """
-CREATE TABLE meta(name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
+SCHEMA = f"""
+CREATE TABLE meta(name TEXT PRIMARY KEY, value {TEXT}) STRICT, WITHOUT ROWID;
 CREATE TABLE accounts(
-    id TEXT PRIMARY KEY, made INTEGER NOT NULL, created INTEGER NOT NULL,
-    granted INTEGER NOT NULL DEFAULT 0, spent INTEGER NOT NULL DEFAULT 0,
-    held INTEGER NOT NULL DEFAULT 0, lost INTEGER NOT NULL DEFAULT 0,
-    declared INTEGER NOT NULL DEFAULT 0,
+    id TEXT PRIMARY KEY, made {INT}, created {INT}, granted {SUM}, spent {SUM},
+    held {SUM}, lost {SUM}, declared {SUM},
     CHECK (spent >= 0 AND held >= 0 AND lost >= 0)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE grants(
-    id INTEGER PRIMARY KEY, account TEXT NOT NULL, amount INTEGER NOT NULL,
-    note TEXT NOT NULL, created INTEGER NOT NULL
+    id INTEGER PRIMARY KEY, account {TEXT}, amount {INT}, note {TEXT}, created {INT}
 ) STRICT;
 CREATE TABLE keys(
-    id TEXT PRIMARY KEY, account TEXT NOT NULL, name TEXT NOT NULL, hint TEXT NOT NULL,
-    hash TEXT, admin INTEGER NOT NULL, created INTEGER, used INTEGER, revoked INTEGER,
-    former INTEGER NOT NULL DEFAULT 0, terms TEXT
+    id TEXT PRIMARY KEY, account {TEXT}, name {TEXT}, hint {TEXT}, hash TEXT,
+    admin {INT}, created INTEGER, used INTEGER, revoked INTEGER, former {SUM}, terms TEXT
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX keys_account ON keys(account, revoked IS NOT NULL, created);
 CREATE TABLE requests(
-    account TEXT NOT NULL, id TEXT NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL,
-    path TEXT NOT NULL, stream INTEGER NOT NULL, slot INTEGER NOT NULL,
-    state INTEGER NOT NULL, hold INTEGER NOT NULL, cost INTEGER NOT NULL DEFAULT 0,
-    lost INTEGER NOT NULL DEFAULT 0, input INTEGER NOT NULL DEFAULT 0,
-    cached INTEGER NOT NULL DEFAULT 0, output INTEGER NOT NULL DEFAULT 0,
-    images INTEGER NOT NULL DEFAULT 0, estimated INTEGER NOT NULL DEFAULT 0,
-    status INTEGER NOT NULL DEFAULT 0, created INTEGER NOT NULL,
-    ttfb INTEGER, duration INTEGER, written INTEGER NOT NULL DEFAULT 0, asked TEXT,
-    code TEXT, upstream TEXT, attempts INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (account, id)
+    account {TEXT}, id {TEXT}, key {TEXT}, model {TEXT}, path {TEXT}, stream {INT},
+    slot {INT}, state {INT}, hold {INT}, cost {SUM}, lost {SUM}, input {SUM},
+    cached {SUM}, output {SUM}, images {SUM}, estimated {SUM}, status {SUM},
+    created {INT}, ttfb INTEGER, duration INTEGER, written {SUM}, asked TEXT,
+    code TEXT, upstream TEXT, attempts {SUM}, PRIMARY KEY (account, id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX requests_open ON requests(key, created, hold) WHERE state = 0;
 CREATE TABLE usage(
-    account TEXT NOT NULL, day INTEGER NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL,
-    status INTEGER NOT NULL, requests INTEGER NOT NULL DEFAULT 0,
-    released INTEGER NOT NULL DEFAULT 0, refused INTEGER NOT NULL DEFAULT 0,
-    answered INTEGER NOT NULL DEFAULT 0, input INTEGER NOT NULL DEFAULT 0,
-    cached INTEGER NOT NULL DEFAULT 0, output INTEGER NOT NULL DEFAULT 0,
-    images INTEGER NOT NULL DEFAULT 0, cost INTEGER NOT NULL DEFAULT 0,
-    ttfb INTEGER NOT NULL DEFAULT 0, duration INTEGER NOT NULL DEFAULT 0,
-    written INTEGER NOT NULL DEFAULT 0, lost INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (account, day, key, model, status)
+    account {TEXT}, day {INT}, key {TEXT}, model {TEXT}, status {INT}, requests {SUM},
+    released {SUM}, refused {SUM}, answered {SUM}, input {SUM}, cached {SUM},
+    output {SUM}, images {SUM}, cost {SUM}, ttfb {SUM}, duration {SUM}, written {SUM},
+    lost {SUM}, PRIMARY KEY (account, day, key, model, status)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX usage_key ON usage(key, day);
 CREATE TABLE budgets(
-    key TEXT NOT NULL, until INTEGER NOT NULL, since INTEGER NOT NULL,
-    spent INTEGER NOT NULL, most INTEGER NOT NULL, PRIMARY KEY (key, until, since)
+    key {TEXT}, until {INT}, since {INT}, spent {INT}, most {INT},
+    PRIMARY KEY (key, until, since)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE windows(key TEXT PRIMARY KEY, hits BLOB NOT NULL) STRICT, WITHOUT ROWID;
 
 -- The sums follow the rows, whoever writes them: they cannot diverge. Of usage,
 -- `requests` were settled, `released` ended free, `refused` never had a row; of the
--- first two `answered` had a first byte. `ttfb` and `duration` are sums of milliseconds.
+-- first two `answered` had a first byte. `ttfb` and `duration`: sums of milliseconds.
 CREATE TRIGGER opened AFTER INSERT ON requests BEGIN
     INSERT INTO accounts(id, made, created, held)
         VALUES (NEW.account, 0, NEW.created / 1000, NEW.hold)
@@ -1388,13 +1338,7 @@ CREATE TRIGGER resolved AFTER UPDATE OF state ON requests WHEN OLD.state = 0 BEG
         NEW.state = 1, NEW.state = 2, 0, NEW.ttfb IS NOT NULL, NEW.input, NEW.cached,
         NEW.output, NEW.images, NEW.cost, coalesce(NEW.ttfb, 0),
         coalesce(NEW.duration, 0), NEW.written, NEW.lost
-    ) ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,
-        released = released + excluded.released, answered = answered + excluded.answered,
-        input = input + excluded.input, cached = cached + excluded.cached,
-        output = output + excluded.output, images = images + excluded.images,
-        cost = cost + excluded.cost, ttfb = ttfb + excluded.ttfb,
-        duration = duration + excluded.duration, written = written + excluded.written,
-        lost = lost + excluded.lost;
+    ) ON CONFLICT DO UPDATE SET {ADDED};
     UPDATE budgets SET spent = spent + NEW.cost WHERE key = NEW.key
         AND until > NEW.created / 86400000 AND since <= NEW.created / 86400000;
 END;
@@ -1445,13 +1389,18 @@ Operation = Callable[[sqlite3.Connection], Any]
 # -- The file
 
 
+def reason_of(error: BaseException) -> str:
+    """What is in the way, for the log."""
+    return getattr(error, "reason", f"{type(error).__name__}: {error}")
+
+
 @contextlib.contextmanager
 def ledger_errors() -> Iterator[None]:
     """The one place where the file's exceptions become ours."""
     try:
         yield
     except (sqlite3.Error, OSError) as error:
-        raise LedgerUnavailable(f"{type(error).__name__}: {error}") from None
+        raise LedgerUnavailable(reason_of(error)) from None
 
 
 def schema_of(db: sqlite3.Connection) -> dict[str, str]:
@@ -1477,13 +1426,13 @@ def are_locked(file: int, start: int, length: int) -> bool:
     return FLOCK.unpack(found)[0] != fcntl.F_UNLCK
 
 
-def columns_of(db: sqlite3.Connection, table: str) -> list[str]:
-    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
-
-
 def rebuilding(db: sqlite3.Connection) -> Iterator[str]:
     """Statements that give an older ledger the schema of SCHEMA; its rows keep the
     columns that both have. What is yielded is executed before the next one."""
+
+    def columns(table: str) -> list[str]:
+        return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+
     found = schema_of(db)
     for name, sql in found.items():
         if kind := re.match("CREATE (INDEX|TRIGGER)", sql):
@@ -1491,11 +1440,11 @@ def rebuilding(db: sqlite3.Connection) -> Iterator[str]:
     for name, sql in expected_schema().items():
         if found.get(name) == sql and sql.startswith("CREATE TABLE"):
             continue
-        if old := columns_of(db, name):
+        if old := columns(name):
             yield f"ALTER TABLE {name} RENAME TO former"
         yield sql
         if old:
-            kept = ", ".join([each for each in columns_of(db, name) if each in old])
+            kept = ", ".join([each for each in columns(name) if each in old])
             yield f"INSERT INTO {name}({kept}) SELECT {kept} FROM former"
             yield "DROP TABLE former"
 
@@ -1510,35 +1459,9 @@ def new_file(path: str) -> str:
     """The name of an empty file beside `path`, for its owner alone; what an earlier
     attempt has left there is gone, journals too."""
     for suffix in ("", "-journal", "-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{path}-new{suffix}")
+        Path(f"{path}-new{suffix}").unlink(missing_ok=True)
     os.close(os.open(f"{path}-new", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     return f"{path}-new"
-
-
-@contextlib.contextmanager
-def closed_by_errors(db: sqlite3.Connection) -> Iterator[None]:
-    """Its own cache refers to a connection: left alone it keeps three descriptors, and
-    the ledger in use, until the garbage is collected."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(sqlite3.Error):
-            db.close()  # which rolls back
-        raise
-
-
-class Job:
-    """An operation that waits to be committed; then it has a result, or `trouble`."""
-
-    __slots__ = ("operation", "durable", "result", "trouble", "done")
-
-    def __init__(self, operation: Operation, durable: bool):
-        self.operation, self.durable = operation, durable
-        self.result: Any = None
-        self.trouble: str | None = None
-        self.done = threading.Lock()
-        self.done.acquire()
 
 
 class LedgerFile:
@@ -1554,11 +1477,9 @@ class LedgerFile:
         self.id = ""
         self._lock = -1
         self._places: tuple[int, ...] = ()  # of both files, once they are opened
-        self._writing: sqlite3.Connection | None = None
-        self._reading: sqlite3.Connection | None = None
+        self._kept: dict[str, sqlite3.Connection] = {}  # by what they are for
         self._reader = threading.Lock()
         self._doubtful = False  # a commit has failed: the log may have lost pages
-        self._level = ""  # of the writing connection's `synchronous`
 
     def open(self) -> None:
         """Finds, makes or upgrades the ledger, once; not called by two threads."""
@@ -1579,20 +1500,25 @@ class LedgerFile:
         """The ledger's id. It is never made again where there was one."""
         mark = os.pread(self._lock, 64, 0).rstrip(b"\0").decode("ascii", "replace")
         mark = mark.replace("no ledger", "")  # 022b995 could write that of a good one
-        if os.path.exists(self.path):
-            if not mark and self._in_use():
-                reason = "is in use without its lock file: stop the server that uses it"
-                raise LedgerUnavailable(f"{self.path} {reason}")
-            id = self._accept(mark)
-        elif mark:
-            reason = f"restore it, or delete {self.path}-lock as well to start anew"
-            raise LedgerUnavailable(f"{self.path} is gone; {reason}")
+        there = os.path.exists(self.path)
+        anew = f"restore it, or delete {self.path}-lock as well to start anew"
+        self._require(there or not mark, f"is gone; {anew}")
+        if there:
+            in_use = self._in_use()
+            told = "is in use without its lock file: stop the server that uses it"
+            self._require(mark or not in_use, told)
+            with contextlib.closing(self._connect(self.path)) as db:
+                id = self._accept(db, mark, in_use)
         else:
             id = self._make()
         if id != mark:
             os.pwrite(self._lock, id.encode().ljust(64, b"\0"), 0)
             os.fsync(self._lock)
         return id
+
+    def _require(self, fits: Any, reason: str) -> None:
+        if not fits:
+            raise LedgerUnavailable(f"{self.path} {reason}")
 
     def _make(self) -> str:
         """A new ledger; under another name first: half of one would stay for ever."""
@@ -1605,25 +1531,19 @@ class LedgerFile:
         os.rename(new, self.path)  # closed, and so in one file
         return id
 
-    def _accept(self, mark: str) -> str:
+    def _accept(self, db: sqlite3.Connection, mark: str, in_use: bool) -> str:
         """The id of the ledger that is there, upgraded where it is an older one's."""
-        with contextlib.closing(self._connect()) as db:
-            version, id = self._identify(db)
-        if mark not in ("", id):
-            raise LedgerUnavailable(f"{self.path} is another ledger than before")
-        if version > SCHEMA_VERSION:
-            raise LedgerUnavailable(
-                f"{self.path} is of a newer proxy.py: its schema is version {version},"
-                f" here is {SCHEMA_VERSION}"
-            )
+        version, id = self._identify(db)
+        self._require(mark in ("", id), "is another ledger than before")
+        told = f"is of a newer proxy.py: its schema is {version}, here is {SCHEMA_VERSION}"
+        self._require(version <= SCHEMA_VERSION, told)
         if version < SCHEMA_VERSION:
-            self._upgrade(version, id)
-        with contextlib.closing(self._connect()) as db:
-            found = schema_of(db)
+            self._require(not in_use, "is in use: stop the older server first")
+            self._upgrade(db, version, id)
+        found = schema_of(db)
         for name, sql in expected_schema().items():
-            if found.get(name) != sql:
-                reason = f"its {name} is not that of schema {SCHEMA_VERSION}"
-                raise LedgerUnavailable(f"{self.path} is damaged: {reason}")
+            told = f"is damaged: its {name} is not that of schema {SCHEMA_VERSION}"
+            self._require(found.get(name) == sql, told)
         return id
 
     def _identify(self, db: sqlite3.Connection) -> tuple[int, str]:
@@ -1635,38 +1555,32 @@ class LedgerFile:
         sql = "SELECT value FROM meta WHERE name = 'id'"
         if "meta" in tables and (row := db.execute(sql).fetchone()):
             return number, row[0]
-        if {"meta", "tallies"} <= tables:  # 022b995 had its id in the file's header
-            return 0, f"{number:08x}{other:08x}"
-        raise LedgerUnavailable(f"{self.path} is no ledger")
+        # 022b995 had its id in the file's header.
+        self._require({"meta", "tallies"} <= tables, "is no ledger")
+        return 0, f"{number:08x}{other:08x}"
 
-    def _upgrade(self, version: int, id: str) -> None:
+    def _upgrade(self, db: sqlite3.Connection, version: int, id: str) -> None:
         """Migrates in numbered steps, in one transaction, after a backup."""
-        if self._in_use():
-            raise LedgerUnavailable(f"{self.path} is in use: stop the older server first")
         backup = f"{self.path}-v{version}"
-        with contextlib.closing(self._connect()) as db:
-            with contextlib.closing(sqlite3.connect(new_file(backup))) as copy:
-                db.backup(copy)
-            os.rename(backup + "-new", backup)
-            db.execute("BEGIN")
-            if version == 0:
-                db.execute("DROP TABLE usage")  # it was of other things
-            steps = "".join(MIGRATIONS[version:]).format(id=id).split(";")
-            every = itertools.chain(rebuilding(db), steps)
-            with progress("Migrating", iterable=every, length=2 * len(schema_of(db))) as bar:
-                for sql in bar:
-                    db.execute(sql)
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            db.execute("COMMIT")
+        with contextlib.closing(sqlite3.connect(new_file(backup))) as copy:
+            db.backup(copy)
+        os.rename(backup + "-new", backup)
+        db.execute("BEGIN")
+        if version == 0:
+            db.execute("DROP TABLE usage")  # it was of other things
+        steps = "".join(MIGRATIONS[version:]).format(id=id).split(";")
+        every = itertools.chain(rebuilding(db), steps)
+        with progress("Migrating", iterable=every, length=2 * len(schema_of(db))) as bar:
+            for sql in bar:
+                db.execute(sql)
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        db.execute("COMMIT")
 
     def _in_use(self) -> bool:
         """Whether any process, this one too, has a connection to the file. None of
         ours may be open: closing a descriptor drops SQLite's locks (fcntl(2))."""
-        file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return are_locked(file, *SHARED_BYTES)
-        finally:
-            os.close(file)
+        with open(self.path, "rb") as file:
+            return are_locked(file.fileno(), *SHARED_BYTES)
 
     def is_served(self) -> bool:
         """Whether a worker of any server lives: it has its slot."""
@@ -1686,14 +1600,8 @@ class LedgerFile:
 
     # Locks
 
-    def take(self, byte: int) -> bool:
+    def take(self, byte: int, kind: int = fcntl.F_WRLCK) -> bool:
         """Whether the lock on this byte is this process's now."""
-        return self._set(fcntl.F_WRLCK, byte)
-
-    def drop(self, byte: int) -> None:
-        self._set(fcntl.F_UNLCK, byte)
-
-    def _set(self, kind: int, byte: int) -> bool:
         # Linux's locks of an open file: POSIX ones vanish as soon as the process
         # closes any other descriptor of the file (fcntl(2)), as `check` would.
         try:
@@ -1703,20 +1611,23 @@ class LedgerFile:
             return False
         return True
 
+    def drop(self, byte: int) -> None:
+        self.take(byte, fcntl.F_UNLCK)
+
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """The lock between processes: waiting is short (p99 34 ms instead of 147 with
         SQLite's own), and its WAL-reset race (before 3.51.3) excluded. Polled for, as
         a stopped process may hold it for ever."""
         deadline = time.monotonic() + LEDGER_TIMEOUT
-        while not self._set(fcntl.F_WRLCK, WRITER):
+        while not self.take(WRITER):
             if time.monotonic() > deadline:
                 raise LedgerUnavailable("the lock is held by another process")
             time.sleep(LOCK_POLL)
         try:
             yield
         finally:
-            self._set(fcntl.F_UNLCK, WRITER)
+            self.drop(WRITER)
 
     # Connections
 
@@ -1728,69 +1639,66 @@ class LedgerFile:
         """Both files must be those that were opened: an unlinked one takes writes, a log
         beside another file is that file's own, and slots without the lock file's are
         nobody's."""
-        if not self._places:
-            raise LedgerUnavailable(f"{self.path} is not opened yet")
+        self._require(self._places, "is not opened yet")
         with ledger_errors():
             found = self._look()
-        if found != self._places:
-            raise LedgerUnavailable(f"{self.path}, or its lock file, was replaced")
+        self._require(found == self._places, "or its lock file was replaced")
 
-    def _connect(self, path: str | None = None) -> sqlite3.Connection:
-        """A connection to the file that is there; it is never made by opening."""
-        quoted = (path or self.path).replace("%", "%25")
-        quoted = quoted.replace("?", "%3f").replace("#", "%23")
+    def _connect(self, unknown: str = "") -> sqlite3.Connection:
+        """A connection to the ledger as it was opened, or to a file of which nothing is
+        known yet; the file is never made by opening."""
+        if not unknown:
+            self.check_places()
+        quoted = percent_encoded(unknown or self.path)
         db = sqlite3.connect(
             f"file:{quoted}?mode=rw", uri=True, timeout=LEDGER_TIMEOUT - 1,
             isolation_level=None, check_same_thread=False, cached_statements=64,
         )  # fmt: skip
-        with closed_by_errors(db):
+        try:
             # Errors of its own checkpoints would be told nobody.
             db.execute("PRAGMA wal_autocheckpoint = 0")
             db.execute("PRAGMA cache_size = -512")  # KiB; others' writes empty it
             db.execute(f"PRAGMA journal_size_limit = {LOG_SIZE}")
+            known = unknown or self._identify(db) == (SCHEMA_VERSION, self.id)
+            self._require(known, "is another ledger than before")
+        except BaseException:
+            db.close()  # in a cycle with its cache, it would keep three descriptors
+            raise
         return db
 
-    def _verified(self) -> sqlite3.Connection:
-        self.check_places()
-        db = self._connect()
-        with closed_by_errors(db):
-            if self._identify(db) != (SCHEMA_VERSION, self.id):
-                raise LedgerUnavailable(f"{self.path} is another ledger than before")
-        return db
+    @contextlib.contextmanager
+    def _connection(self, use: str) -> Iterator[sqlite3.Connection]:
+        """The connection that is kept for this use, until an error closes it."""
+        db = self._kept.get(use) or self._kept.setdefault(use, self._connect())
+        try:
+            yield db
+        except BaseException:
+            self._kept.pop(use).close()  # which rolls back
+            raise
 
-    def transact(self, jobs: list[Job]) -> None:
-        """Runs the jobs in one committed transaction, which survives a loss of power if
-        one is `durable`. Any error undoes them all."""
-        level = "NORMAL"
-        for job in jobs:
-            level = "FULL" if job.durable else level
+    def transact(self, operations: Iterable[Operation], durable: bool) -> list[Any]:
+        """The results of the operations, run in one committed transaction, which if
+        `durable` survives a loss of power. Any error undoes them all."""
         with self.exclusive():
             self.check_places()
-            db = self._writing = self._writing or self._verified()
-            try:
-                with closed_by_errors(db):
-                    if self._doubtful:
-                        # After a failed fsync the kernel takes the lost pages for clean:
-                        # only what is written anew, into the file, is sure to be there.
-                        self._checkpoint(db, "RESTART")
-                    if level != self._level:
-                        db.execute(f"PRAGMA synchronous = {level}")
-                        self._level = level
-                    db.execute("BEGIN IMMEDIATE")
-                    for job in jobs:
-                        job.result = job.operation(db)
-                    self._doubtful = True
-                    db.execute("COMMIT")
-                    self._doubtful = False
-            except BaseException:
-                self._writing, self._level = None, ""
-                raise
+            with self._connection("writing") as db:
+                if self._doubtful:
+                    # After a failed fsync the kernel takes the lost pages for clean:
+                    # only what is written anew, into the file, is sure to be there.
+                    self._checkpoint(db, "RESTART")
+                db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                db.execute("BEGIN IMMEDIATE")
+                results = [operation(db) for operation in operations]
+                self._doubtful = True
+                db.execute("COMMIT")
+                self._doubtful = False
+        return results
 
     def checkpoint(self) -> None:
         """Moves the log into the file, once it is worth it, while nobody writes."""
-        if self._writing and os.stat(self.path + "-wal").st_size > LOG_SIZE:
-            with self.exclusive():
-                self._checkpoint(self._writing, "PASSIVE")
+        if "writing" in self._kept and os.stat(self.path + "-wal").st_size > LOG_SIZE:
+            with self.exclusive(), self._connection("writing") as db:
+                self._checkpoint(db, "PASSIVE")
 
     def _checkpoint(self, db: sqlite3.Connection, mode: str) -> None:
         self._doubtful = True
@@ -1801,35 +1709,35 @@ class LedgerFile:
 
     def read(self, sql: str, *values: Any) -> list[tuple]:
         """All rows of one short query, of the file as it was opened."""
-        with self._reader:
-            try:
-                db = self._reading = self._reading or self._verified()
-                with closed_by_errors(db):
-                    return db.execute(sql, values).fetchall()
-            except (sqlite3.Error, OSError) as error:
-                self._reading = None
-                raise LedgerUnavailable(f"{type(error).__name__}: {error}") from None
+        with self._reader, ledger_errors(), self._connection("reading") as db:
+            return db.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
         """A connection of its own on one state of the ledger, for long queries."""
-        with ledger_errors(), contextlib.closing(self._verified()) as db:
+        with ledger_errors(), contextlib.closing(self._connect()) as db:
             db.execute("BEGIN")
             yield db
 
     def close(self) -> None:
         """Closes everything; the locks go with it."""
         with self._reader:
-            for db in (self._writing, self._reading):
-                if db is not None:
-                    db.close()
-            self._writing = self._reading = None
+            while self._kept:
+                self._kept.popitem()[1].close()
             if self._places:
                 self._places = ()
                 os.close(self._lock)
 
 
 # -- The writer
+
+
+class Job(NamedTuple):
+    """An operation that waits to be committed; `answer` gets its result, or why none."""
+
+    operation: Operation
+    durable: bool
+    answer: queue.SimpleQueue[Any]
 
 
 class Writer:
@@ -1846,18 +1754,15 @@ class Writer:
         self._thread.start()
 
     def do(self, operation: Operation, durable: bool = False) -> Any:
-        """The result of `operation`, committed; with `durable` on the disk.
-
-        Run in the writer's thread, and again if another one of its batch broke a rule.
-        """
+        """The result of `operation`, committed by the writer's thread; with `durable` on
+        the disk. What fails fails with all that wait beside it."""
         if self._closed:
             raise LedgerUnavailable("the ledger is closed")
-        job = Job(operation, durable)
+        job = Job(operation, durable, queue.SimpleQueue())
         self._jobs.put(job)
-        job.done.acquire()
-        if job.trouble is not None:
-            raise LedgerUnavailable(job.trouble)
-        return job.result
+        if isinstance(result := job.answer.get(), LedgerUnavailable):
+            raise result
+        return result
 
     def close(self) -> None:
         """Commits what waits, and ends the thread."""
@@ -1874,29 +1779,21 @@ class Writer:
                 while job is not None:  # all that wait
                     jobs.append(job)
                     job = self._jobs.get_nowait()
-            self._commit(jobs)
-            for job in jobs:
-                job.done.release()
+            if jobs:
+                self._commit(jobs)
             if time.monotonic() >= due:
                 self._upkeep()
                 due = time.monotonic() + SWEEP_INTERVAL
         self._upkeep()
 
     def _commit(self, jobs: list[Job]) -> None:
-        """Commits the jobs together; where one breaks a rule, each alone."""
+        operations, durable, answers = zip(*jobs)
         try:
-            if jobs:
-                self._file.transact(jobs)
-        except sqlite3.IntegrityError:
-            if len(jobs) == 1:
-                jobs[0].trouble = "a rule of the ledger was broken"
-            else:
-                for job in jobs:
-                    self._commit([job])
+            results = self._file.transact(operations, any(durable))
         except Exception as error:  # whatever it is, no job may look written
-            reason = getattr(error, "reason", f"{type(error).__name__}: {error}")
-            for job in jobs:
-                job.trouble = reason
+            results = [LedgerUnavailable(reason_of(error)) for _ in jobs]
+        for answer, result in zip(answers, results):
+            answer.put(result)
 
 
 # -- The money
@@ -2080,25 +1977,42 @@ def new_request_id() -> str:
     return f"req_{time.time_ns() // 10**6:011x}{random.getrandbits(52):013x}"
 
 
+def use_key(db: sqlite3.Connection, key: Key) -> None:
+    """Notes in this transaction that a key is used, right to a minute; one of keys.json
+    gets its row so."""
+    row = key.id, key.account, key.name, key.hint, int(time.time())
+    db.execute(USED_KEY, row)
+
+
 def id_of_day(day: int) -> str:
     """No request of that day (since 1970) or a later one has a smaller id."""
     return f"req_{max(0, day) * DAY * 1000:011x}"
 
 
+USED_KEY = """
+INSERT INTO keys(id, account, name, hint, admin, used) VALUES (?, ?, ?, ?, 0, ?)
+    ON CONFLICT DO UPDATE SET used = excluded.used
+    WHERE coalesce(used, 0) < excluded.used - 59
+"""
 HOLD = """
 INSERT INTO requests(
     account, id, key, model, path, stream, slot, state, created, hold, asked)
-SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, 0, ?8, ?9, ?12 WHERE
-    ?9 <= ?13 AND (SELECT count(*) FROM requests WHERE key = ?3 AND state = 0) < ?10 AND
-    coalesce((SELECT granted - spent - held FROM accounts WHERE id = ?1), 0) + ?11 >= ?9
+VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?)
+"""
+RESOLVED = """
+UPDATE requests SET (state, cost, lost, input, cached, written, output, images,
+    estimated, status, ttfb, duration, code, upstream, attempts)
+    = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    WHERE account = ? AND id = ? AND state = 0
 """
 ACCOUNT_ROW = """
 INSERT INTO accounts(id, made, created) VALUES (?, 0, ?) ON CONFLICT DO NOTHING
 """
-DECLARED = "UPDATE accounts SET declared = ?1 WHERE id = ?2 AND declared != ?1"
-RUNNING_AND_LEFT = """
+DECLARED = "UPDATE accounts SET declared = ? WHERE id = ?"
+# How many requests of a key run, and what its account has left of its grants.
+ROOM = """
 SELECT (SELECT count(*) FROM requests WHERE key = ? AND state = 0),
-    coalesce((SELECT granted - spent - held FROM accounts WHERE id = ?), 0)
+    coalesce(sum(granted - spent - held), 0), sum(declared) FROM accounts WHERE id = ?
 """
 # What a key has spent and holds on the days from ?2 to before ?3.
 USED = f"""
@@ -2163,19 +2077,16 @@ class Ledger:
                 self._run(self._tidy)
                 self._refused.clear()
                 while self._unsettled:
-                    lease, charge = self._unsettled[0]
-                    self._run(functools.partial(self._resolve, lease, charge), True)
+                    self._run(functools.partial(self._resolve, *self._unsettled[0]), True)
                     self._unsettled.popleft()
                 self.file.checkpoint()
                 self._forget()
             self.trouble = None
         except Exception as error:  # nothing may end this thread
-            self.trouble = getattr(error, "reason", f"{type(error).__name__}: {error}")
+            self.trouble = reason_of(error)
 
     def _run(self, operation: Operation, durable: bool = False) -> Any:
-        job = Job(operation, durable)
-        self.file.transact([job])
-        return job.result
+        return self.file.transact([operation], durable)[0]
 
     def _forget(self) -> None:
         """One step of deleting receipts that are too old, by one of all workers."""
@@ -2211,29 +2122,21 @@ class Ledger:
         return id < id_of_day(kept)
 
     def _claim(self) -> None:
-        """Takes a free worker slot and clears what its former owner left."""
-        slots = range(1, MAX_WORKERS + 1)
-        slot = next((slot for slot in slots if self.file.take(slot)), None)
+        """Takes a free worker slot and clears what its former owner left, and windows of
+        before a reboot: their monotonic time means nothing then."""
+        slot = next(filter(self.file.take, range(1, MAX_WORKERS + 1)), None)
         if slot is None:
             raise LedgerUnavailable("no free worker slot")
-        try:
-            self._run(functools.partial(self._clear, slot=slot))
-            self._run(self._same_boot)
-        except BaseException:
-            self.file.drop(slot)
-            raise
-        self.slot = slot
-
-    @staticmethod
-    def _same_boot(db: sqlite3.Connection) -> None:
-        """Windows are in monotonic time, which means nothing after a reboot."""
-        try:
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        except OSError:
-            return
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         sql = "UPDATE meta SET value = ? WHERE name = 'boot' AND value != ?"
-        if db.execute(sql, (boot, boot)).rowcount:
-            db.execute("DELETE FROM windows")
+
+        def operation(db: sqlite3.Connection) -> None:
+            self._clear(db, slot)
+            if db.execute(sql, (boot, boot)).rowcount:
+                db.execute("DELETE FROM windows")
+
+        self._run(operation)
+        self.slot = slot
 
     @staticmethod
     def _clear(db: sqlite3.Connection, slot: int) -> None:
@@ -2266,13 +2169,13 @@ class Ledger:
     def admit(
         self, id: str, key: Key, account: Account, quote: Quote, model: str, path: str,
         stream: bool, count: Callable[[sqlite3.Connection], list[Window]] = lambda db: [],
-        known: bool = False, asked: str | None = None,
+        asked: str | None = None,
     ) -> Admission:  # fmt: skip
         """Commits a hold, or says why there is none: rate, requests at once, credits.
 
         `count` hits the key's windows, in the same transaction. An account that cannot
-        pay for the whole output gets a hold for as many tokens as it can pay. `known`:
-        the key has a row. `asked`: the name that was asked for, where the model's is "*".
+        pay for the whole output gets a hold for as many tokens as it can pay. `asked`:
+        the name that was asked for, where the model's is "*".
         """
         if not self.slot:
             raise LedgerUnavailable(self.trouble or "no slot")
@@ -2282,47 +2185,37 @@ class Ledger:
         window = (key.id, *(budget.window(day) if budget else (0, 0)))
 
         def operation(db: sqlite3.Connection) -> Admission:
-            windows, tokens = count(db), quote.tokens
+            windows, room = count(db), MAX_HOLD
             if windows and not windows[-1].fits:
                 return Admission(windows, windows[-1].refusal())
-            if not known:
-                names = (key.id, key.account, key.name, key.hint)
-                db.execute(
-                    "INSERT INTO keys(id, account, name, hint, admin)"
-                    " VALUES (?, ?, ?, ?, 0) ON CONFLICT DO NOTHING",
-                    names,
-                )
-            room = MAX_HOLD
+            use_key(db, key)
             db.execute(OTHER_BUDGETS, (*window, day))
             if budget:
                 spent, held = db.execute(USED, window).fetchone()
                 room = budget.most - spent - held
                 db.execute(NEW_BUDGET, (*window, spent, max(budget.most, spent + held)))
-            while True:
-                hold = min(quote.hold(tokens), MAX_HOLD)
-                values = (*row, hold, most, account.credits, asked, room)
-                if db.execute(HOLD, values).rowcount:
-                    db.execute(DECLARED, (account.credits, account.id))
-                    if budget:
-                        db.execute(BUDGET_MOST, (*window, budget.most))
-                    lease = Lease(id, account.id, key.name, hold, tokens)
-                    return Admission(windows, lease)
-                asked_of = (key.id, account.id)
-                running, left = db.execute(RUNNING_AND_LEFT, asked_of).fetchone()
-                if running >= most:
-                    told = f"Too many requests at once: {most} per key."
-                    return Admission(windows, RateLimited(told, 1))
-                left += account.credits
-                tokens = quote.affordable(min(left, room))
-                if tokens < 0:
-                    least = quote.hold(min(1, quote.tokens))
-                    told = (
-                        f"The account has {max(0, left) / MICRO:.6f} credits left, and"
-                        f" this needs {least / MICRO:.6f}."
-                    )
-                    if room < left:
-                        told = budget.told(room, least, window[2])
-                    return Admission(windows, InsufficientCredits(told))
+            running, left, declared = db.execute(ROOM, (key.id, account.id)).fetchone()
+            if running >= most:
+                told = f"Too many requests at once: {most} per key."
+                return Admission(windows, RateLimited(told, 1))
+            left += account.credits
+            tokens = quote.affordable(min(left, room))
+            if tokens < 0:
+                least = quote.hold(min(1, quote.tokens))
+                told = (
+                    f"The account has {max(0, left) / MICRO:.6f} credits left, and this"
+                    f" needs {least / MICRO:.6f}."
+                )
+                if room < left:
+                    told = budget.told(room, least, window[2])
+                return Admission(windows, InsufficientCredits(told))
+            hold = quote.hold(tokens)
+            db.execute(HOLD, (*row, hold, asked))
+            if declared != account.credits:
+                db.execute(DECLARED, (account.credits, account.id))
+            if budget:
+                db.execute(BUDGET_MOST, (*window, budget.most))
+            return Admission(windows, Lease(id, account.id, key.name, hold, tokens))
 
         return self.write(operation)
 
@@ -2349,47 +2242,43 @@ class Ledger:
         if cost > lease.hold:
             left = db.execute(ALL_LEFT, (lease.account, lease.id)).fetchall()
             cost = min(cost, lease.hold + max(0, min(left)[0]))
-        db.execute(
-            "UPDATE requests SET state = ?, cost = ?, lost = ?, input = ?, cached = ?,"
-            " written = ?, output = ?, images = ?, estimated = ?, status = ?, ttfb = ?,"
-            " duration = ?, code = ?, upstream = ?, attempts = ?"
-            " WHERE account = ? AND id = ? AND state = 0",
-            (SETTLED if charge.usage else RELEASED, cost, charge.cost - cost)
-            + (usage.input, usage.cached, usage.written, usage.output, usage.images)
-            + (usage.estimated, charge.status, charge.ttfb, charge.duration)
-            + (charge.code, charge.upstream, charge.attempts)
-            + (lease.account, lease.id),
-        )
+        # In the order of RESOLVED.
+        row = (SETTLED if charge.usage else RELEASED, cost, charge.cost - cost)
+        row += (usage.input, usage.cached, usage.written, usage.output, usage.images)
+        row += (usage.estimated, charge.status, charge.ttfb, charge.duration)
+        row += (charge.code, charge.upstream, charge.attempts)
+        db.execute(RESOLVED, (*row, lease.account, lease.id))
         return charge.cost - cost
 
     # Accounts and keys
 
+    def _key_rows(self, which: str, *values: Any) -> list[KeyRow]:
+        return [KeyRow._make(row) for row in self.read(f"{KEY_ROWS} {which}", *values)]
+
     def find_key(self, id: str) -> KeyRow | None:
         """The row of a key; one of keys.json may have none."""
-        for row in self.read(f"{KEY_ROWS} WHERE k.id = ?", id):
-            return KeyRow._make(row)
+        for row in self._key_rows("WHERE k.id = ?", id):
+            return row
         self.file.check_places()  # nobody is unknown because the file was replaced
         return None
 
     def key_rows(self, ids: list[str]) -> dict[str, KeyRow]:
         """The rows of those of these keys that have one."""
         which = "WHERE k.id IN (SELECT value FROM json_each(?))"
-        rows = map(KeyRow._make, self.read(f"{KEY_ROWS} {which}", json.dumps(ids)))
-        return {row.id: row for row in rows}
+        return {row.id: row for row in self._key_rows(which, json.dumps(ids))}
 
     def made_keys(
         self, account: str, declared: list[str], after: str, limit: int
     ) -> list[KeyRow]:
         """An account's keys made at run time, without those `declared`, from behind the
         one with the id `after` on: in order of creation, those that live first."""
-        values = account, json.dumps(declared), after, limit
         place = f"SELECT {KEY_ORDER} FROM keys k WHERE k.id = ?3 AND account = ?1"
-        sql = (
-            f"{KEY_ROWS} WHERE account = ?1 AND hash IS NOT NULL"
+        which = (
+            "WHERE account = ?1 AND hash IS NOT NULL"
             " AND k.id NOT IN (SELECT value FROM json_each(?2))"
             f" AND (?3 = '' OR ({KEY_ORDER}) > ({place})) ORDER BY {KEY_ORDER} LIMIT ?4"
         )
-        return [KeyRow._make(row) for row in self.read(sql, *values)]
+        return self._key_rows(which, account, json.dumps(declared), after, limit)
 
     def make_account(self, id: str) -> int | None:
         """Makes the account at run time; the micro-credits that its name has spent
@@ -2418,7 +2307,7 @@ class Ledger:
         text = "sk-" + secrets.token_urlsafe(32)
         hash, hint = sha256(text), key_hint(text)
         key = Key(key_id(hash), name, account, hash, hint, admin, "proxy.db", terms)
-        now, given = int(time.time()), json.dumps(written_terms(terms))
+        now, given = int(time.time()), json.dumps(terms.written)
         row = (key.id, account, name, hint, hash, admin, now, given)
         sql = (
             "INSERT INTO keys(id, account, name, hint, hash, admin, created, terms)"
@@ -2442,7 +2331,7 @@ class Ledger:
             " ON CONFLICT DO UPDATE SET revoked = coalesce(revoked, excluded.revoked)"
         )
         row = key.id, key.account, key.name, key.hint, int(time.time())
-        self.write(lambda db: db.execute(sql, row), durable=True)
+        self._change(sql, *row)
 
     def change_key(self, key: Key) -> bool:
         """Gives a key made at run time the name and the terms of this one; whether it
@@ -2451,8 +2340,11 @@ class Ledger:
             "UPDATE keys SET name = ?, terms = nullif(?, '{}')"
             " WHERE id = ? AND hash IS NOT NULL AND revoked IS NULL"
         )
-        values = key.name, json.dumps(written_terms(key.terms)), key.id
-        return self.write(lambda db: db.execute(sql, values).rowcount, durable=True) > 0
+        return self._change(sql, key.name, json.dumps(key.terms.written), key.id) > 0
+
+    def _change(self, sql: str, *values: Any) -> int:
+        """How many rows one statement has changed, on the disk."""
+        return self.write(lambda db: db.execute(sql, values).rowcount, durable=True)
 
     def grant(self, account: Account, amount: int, note: str) -> bool:
         """Adds micro-credits to an account's own; a negative amount corrects, unless
@@ -2476,14 +2368,9 @@ class Ledger:
 
     def close_account(self, id: str) -> None:
         """Ends an account made at run time, and its keys with it; its history stays."""
-        values = id, int(time.time())
-
-        def operation(db: sqlite3.Connection) -> None:
-            db.execute("UPDATE accounts SET made = 0 WHERE id = ?1", values[:1])
-            sql = "UPDATE keys SET revoked = ?2 WHERE account = ?1 AND hash IS NOT NULL"
-            db.execute(sql + " AND revoked IS NULL", values)
-
-        self.write(operation, durable=True)
+        self._change("UPDATE accounts SET made = 0 WHERE id = ?", id)
+        sql = "UPDATE keys SET revoked = ? WHERE account = ? AND hash IS NOT NULL"
+        self._change(f"{sql} AND revoked IS NULL", int(time.time()), id)
 
     def made(self, id: str) -> bool | None:
         """Whether the account was made at run time; None if it has no row."""
@@ -2543,7 +2430,7 @@ class LedgerStorage(Storage, MovingWindowSupport):
         now = int(time.monotonic() * 10**6)
         since = MOMENT.pack(max(0, now - expiry * 10**6))
         rows = self._rows(HIT, key, MOMENT.pack(now), MOMENT.size * limit, since)
-        self._look(rows, limit, expiry)
+        self._look(rows or self._rows(WINDOW, key), limit, expiry)
         return bool(rows)
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
@@ -2566,20 +2453,22 @@ class LedgerStorage(Storage, MovingWindowSupport):
 
 
 def hit_windows(
-    items: Iterable[RateLimitItem], key: str, scope: str, db: sqlite3.Connection
+    items: Sequence[RateLimitItem], key: str, scope: str, db: sqlite3.Connection
 ) -> list[Window]:
     """Counts one request in each window of a key, in this transaction; if one is full,
-    in none, and that is the last one returned. `scope`: "relay" or "account"."""
+    in none, and that is the last one returned. `scope`: "relay" or "account".
+
+    The first is asked by its hit, before which the others are.
+    """
     storage = LedgerStorage(rows=lambda sql, *row: db.execute(sql, row).fetchall())
-    strategy = MovingWindowRateLimiter(storage)
-    for ask in strategy.test, strategy.hit:
-        seen = []
-        for item in items:
-            fits = ask(item, key, scope)
-            seen.append(Window(item, fits, *storage.seen))
-            if not fits:
-                return seen
-    return seen
+    strategy, seen = MovingWindowRateLimiter(storage), []
+    asked = [(strategy.test, item) for item in items[1:]]
+    for ask, item in asked + [(strategy.hit, item) for item in items]:
+        fits = ask(item, key, scope)
+        seen.append(Window(item, fits, *storage.seen))
+        if not fits:
+            return seen
+    return seen[len(asked) :]
 
 
 def tightest(windows: list[Window]) -> Window:
@@ -5777,9 +5666,8 @@ def sent_key(environ: dict[str, Any]) -> str:
     return environ.get("HTTP_X_API_KEY") or environ.get("HTTP_API_KEY") or ""
 
 
-def identify(services: Services, bearer: str) -> tuple[Key, Account, bool]:
-    """The key, its account as this key may use it, and whether the key has a row in the
-    ledger; or Unauthorized."""
+def identify(services: Services, bearer: str) -> tuple[Key, Account]:
+    """The key, and its account as this key may use it; or Unauthorized."""
     if not BEARER.fullmatch(bearer):
         raise Unauthorized
     hash, config = sha256(bearer), services.config
@@ -5793,7 +5681,7 @@ def identify(services: Services, bearer: str) -> tuple[Key, Account, bool]:
         raise Unauthorized
     if key.terms.expired():
         raise Unauthorized
-    return key, config.account(key.account).under(key.terms), row is not None
+    return key, config.account(key.account).under(key.terms)
 
 
 def windows_of(relayed: bool) -> Callable[[sqlite3.Connection], list[Window]]:
@@ -5806,16 +5694,10 @@ def windows_of(relayed: bool) -> Callable[[sqlite3.Connection], list[Window]]:
 def count_request(services: Services, hit: Callable) -> None:
     """Counts a request in a transaction of its own, in which its key's `last_used` is
     kept right to a minute, or raises RateLimited."""
-    key, now = g.key, int(time.time())
-    sql = (
-        "INSERT INTO keys(id, account, name, hint, admin, used) VALUES (?, ?, ?, ?, 0, ?)"
-        " ON CONFLICT DO UPDATE SET used = excluded.used"
-        " WHERE coalesce(used, 0) < excluded.used - 59"
-    )
-    row = (key.id, key.account, key.name, key.hint, now)
+    key = g.key
 
     def operation(db: sqlite3.Connection) -> list[Window]:
-        db.execute(sql, row)
+        use_key(db, key)
         return hit(db)
 
     g.windows = services.ledger.write(operation)
@@ -5882,7 +5764,7 @@ def add_hooks(app: Flask, services: Services) -> None:
             return Response(status=204)
         try:
             bearer = sent_key(asked.environ)
-            here.key, here.account, here.known = identify(services, bearer)
+            here.key, here.account = identify(services, bearer)
         except (Unauthorized, LedgerUnavailable):
             if endpoint is None:  # 404 or 405, whoever asks
                 return None
@@ -6058,7 +5940,7 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
         raise
     admission = services.ledger.admit(
         here.request_id, here.key, here.account, worst, model.id, path, call.stream,
-        (lambda db: here.windows) if here.windows else hit, here.known,
+        (lambda db: here.windows) if here.windows else hit,
         call.model if model.wild else None,
     )  # fmt: skip
     here.windows = admission.windows
@@ -6199,7 +6081,7 @@ def key_entry(ledger: Ledger, key: Key, row: KeyRow | None) -> dict[str, Any]:
     entry |= {"source": key.source, "admin": key.admin}
     entry |= {"created": row and row.created, "last_used": row and row.used}
     entry |= {"revoked": row and row.revoked}
-    entry |= dict.fromkeys(TERMS.split()) | written_terms(key.terms)
+    entry |= dict.fromkeys(TERMS.split()) | key.terms.written
     return entry | {"budget": budget_entry(ledger, key), "metrics": key.terms.metrics}
 
 
@@ -6314,7 +6196,7 @@ def live_use(services: Services, account: Account) -> dict[str, int]:
 def price_entry(model: Model) -> dict[str, Any]:
     """A model's prices as keys.json writes them."""
     out, price = {}, model.price
-    for name in PRICES.split():
+    for name in PRICES:
         pico = getattr(price, name)
         if pico != (price.input if name in ("cached", "written") else 0):
             out[name] = to_credits(pico // (PICO if name in ("image", "request") else 1))
@@ -6336,7 +6218,7 @@ def describe_account(services: Services, id: str) -> dict[str, Any]:
     entry["limits"] = {"rate": limits.rate, "concurrent": limits.concurrent}
     if own:
         entry["admin"] = g.key.admin
-        entry["key"] = {"id": g.key.id, "name": g.key.name} | written_terms(g.key.terms)
+        entry["key"] = {"id": g.key.id, "name": g.key.name} | g.key.terms.written
         entry["budget"] = budget_entry(ledger, g.key)
         entry["live"], entry["demo"] = live_use(services, account), account.demo
     entry["models"] = [

@@ -98,6 +98,7 @@ import click
 import gunicorn.util
 from flask import Flask, Response, g, render_template, request
 from flask_limiter import Limiter
+from gunicorn import systemd
 from gunicorn.app.base import BaseApplication
 from gunicorn.http.errors import ParseException
 from gunicorn.http.unreader import SocketUnreader
@@ -6542,7 +6543,7 @@ def asked_terms(config: Config, terms: Terms, body: dict[str, Any]) -> Terms:
 def change_key(ledger: Ledger, key: Key) -> None:
     """Gives a key its name and terms, or says why it cannot have others."""
     if key.source == "keys.json":
-        raise BadRequest(f"{key.name} is declared in keys.json: change it there.")
+        raise BadRequest(f"{key.id} is declared in keys.json: change it there.")
     if not ledger.change_key(key):
         raise NotFound("This key is revoked.")
 
@@ -7210,6 +7211,14 @@ def greeting(config: Config, ledger: Ledger, url: str) -> str:
     return "\n".join(lines)
 
 
+def address_text(address: Any) -> str:
+    """A socket's address as gunicorn reads it; a text is a path."""
+    if isinstance(address, str):
+        return f"unix:{address}"
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def is_free(host: str, port: int) -> bool:
     kind = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(kind) as sock:
@@ -7259,11 +7268,11 @@ def serve(
     os.umask(0o077)
     secure_standard_files()
     config_file = ConfigFile(keys)
-    kept = "LISTEN_FDS" in os.environ  # by systemd (sd_listen_fds(3): from number 3 on)
-    if kept:
+    address, kept = (host, port), systemd.listen_fds(unset_environment=False) > 0
+    if kept:  # by systemd (sd_listen_fds(3): from number 3 on)
         with socket.socket(fileno=os.dup(3)) as sock:
-            host, port = sock.getsockname()[:2]
-    bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            address = sock.getsockname()
+    bind = address_text(address)
     with contextlib.closing(Ledger(db)) as ledger:
         if not kept:
             ending = ledger.file.is_served()
@@ -7645,12 +7654,14 @@ def named_first(arguments: list[str]) -> list[str]:
 
 def mistake(error: click.ClickException) -> str:
     """What is wrong with a command's line, in one line."""
-    option = getattr(error, "option_name", "")
+    option, message = getattr(error, "option_name", ""), error.format_message()
     if re.fullmatch("-[0-9.]+", option or ""):
         return f"{option}: an amount is never negative; `credits take` takes credits back"
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        return message
     context = getattr(error, "ctx", None)
     where = context.command_path if context else "proxy.py"
-    return f"{error.format_message()} (`{where} -h` tells what there is.)"
+    return f"{message} (`{where} -h` tells what there is.)"
 
 
 def main(arguments: list[str] | None = None) -> int:

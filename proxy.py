@@ -7584,25 +7584,17 @@ def requests_command(
     return sorted(rows, key=lambda row: row["id"], reverse=True)[:limit]
 
 
-def key_state(upstream: UpstreamConfig, online: bool) -> str:
-    """Whether the provider accepts the operator's key, in words."""
+def key_state(upstream: UpstreamConfig, online: bool) -> tuple[str, bool]:
+    """Whether the provider accepts the operator's key, in words; and whether it has
+    answered, where it was asked."""
     if upstream.missing:
-        return f"{', '.join(upstream.missing)} is not set"
+        return f"{', '.join(upstream.missing)} is not set", True
     if not online:
-        return "configured"
+        return "configured", True
     try:
-        return DIALECTS[upstream.dialect](upstream).probe() or "accepted"
+        return DIALECTS[upstream.dialect](upstream).probe() or "accepted", True
     except OSError as error:  # all of `requests` are
-        return type(error).__name__
-
-
-def provider_rows(config: Config, online: bool) -> Iterator[dict[str, Any]]:
-    """Per model and upstream: whether it is configured, and its keys accepted."""
-    asked = functools.cache(key_state)
-    for model in config.models.values():
-        for upstream, id in model.routes:
-            row = {"model": model.id, "upstream": f"{upstream.name}/{id}"}
-            yield row | {"state": asked(upstream, online)}
+        return type(error).__name__, False
 
 
 def warnings(config: Config, ledger: Ledger, keys: str) -> Iterator[str]:
@@ -7625,20 +7617,26 @@ def warnings(config: Config, ledger: Ledger, keys: str) -> Iterator[str]:
 @click.option("--online", is_flag=True, help="Ask the providers; spends nothing.")
 def check(keys: str, db: str, online: bool) -> int:
     """Proves the ledger, validates keys.json, warns of what would fail."""
-    there = os.path.exists(db)
+    there, asked = os.path.exists(db), functools.cache(key_state)
     with opened(keys, db) as (config, ledger):
-        show(list(provider_rows(config, online)))
+        models = config.models.values()
+        routes = [(each.id, *route) for each in models for route in each.routes]
+        show([
+            {"model": model, "upstream": f"{up.name}/{id}", "state": asked(up, online)[0]}
+            for model, up, id in routes
+        ])  # fmt: skip
         for line in warnings(config, ledger, keys):
             click.echo(f"warning: {line}")
+        silent = not all([asked(up, online)[1] for _, up, _ in routes])
         if not there:
-            return 0
+            return int(silent)
         with progress("Adding up", length=len(PROOFS)) as bar:
             wrong = ledger.check(lambda: bar.update(1))
         for line in wrong:
             click.echo(f"wrong: {line}")
         click.echo(f"The ledger's schema is version {SCHEMA_VERSION}.")
         click.echo("The ledger does not add up." if wrong else "The ledger adds up.")
-        return 1 if wrong else 0
+        return int(bool(wrong) or silent)
 
 
 def named_first(arguments: list[str]) -> list[str]:

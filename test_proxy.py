@@ -10407,29 +10407,29 @@ def test_check_online_asks_each_provider_once_whether_it_knows_the_key(
 
 
 @pytest.mark.parametrize(
-    "script, told",
+    "script, told, status",
     [
-        (stall(), "ReadTimeout"),
-        (raw(b""), "ConnectionError"),
-        (raw(head(302, ("Location", "/v1/account"))), "status 302"),
+        (stall(), "ReadTimeout", 1),
+        (raw(b""), "ConnectionError", 1),
+        (raw(head(302, ("Location", "/v1/account"))), "status 302", 0),
     ],
     ids=["silence", "an end", "a redirect"],
 )
 def test_check_online_says_what_became_of_a_provider(
-    files, run, monkeypatch, script, told
+    files, run, monkeypatch, script, told, status
 ):
     monkeypatch.setattr(proxy, "PROBE_TIMEOUT", 0.2)
     with Upstream(script) as up:
         files(up.url)
-        assert (online(run), len(up.requests)) == ((0, told), 1)
-    assert online(run) == (0, "ConnectionError")  # nobody is there any more
+        assert (online(run), len(up.requests)) == ((status, told), 1)
+    assert online(run) == (1, "ConnectionError")  # nobody is there any more
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
 def test_check_online_shows_no_key_to_a_foreign_certificate(files, run, tmp_path):
     with TlsUpstream(tmp_path, json_answer({"data": []})) as up:
         files(up.url)
-        assert (online(run), up.requests) == ((0, "SSLError"), [])
+        assert (online(run), up.requests) == ((1, "SSLError"), [])
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")

@@ -7349,13 +7349,17 @@ def readable(row: dict[str, Any]) -> dict[str, str]:
     return out
 
 
-def show(rows: list[dict[str, Any]], as_json: bool = False) -> None:
-    """Rows as an aligned table for people, or as JSON for scripts."""
+def show(
+    rows: list[dict[str, Any]], as_json: bool = False, as_csv: bool = False
+) -> None:
+    """Rows as an aligned table for people, as JSON or as CSV."""
     if as_json:
         return click.echo(plain_json(rows, indent=1))
+    lines = list(map(readable, rows))
+    if as_csv:
+        return click.echo(csv_text(lines), nl=False)
     if not rows:
         return click.echo("Nothing yet.")
-    lines = list(map(readable, rows))
     table = [list(lines[0]), *(line.values() for line in lines)]
     widths = [max(map(columns, column)) for column in zip(*table)]
     for line in table:
@@ -7386,12 +7390,11 @@ def command(words: str, makes: bool = False, lists: bool = False) -> Callable:
                 if lists and given["account"]:
                     files.existing(given["account"])
                 rows = function(files, **given)
-                if as_csv:
-                    click.echo(csv_text(rows), nl=False)
-                elif rows is not None:
-                    show(rows, as_json)
+                if rows is not None:
+                    show(rows, as_json, as_csv)
 
         if lists:
+            run = click.option("--csv", "as_csv", is_flag=True, help="For spreadsheets.")(run)
             run = click.option("--json", "as_json", is_flag=True, help="For scripts.")(run)
             run = click.argument("account", required=False)(run)
         *noun, name = words.split()
@@ -7562,7 +7565,6 @@ def credits_show(files: Files, account: str | None) -> list[dict]:
 @command("usage", lists=True)
 @click.option("--days", type=click.IntRange(1, 366), default=30)
 @click.option("--by", type=click.Choice(list(GROUPS)), multiple=True)
-@click.option("--csv", "as_csv", is_flag=True, help="For spreadsheets.")
 def usage(
     files: Files, account: str | None, days: int, by: tuple[str, ...]
 ) -> list[dict]:

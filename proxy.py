@@ -7125,16 +7125,15 @@ class Server(BaseApplication):
         greeting: str,
     ):  # fmt: skip
         self.load, self.greeting = make, greeting
+        threads += SPARE_THREADS
         self._settings = {
             "bind": [bind],
             "workers": workers,
             "worker_class": Worker,
-            "threads": threads + SPARE_THREADS,
+            "threads": threads,
             # A worker accepts while all its threads are busy; what is left over is
             # room for idle connections. Each relay needs a second descriptor.
-            "worker_connections": min(
-                threads + SPARE_THREADS + IDLE, raised_descriptors() // 2
-            ),
+            "worker_connections": min(threads + IDLE, raised_descriptors() // 2),
             "keepalive": 75,
             "timeout": 60,
             "graceful_timeout": GRACE,
@@ -7349,9 +7348,10 @@ def readable(row: dict[str, Any]) -> dict[str, str]:
     return out
 
 
-def show(
-    rows: list[dict[str, Any]], as_json: bool = False, as_csv: bool = False
-) -> None:
+Rows = list[dict[str, Any]]
+
+
+def show(rows: Rows, as_json: bool = False, as_csv: bool = False) -> None:
     """Rows as an aligned table for people, as JSON or as CSV."""
     if as_json:
         return click.echo(plain_json(rows, indent=1))
@@ -7468,17 +7468,16 @@ def keys_add(
         ledger.grant(config.account(account), amount, "keys add")
     if spent is not None:
         left = balances(config, ledger, [account])[account]["available"]
-        told = f", and has no credits yet: credits add {account} AMOUNT"
-        if left:
-            told = f", with {left:.6f} credits."
-        click.echo(f"{account} is new{told}", err=True)
+        none = f"and has no credits yet: credits add {account} AMOUNT"
+        told = f"with {left:.6f} credits." if left else none
+        click.echo(f"{account} is new, {told}", err=True)
     if spent:
         click.echo(history(account, spent), err=True)
     click.echo(ledger.make_key(account, name, admin, terms)[0])
 
 
 @command("keys list", lists=True)
-def keys_list(files: Files, account: str | None) -> list[dict]:
+def keys_list(files: Files, account: str | None) -> Rows:
     """Hints and ids of keys, never the keys."""
     return [row for name in files.names(account) for row in key_entries(*files, name)]
 
@@ -7511,7 +7510,7 @@ def keys_revoke(files: Files, id: str) -> None:
 
 
 @command("accounts list", lists=True)
-def accounts_list(files: Files, account: str | None) -> list[dict]:
+def accounts_list(files: Files, account: str | None) -> Rows:
     """Accounts, their keys that live and their credits."""
     return account_entries(*files, files.names(account))
 
@@ -7524,7 +7523,7 @@ def accounts_close(files: Files, account: str) -> None:
     click.echo(f"{account} is closed.")
 
 
-def granted(files: Files, account: str, amount: int, note: str) -> list[dict]:
+def granted(files: Files, account: str, amount: int, note: str) -> Rows:
     """Grants micro-credits, or takes them; the balance then."""
     printable_name(note, "--note")
     grant_or_tell(*files, files.existing(account), amount, note)
@@ -7535,7 +7534,7 @@ def granted(files: Files, account: str, amount: int, note: str) -> list[dict]:
 @ACCOUNT
 @click.argument("amount", type=number)
 @click.option("--note", default="granted")
-def credits_add(files: Files, account: str, amount: Any, note: str) -> list[dict]:
+def credits_add(files: Files, account: str, amount: Any, note: str) -> Rows:
     """Grants AMOUNT credits to ACCOUNT."""
     return granted(files, account, parse_grant(amount, "AMOUNT", 0), note)
 
@@ -7544,19 +7543,19 @@ def credits_add(files: Files, account: str, amount: Any, note: str) -> list[dict
 @ACCOUNT
 @click.argument("amount", type=number)
 @click.option("--note", default="corrected")
-def credits_take(files: Files, account: str, amount: Any, note: str) -> list[dict]:
+def credits_take(files: Files, account: str, amount: Any, note: str) -> Rows:
     """Takes AMOUNT credits from ACCOUNT, down to what is available."""
     return granted(files, account, -parse_grant(amount, "AMOUNT", 0), note)
 
 
 @command("credits log", lists=True)
-def credits_log(files: Files, account: str | None) -> list[dict]:
+def credits_log(files: Files, account: str | None) -> Rows:
     """Every grant and correction with its note, newest first."""
     return grant_entries(files.ledger, account, -1)
 
 
 @command("credits show", lists=True)
-def credits_show(files: Files, account: str | None) -> list[dict]:
+def credits_show(files: Files, account: str | None) -> Rows:
     """Balances of one account, or of all."""
     credits = balances(*files, files.names(account))
     return [{"account": name, **parts} for name, parts in credits.items()]
@@ -7565,9 +7564,7 @@ def credits_show(files: Files, account: str | None) -> list[dict]:
 @command("usage", lists=True)
 @click.option("--days", type=click.IntRange(1, 366), default=30)
 @click.option("--by", type=click.Choice(list(GROUPS)), multiple=True)
-def usage(
-    files: Files, account: str | None, days: int, by: tuple[str, ...]
-) -> list[dict]:
+def usage(files: Files, account: str | None, days: int, by: tuple[str, ...]) -> Rows:
     """Requests, tokens and credits: by day and model, or by what --by names."""
     return usage_rows(files.ledger, account, days, by or ("day", "model"))
 
@@ -7575,9 +7572,7 @@ def usage(
 @command("requests", lists=True)
 @click.option("--failed", is_flag=True, help="Those that did not end well.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50)
-def requests_command(
-    files: Files, account: str | None, failed: bool, limit: int
-) -> list[dict]:
+def last_requests(files: Files, account: str | None, failed: bool, limit: int) -> Rows:
     """The last receipts, newest first."""
     wanted = {"failed": True} if failed else None
     rows = []
@@ -7620,16 +7615,17 @@ def warnings(config: Config, ledger: Ledger, keys: str) -> Iterator[str]:
 def check(keys: str, db: str, online: bool) -> int:
     """Proves the ledger, validates keys.json, warns of what would fail."""
     there, asked = os.path.exists(db), functools.cache(key_state)
+    rows, silent = [], False
     with opened(keys, db) as (config, ledger):
-        models = config.models.values()
-        routes = [(each.id, *route) for each in models for route in each.routes]
-        show([
-            {"model": model, "upstream": f"{up.name}/{id}", "state": asked(up, online)[0]}
-            for model, up, id in routes
-        ])  # fmt: skip
+        for model in config.models.values():
+            for upstream, id in model.routes:
+                state, answered = asked(upstream, online)
+                row = {"model": model.id, "upstream": f"{upstream.name}/{id}"}
+                rows.append(row | {"state": state})
+                silent |= not answered
+        show(rows)
         for line in warnings(config, ledger, keys):
             click.echo(f"warning: {line}")
-        silent = not all([asked(up, online)[1] for _, up, _ in routes])
         if not there:
             return int(silent)
         with progress("Adding up", length=len(PROOFS)) as bar:
@@ -7652,16 +7648,14 @@ def named_first(arguments: list[str]) -> list[str]:
     return rest + files
 
 
-def mistake(error: click.ClickException) -> str:
+def mistake(error: click.UsageError) -> str:
     """What is wrong with a command's line, in one line."""
     option, message = getattr(error, "option_name", ""), error.format_message()
     if re.fullmatch("-[0-9.]+", option or ""):
         return f"{option}: an amount is never negative; `credits take` takes credits back"
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         return message
-    context = getattr(error, "ctx", None)
-    where = context.command_path if context else "proxy.py"
-    return f"{message} (`{where} -h` tells what there is.)"
+    return f"{message} (`{error.ctx.command_path} -h` tells what there is.)"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -7669,7 +7663,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = named_first(sys.argv[1:] if arguments is None else arguments)
     try:
         return cli.main(arguments, standalone_mode=False) or 0
-    except click.ClickException as error:
+    except click.UsageError as error:
         click.echo(mistake(error), err=True)
         return error.exit_code
     except click.Abort:

@@ -98,6 +98,7 @@ import click
 import gunicorn.util
 from flask import Flask, Response, g, render_template, request
 from flask_limiter import Limiter
+from gunicorn import systemd
 from gunicorn.app.base import BaseApplication
 from gunicorn.http.errors import ParseException
 from gunicorn.http.unreader import SocketUnreader
@@ -6427,7 +6428,7 @@ def asked_terms(config: Config, terms: Terms, body: dict[str, Any]) -> Terms:
 def change_key(ledger: Ledger, key: Key) -> None:
     """Gives a key its name and terms, or says why it cannot have others."""
     if key.source == "keys.json":
-        raise BadRequest(f"{key.name} is declared in keys.json: change it there.")
+        raise BadRequest(f"{key.id} is declared in keys.json: change it there.")
     if not ledger.change_key(key):
         raise NotFound("This key is revoked.")
 
@@ -7025,16 +7026,15 @@ class Server(BaseApplication):
         greeting: str,
     ):  # fmt: skip
         self.load, self.greeting = make, greeting
+        threads += SPARE_THREADS
         self._settings = {
             "bind": [bind],
             "workers": workers,
             "worker_class": Worker,
-            "threads": threads + SPARE_THREADS,
+            "threads": threads,
             # A worker accepts while all its threads are busy; what is left over is
             # room for idle connections. Each relay needs a second descriptor.
-            "worker_connections": min(
-                threads + SPARE_THREADS + IDLE, raised_descriptors() // 2
-            ),
+            "worker_connections": min(threads + IDLE, raised_descriptors() // 2),
             "keepalive": 75,
             "timeout": 60,
             "graceful_timeout": GRACE,
@@ -7111,6 +7111,14 @@ def greeting(config: Config, ledger: Ledger, url: str) -> str:
     return "\n".join(lines)
 
 
+def address_text(address: Any) -> str:
+    """A socket's address as gunicorn reads it; a text is a path."""
+    if isinstance(address, str):
+        return f"unix:{address}"
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def is_free(host: str, port: int) -> bool:
     kind = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(kind) as sock:
@@ -7160,11 +7168,11 @@ def serve(
     os.umask(0o077)
     secure_standard_files()
     config_file = ConfigFile(keys)
-    kept = "LISTEN_FDS" in os.environ  # by systemd (sd_listen_fds(3): from number 3 on)
-    if kept:
+    address, kept = (host, port), systemd.listen_fds(unset_environment=False) > 0
+    if kept:  # by systemd (sd_listen_fds(3): from number 3 on)
         with socket.socket(fileno=os.dup(3)) as sock:
-            host, port = sock.getsockname()[:2]
-    bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            address = sock.getsockname()
+    bind = address_text(address)
     with contextlib.closing(Ledger(db)) as ledger:
         if not kept:
             ending = ledger.file.is_served()
@@ -7241,13 +7249,18 @@ def readable(row: dict[str, Any]) -> dict[str, str]:
     return out
 
 
-def show(rows: list[dict[str, Any]], as_json: bool = False) -> None:
-    """Rows as an aligned table for people, or as JSON for scripts."""
+Rows = list[dict[str, Any]]
+
+
+def show(rows: Rows, as_json: bool = False, as_csv: bool = False) -> None:
+    """Rows as an aligned table for people, as JSON or as CSV."""
     if as_json:
         return click.echo(plain_json(rows, indent=1))
+    lines = list(map(readable, rows))
+    if as_csv:
+        return click.echo(csv_text(lines), nl=False)
     if not rows:
         return click.echo("Nothing yet.")
-    lines = list(map(readable, rows))
     table = [list(lines[0]), *(line.values() for line in lines)]
     widths = [max(map(columns, column)) for column in zip(*table)]
     for line in table:
@@ -7278,12 +7291,11 @@ def command(words: str, makes: bool = False, lists: bool = False) -> Callable:
                 if lists and given["account"]:
                     files.existing(given["account"])
                 rows = function(files, **given)
-                if as_csv:
-                    click.echo(csv_text(rows), nl=False)
-                elif rows is not None:
-                    show(rows, as_json)
+                if rows is not None:
+                    show(rows, as_json, as_csv)
 
         if lists:
+            run = click.option("--csv", "as_csv", is_flag=True, help="For spreadsheets.")(run)
             run = click.option("--json", "as_json", is_flag=True, help="For scripts.")(run)
             run = click.argument("account", required=False)(run)
         *noun, name = words.split()
@@ -7357,17 +7369,16 @@ def keys_add(
         ledger.grant(config.account(account), amount, "keys add")
     if spent is not None:
         left = balances(config, ledger, [account])[account]["available"]
-        told = f", and has no credits yet: credits add {account} AMOUNT"
-        if left:
-            told = f", with {left:.6f} credits."
-        click.echo(f"{account} is new{told}", err=True)
+        none = f"and has no credits yet: credits add {account} AMOUNT"
+        told = f"with {left:.6f} credits." if left else none
+        click.echo(f"{account} is new, {told}", err=True)
     if spent:
         click.echo(history(account, spent), err=True)
     click.echo(ledger.make_key(account, name, admin, terms)[0])
 
 
 @command("keys list", lists=True)
-def keys_list(files: Files, account: str | None) -> list[dict]:
+def keys_list(files: Files, account: str | None) -> Rows:
     """Hints and ids of keys, never the keys."""
     return [row for name in files.names(account) for row in key_entries(*files, name)]
 
@@ -7400,7 +7411,7 @@ def keys_revoke(files: Files, id: str) -> None:
 
 
 @command("accounts list", lists=True)
-def accounts_list(files: Files, account: str | None) -> list[dict]:
+def accounts_list(files: Files, account: str | None) -> Rows:
     """Accounts, their keys that live and their credits."""
     return account_entries(*files, files.names(account))
 
@@ -7413,7 +7424,7 @@ def accounts_close(files: Files, account: str) -> None:
     click.echo(f"{account} is closed.")
 
 
-def granted(files: Files, account: str, amount: int, note: str) -> list[dict]:
+def granted(files: Files, account: str, amount: int, note: str) -> Rows:
     """Grants micro-credits, or takes them; the balance then."""
     printable_name(note, "--note")
     grant_or_tell(*files, files.existing(account), amount, note)
@@ -7424,7 +7435,7 @@ def granted(files: Files, account: str, amount: int, note: str) -> list[dict]:
 @ACCOUNT
 @click.argument("amount", type=number)
 @click.option("--note", default="granted")
-def credits_add(files: Files, account: str, amount: Any, note: str) -> list[dict]:
+def credits_add(files: Files, account: str, amount: Any, note: str) -> Rows:
     """Grants AMOUNT credits to ACCOUNT."""
     return granted(files, account, parse_grant(amount, "AMOUNT", 0), note)
 
@@ -7433,19 +7444,19 @@ def credits_add(files: Files, account: str, amount: Any, note: str) -> list[dict
 @ACCOUNT
 @click.argument("amount", type=number)
 @click.option("--note", default="corrected")
-def credits_take(files: Files, account: str, amount: Any, note: str) -> list[dict]:
+def credits_take(files: Files, account: str, amount: Any, note: str) -> Rows:
     """Takes AMOUNT credits from ACCOUNT, down to what is available."""
     return granted(files, account, -parse_grant(amount, "AMOUNT", 0), note)
 
 
 @command("credits log", lists=True)
-def credits_log(files: Files, account: str | None) -> list[dict]:
+def credits_log(files: Files, account: str | None) -> Rows:
     """Every grant and correction with its note, newest first."""
     return grant_entries(files.ledger, account, -1)
 
 
 @command("credits show", lists=True)
-def credits_show(files: Files, account: str | None) -> list[dict]:
+def credits_show(files: Files, account: str | None) -> Rows:
     """Balances of one account, or of all."""
     credits = balances(*files, files.names(account))
     return [{"account": name, **parts} for name, parts in credits.items()]
@@ -7454,10 +7465,7 @@ def credits_show(files: Files, account: str | None) -> list[dict]:
 @command("usage", lists=True)
 @click.option("--days", type=click.IntRange(1, 366), default=30)
 @click.option("--by", type=click.Choice(list(GROUPS)), multiple=True)
-@click.option("--csv", "as_csv", is_flag=True, help="For spreadsheets.")
-def usage(
-    files: Files, account: str | None, days: int, by: tuple[str, ...]
-) -> list[dict]:
+def usage(files: Files, account: str | None, days: int, by: tuple[str, ...]) -> Rows:
     """Requests, tokens and credits: by day and model, or by what --by names."""
     return usage_rows(files.ledger, account, days, by or ("day", "model"))
 
@@ -7465,9 +7473,7 @@ def usage(
 @command("requests", lists=True)
 @click.option("--failed", is_flag=True, help="Those that did not end well.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50)
-def requests_command(
-    files: Files, account: str | None, failed: bool, limit: int
-) -> list[dict]:
+def last_requests(files: Files, account: str | None, failed: bool, limit: int) -> Rows:
     """The last receipts, newest first."""
     wanted = {"failed": True} if failed else None
     rows = []
@@ -7476,25 +7482,17 @@ def requests_command(
     return sorted(rows, key=lambda row: row["id"], reverse=True)[:limit]
 
 
-def key_state(upstream: UpstreamConfig, online: bool) -> str:
-    """Whether the provider accepts the operator's key, in words."""
+def key_state(upstream: UpstreamConfig, online: bool) -> tuple[str, bool]:
+    """Whether the provider accepts the operator's key, in words; and whether it has
+    answered, where it was asked."""
     if upstream.missing:
-        return f"{', '.join(upstream.missing)} is not set"
+        return f"{', '.join(upstream.missing)} is not set", True
     if not online:
-        return "configured"
+        return "configured", True
     try:
-        return DIALECTS[upstream.dialect](upstream).probe() or "accepted"
+        return DIALECTS[upstream.dialect](upstream).probe() or "accepted", True
     except OSError as error:  # all of `requests` are
-        return type(error).__name__
-
-
-def provider_rows(config: Config, online: bool) -> Iterator[dict[str, Any]]:
-    """Per model and upstream: whether it is configured, and its keys accepted."""
-    asked = functools.cache(key_state)
-    for model in config.models.values():
-        for upstream, id in model.routes:
-            row = {"model": model.id, "upstream": f"{upstream.name}/{id}"}
-            yield row | {"state": asked(upstream, online)}
+        return type(error).__name__, False
 
 
 def warnings(config: Config, ledger: Ledger, keys: str) -> Iterator[str]:
@@ -7517,20 +7515,27 @@ def warnings(config: Config, ledger: Ledger, keys: str) -> Iterator[str]:
 @click.option("--online", is_flag=True, help="Ask the providers; spends nothing.")
 def check(keys: str, db: str, online: bool) -> int:
     """Proves the ledger, validates keys.json, warns of what would fail."""
-    there = os.path.exists(db)
+    there, asked = os.path.exists(db), functools.cache(key_state)
+    rows, silent = [], False
     with opened(keys, db) as (config, ledger):
-        show(list(provider_rows(config, online)))
+        for model in config.models.values():
+            for upstream, id in model.routes:
+                state, answered = asked(upstream, online)
+                row = {"model": model.id, "upstream": f"{upstream.name}/{id}"}
+                rows.append(row | {"state": state})
+                silent |= not answered
+        show(rows)
         for line in warnings(config, ledger, keys):
             click.echo(f"warning: {line}")
         if not there:
-            return 0
+            return int(silent)
         with progress("Adding up", length=len(PROOFS)) as bar:
             wrong = ledger.check(lambda: bar.update(1))
         for line in wrong:
             click.echo(f"wrong: {line}")
         click.echo(f"The ledger's schema is version {SCHEMA_VERSION}.")
         click.echo("The ledger does not add up." if wrong else "The ledger adds up.")
-        return 1 if wrong else 0
+        return int(bool(wrong) or silent)
 
 
 def named_first(arguments: list[str]) -> list[str]:
@@ -7544,14 +7549,14 @@ def named_first(arguments: list[str]) -> list[str]:
     return rest + files
 
 
-def mistake(error: click.ClickException) -> str:
+def mistake(error: click.UsageError) -> str:
     """What is wrong with a command's line, in one line."""
-    option = getattr(error, "option_name", "")
+    option, message = getattr(error, "option_name", ""), error.format_message()
     if re.fullmatch("-[0-9.]+", option or ""):
         return f"{option}: an amount is never negative; `credits take` takes credits back"
-    context = getattr(error, "ctx", None)
-    where = context.command_path if context else "proxy.py"
-    return f"{error.format_message()} (`{where} -h` tells what there is.)"
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        return message
+    return f"{message} (`{error.ctx.command_path} -h` tells what there is.)"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -7559,7 +7564,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = named_first(sys.argv[1:] if arguments is None else arguments)
     try:
         return cli.main(arguments, standalone_mode=False) or 0
-    except click.ClickException as error:
+    except click.UsageError as error:
         click.echo(mistake(error), err=True)
         return error.exit_code
     except click.Abort:

@@ -9849,6 +9849,14 @@ def test_a_key_is_named_by_its_id_or_by_account_and_name(run):
     assert live == {"demo", "other", "poor", "boss"}
 
 
+@pytest.mark.parametrize("noun, field", [("keys", "account"), ("accounts", "id")])
+def test_a_list_is_of_all_accounts_or_of_one(noun, field, run):
+    run("keys", "add", "alice")
+    assert {row[field] for row in run.rows(noun, "list", "team")} == {"team"}
+    assert len({row[field] for row in run.rows(noun, "list")}) > 3
+    assert "nobody" in refused_in_one_line(run(noun, "list", "nobody"))
+
+
 def test_keys_add_says_that_a_new_account_has_no_credits(run):
     told = "alice is new, and has no credits yet: credits add alice AMOUNT\n"
     assert run("keys", "add", "alice")[2] == told
@@ -10010,33 +10018,33 @@ def test_check_online_asks_each_provider_once_whether_it_knows_the_key(
 
 
 @pytest.mark.parametrize(
-    "script, told",
+    "script, told, status",
     [
-        (stall(), "ReadTimeout"),
-        (raw(b""), "ConnectionError"),
-        (raw(head(302, ("Location", "/v1/account"))), "status 302"),
+        (stall(), "ReadTimeout", 1),
+        (raw(b""), "ConnectionError", 1),
+        (raw(head(302, ("Location", "/v1/account"))), "status 302", 0),
     ],
     ids=["silence", "an end", "a redirect"],
 )
 def test_check_online_says_what_became_of_a_provider(
-    files, run, monkeypatch, script, told
+    files, run, monkeypatch, script, told, status
 ):
     monkeypatch.setattr(proxy, "PROBE_TIMEOUT", 0.2)
     with Upstream(script) as up:
         files(up.url)
-        assert (online(run), len(up.requests)) == ((0, told), 1)
-    assert online(run) == (0, "ConnectionError")  # nobody is there any more
+        assert (online(run), len(up.requests)) == ((status, told), 1)
+    assert online(run) == (1, "ConnectionError")  # nobody is there any more
 
 
 @NEEDS_OPENSSL
 def test_check_online_trusts_the_certificates_that_a_relay_trusts_and_no_other(
     files, run, tmp_path, monkeypatch
 ):
-    for trusted, told, asked in (False, "SSLError", 0), (True, "accepted", 1):
+    for trusted, asked, told in (False, 0, (1, "SSLError")), (True, 1, (0, "accepted")):
         with TlsUpstream(tmp_path, json_answer({"data": []})) as up:
             monkeypatch.setenv("SSL_CERT_FILE", str(up.cert) if trusted else "")
             files(up.url)
-            assert (online(run), len(up.requests)) == ((0, told), asked)
+            assert (online(run), len(up.requests)) == (told, asked)
 
 
 def test_check_works_beside_a_running_server(run, api):
@@ -10098,6 +10106,7 @@ def test_the_ledger_stands_beside_the_keys_file(tmp_path, monkeypatch):
 def test_a_command_that_only_reads_makes_no_ledger(run, command):
     status, out, err = run(*command.split())
     assert status == 0 and out and "there is no ledger yet" in err
+    assert "adds up" not in out
     assert {path.name for path in run.db.parent.iterdir()} == {"keys.json"}
 
 
@@ -10165,6 +10174,12 @@ def test_the_greetings_curl_line_has_the_demo_key_only_and_works_as_it_stands(on
 # -- Tables --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("noun", ["keys", "accounts", "credits"])
+def test_a_noun_alone_tells_its_commands(noun, run, capsys):
+    status, out, err = proxy.main([noun]), *capsys.readouterr()
+    assert status == 2 and not out and err.startswith("Usage:") and "tells" not in err
+
+
 @pytest.mark.parametrize("words", [["-h"], ["--version"], ["keys", "-h"]])
 def test_help_and_version_are_there(words, capsys):
     assert proxy.main(words) == 0 and capsys.readouterr().out
@@ -10195,6 +10210,11 @@ def test_every_command_reads_the_env_file_beside_the_keys_file(
     assert "named.db" in capsys.readouterr().err
     assert os.environ["UPSTREAM_KEY"] == "from the file"
     assert "PROXY_KEYS" not in os.environ and os.environ["HOME"] != "/nowhere"
+    reads = []
+    with monkeypatch.context() as patch:
+        patch.setattr(proxy, "read_env", reads.append)
+        proxy.main(["credits", "show", "--keys", str(keys)])
+    assert reads == [str(keys)]
     (keys.parent / ".env").write_text("A=1\nnonsense\n")
     assert proxy.main(["credits", "show", "--keys", str(keys)]) == 1
     assert ".env: line 2: must read like NAME=value" in capsys.readouterr().err
@@ -10212,6 +10232,27 @@ def test_a_command_with_other_keys_than_the_servers_is_warned(one, capsys, tmp_p
     assert "warning" not in capsys.readouterr().err
 
 
+KEPT = {"127.0.0.1": "http://127.0.0.1:", "::1": "http://[::1]:", "kept": "http://unix:kept/"}
+
+
+@pytest.mark.parametrize("host, told", KEPT.items())
+def test_a_socket_that_systemd_keeps_is_served_whatever_it_is(
+    host, told, run, monkeypatch, tmp_path
+):
+    kind = {"::1": socket.AF_INET6, "kept": socket.AF_UNIX}.get(host, socket.AF_INET)
+    monkeypatch.chdir(tmp_path)
+    dup, served = os.dup, []
+    with socket.socket(kind) as kept:
+        kept.bind(host if host == "kept" else (host, 0))
+        monkeypatch.setattr(proxy.os, "dup", lambda number: dup(kept.fileno()))
+        monkeypatch.setattr(proxy.Server, "run", lambda self: served.append(self.greeting))
+        for pid in os.getpid(), 1:  # who else was meant takes its own port
+            monkeypatch.setenv("LISTEN_FDS", "1")
+            monkeypatch.setenv("LISTEN_PID", str(pid))
+            run("serve", "--port", str(free_port()))
+    assert [f"Serving {told}" in text for text in served] == [True, host == "127.0.0.1"]
+
+
 def test_a_taken_port_is_told_at_once(run):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -10221,8 +10262,43 @@ def test_a_taken_port_is_told_at_once(run):
 
 
 def test_tables_align_wide_characters(capsys):
-    proxy.show([{"name": "团队", "n": 1}, {"name": "e\u0301", "n": 0.000068}], False)
+    proxy.show([{"name": "团队", "n": 1}, {"name": "e\u0301", "n": 0.000068}])
     assert capsys.readouterr().out == "name  n\n团队  1\ne\u0301     0.000068\n"
+
+
+def test_amounts_look_alike_everywhere(api, run):
+    api.say("one two")  # costs 0.000004
+    run("keys", "add", "team", "--name", "tiny", "--budget", "0.000001", "--per", "day")
+    run("keys", "add", "new", "--credits", "0.00002")
+    for path in "/v1/account", "/v1/account/usage", "/v1/account/requests", "/v1/account/keys":
+        text = api("GET", path).text
+        assert "0.000004" in text or "0.000001" in text
+        assert not re.search(r"[0-9]e-|[0-9]\.0\b|[0-9]\.[0-9]{7}", text)
+    assert "0.00002," in run("credits", "show", "new", "--json")[1]
+    for words in ("credits show", "accounts list", "credits log", "usage", "requests"):
+        _, out, _ = run(*words.split())
+        assert re.search(r" [0-9]+\.[0-9]{6}\b", out) and "e-" not in out
+        assert not re.search(r"[0-9]\.[0-9]{1,5}\b|[0-9]\.[0-9]{7}", out)
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (0.000002, "0.000002"), (5.0, "5"), (-0.000068, "-0.000068"), (0.0, "0"),
+        (123456789.000001, "123456789.000001"), (100.0, "100"), (7, "7"),
+        ("2e-06", '"2e-06"'), ('"2e-06, 5.0', r'"\"2e-06, 5.0"'), ("\\", r'"\\"'),
+        ([1e-06, "a\\", 2.50], r'[0.000001, "a\\", 2.5]'), ({"5.0": None}, '{"5.0": null}'),
+    ],
+)  # fmt: skip
+def test_a_number_of_our_own_json_has_no_exponent_and_a_text_is_as_it_was(value, text):
+    assert proxy.plain_json(value) == text
+
+
+def test_what_takes_long_shows_a_bar_on_a_terminal(run, monkeypatch):
+    proxy.Ledger(run.db).close()
+    assert "Adding up" not in run("check")[2]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert "Adding up" in run("check")[2]
 
 
 RECIPES = re.findall(r'^\| (\w+).*? \| `("\w+": \{"url".*)` \| `(.*)` \|$', README, re.M)

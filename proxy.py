@@ -2984,12 +2984,13 @@ SPEECH, TRANSCRIPTS = "audio/speech", {"audio/transcriptions", "audio/translatio
 PICTURES = {"images/generations", "images/edits", "images/variations"}
 FORMS = TRANSCRIPTS | PICTURES - {"images/generations"}  # JSON is taken as well
 FREE = {"messages/count_tokens", "responses/input_tokens"}  # they only count
+COMPACT = "responses/compact"  # Codex's; it knows neither a cap nor a model's defaults
 NO_OUTPUT = {"embeddings", "moderations", "rerank"} | FREE
 # The relayed paths that are listed; others below /v1 may be relayed as well.
 ENDPOINTS = set(
     "chat/completions completions embeddings responses messages messages/count_tokens"
     " moderations rerank".split()
-) | {SPEECH} | TRANSCRIPTS | PICTURES
+) | {SPEECH, COMPACT} | TRANSCRIPTS | PICTURES
 # Parts of a prompt that are no text: the tokens that one is estimated at, and the most
 # that it is held for (OpenAI's and Anthropic's pictures have at most 4,784 tokens, a
 # minute of audio 600 to 1,920, a page of a PDF 1,500 to 3,000).
@@ -4390,7 +4391,7 @@ def compose(
     `refused`: additions that this upstream does without.
     """
     upstream, ours = dialect.upstream, {}
-    defaults = {} if call.path in FREE else model.defaults
+    defaults = {} if call.path in FREE | {COMPACT} else model.defaults
     body = {**defaults, **call.body, "model": id}
     for name in upstream.without:
         body.pop(name, None)

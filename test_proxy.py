@@ -7331,6 +7331,20 @@ def responses_events(last: str = "response.completed", **more: Any) -> list[byte
     return typed_events(*events)
 
 
+def test_codex_compacts_and_pays_by_the_report(stage):
+    """POST /v1/responses/compact knows no cap, and none of a model's defaults."""
+    kept = [{"type": "compaction", "id": "cmp_1", "encrypted_content": "gAAA"}]
+    usage = {"input_tokens": 139, "output_tokens": 438, "total_tokens": 577}
+    whole = {"id": "resp_1", "object": "response.compaction", "output": kept}
+    stage.main.script = [json_answer({**whole, "usage": usage})]
+    ask = {"model": "mild", "input": [{"role": "user", "content": "x"}]}
+    response = stage.post("responses/compact", ask)
+    assert response.json["output"] == kept
+    assert stage.main.requests[0].path == "/v1/responses/compact"
+    assert stage.main.requests[0].json == {**ask, "model": "m"}
+    assert stage.row(response)["cost"] == 139 + 2 * 438
+
+
 HALF = chat_chunks("one two", finish=None, include_usage_chunk=False)
 HALF_BYTES = sse_bytes(HALF, done=False)
 REPORTED = [{**HALF[0], "usage": usage_of(5, 1)}, *HALF[1:]]

@@ -4729,6 +4729,9 @@ def image_failure(document: dict[str, Any]) -> ProxyError:
     return UpstreamFailed("no image in the answer")
 
 
+MAX_PICTURES = 64 << 20  # bytes: four PNGs of 1536x1024 are 18 MB, one of 4K is 36 MB
+
+
 class Images(ImageDialect):
     """`images+https://`: any server with an OpenAI-style /images/generations."""
 
@@ -4783,7 +4786,7 @@ class Images(ImageDialect):
     def _delivered(self, exchange: Exchange) -> dict[str, Any]:
         """The answer, with at least one image in it."""
         try:
-            document = json_object(read_all(self._api.finish(exchange)))
+            document = json_object(read_all(self._api.finish(exchange), MAX_PICTURES))
         except Refused as refused:
             raise policy_refusal(refused.code) or refused from None
         if count_images(document):

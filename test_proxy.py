@@ -5979,6 +5979,13 @@ def test_a_long_answer_of_images_is_charged_by_the_image(stage, monkeypatch):
     assert response.json == images and stage.row(response)["cost"] == 80_000
 
 
+def test_an_image_server_may_send_four_large_pictures(stage):
+    stage.ark.script = [json_answer({"data": [{"b64_json": "x" * 4_300_000}] * 4})]
+    response = stage.post("images/generations", {"model": "any-image", "prompt": "x"})
+    assert len(response.data) > proxy.MAX_ANSWER and len(response.json["data"]) == 4
+    assert stage.row(response)["cost"] == 160_000
+
+
 def test_a_long_answer_that_ends_too_early_is_no_answer(stage, monkeypatch):
     monkeypatch.setattr(proxy, "MAX_ANSWER", 20_000)
     data = json.dumps(LONG_VECTOR).encode()[:-9]

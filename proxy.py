@@ -3164,6 +3164,8 @@ def parse_call(
         raise BadRequest("'stream' must be true or false.", param="stream")
     cap = 0
     for name in CAPS & body.keys():
+        if body[name] == -1:  # no cap, to local servers and the clients made for them
+            del body[name]
         cap = max(cap, natural(body, name, 2**31 - 1) or 0)
     number = natural(body, "n", MAX_CHOICES) or 1
     best = natural(body, "best_of", MAX_CHOICES) or 1

@@ -4850,7 +4850,7 @@ def kind_of(response: Any) -> str:
         ({}, "sk-nobody", None, 401, "authentication_error"),
         ({}, POOR_KEY, None, 402, "billing_error"),
         ({"model": "nope"}, TEAM_KEY, None, 404, "not_found_error"),
-        ({"max_tokens": -1}, TEAM_KEY, None, 400, "invalid_request_error"),
+        ({"max_tokens": 0}, TEAM_KEY, None, 400, "invalid_request_error"),
         ({}, TEAM_KEY, ("invalid_request_error", 400), 400, "invalid_request_error"),
         ({}, TEAM_KEY, ("not_found_error", 404), 404, "not_found_error"),
         ({}, TEAM_KEY, ("request_too_large", 413), 413, "request_too_large"),
@@ -5480,6 +5480,7 @@ NEW_CAP = {"max_completion_tokens": 7}
     [
         (CHATS, {}, {"max_tokens": 1000}),
         (CHATS, {"max_tokens": None}, {"max_tokens": 1000}),
+        (CHATS, {"max_tokens": -1, "n_predict": -1}, {"max_tokens": 1000}),
         (CHATS, {"max_tokens": 7}, {"max_tokens": 7}),
         (CHATS, NEW_CAP, {**NEW_CAP, "max_tokens": 7}),
         (CHATS, {"max_tokens": 5000}, {"max_tokens": 5000}),

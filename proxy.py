@@ -2874,12 +2874,13 @@ SPEECH, TRANSCRIPTS = "audio/speech", {"audio/transcriptions", "audio/translatio
 PICTURES = {"images/generations", "images/edits", "images/variations"}
 FORMS = TRANSCRIPTS | PICTURES - {"images/generations"}  # JSON is taken as well
 FREE = {"messages/count_tokens", "responses/input_tokens"}  # they only count
+COMPACT = "responses/compact"  # Codex's; it knows neither a cap nor a model's defaults
 NO_OUTPUT = {"embeddings", "moderations", "rerank"} | FREE
 # The relayed paths that are listed; others below /v1 may be relayed as well.
 ENDPOINTS = set(
     "chat/completions completions embeddings responses messages messages/count_tokens"
     " moderations rerank".split()
-) | {SPEECH} | TRANSCRIPTS | PICTURES
+) | {SPEECH, COMPACT} | TRANSCRIPTS | PICTURES
 # Parts of a prompt that are no text: the tokens that one is estimated at, and the most
 # that it is held for (OpenAI's and Anthropic's pictures have at most 4,784 tokens, a
 # minute of audio 600 to 1,920, a page of a PDF 1,500 to 3,000).
@@ -3053,6 +3054,8 @@ def parse_call(
         raise BadRequest("'stream' must be true or false.", param="stream")
     cap = 0
     for name in CAPS & body.keys():
+        if body[name] == -1:  # no cap, to local servers and the clients made for them
+            del body[name]
         cap = max(cap, natural(body, name, 2**31 - 1) or 0)
     number = natural(body, "n", MAX_CHOICES) or 1
     best = natural(body, "best_of", MAX_CHOICES) or 1
@@ -4283,7 +4286,7 @@ def compose(
     `refused`: additions that this upstream does without.
     """
     upstream, ours = dialect.upstream, {}
-    defaults = {} if call.path in FREE else model.defaults
+    defaults = {} if call.path in FREE | {COMPACT} else model.defaults
     body = {**defaults, **call.body, "model": id}
     for name in upstream.without:
         body.pop(name, None)
@@ -4621,6 +4624,9 @@ def image_failure(document: dict[str, Any]) -> ProxyError:
     return UpstreamFailed("no image in the answer")
 
 
+MAX_PICTURES = 64 << 20  # bytes: four PNGs of 1536x1024 are 18 MB, one of 4K is 36 MB
+
+
 class Images(ImageDialect):
     """`images+https://`: any server with an OpenAI-style /images/generations."""
 
@@ -4675,7 +4681,7 @@ class Images(ImageDialect):
     def _delivered(self, exchange: Exchange) -> dict[str, Any]:
         """The answer, with at least one image in it."""
         try:
-            document = json_object(read_all(self._api.finish(exchange)))
+            document = json_object(read_all(self._api.finish(exchange), MAX_PICTURES))
         except Refused as refused:
             raise policy_refusal(refused.code) or refused from None
         if count_images(document):

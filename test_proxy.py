@@ -4683,7 +4683,7 @@ def kind_of(response: Any) -> str:
         ({}, "sk-nobody", None, 401, "authentication_error"),
         ({}, POOR_KEY, None, 402, "billing_error"),
         ({"model": "nope"}, TEAM_KEY, None, 404, "not_found_error"),
-        ({"max_tokens": -1}, TEAM_KEY, None, 400, "invalid_request_error"),
+        ({"max_tokens": 0}, TEAM_KEY, None, 400, "invalid_request_error"),
         ({}, TEAM_KEY, ("invalid_request_error", 400), 400, "invalid_request_error"),
         ({}, TEAM_KEY, ("not_found_error", 404), 404, "not_found_error"),
         ({}, TEAM_KEY, ("request_too_large", 413), 413, "request_too_large"),
@@ -5289,6 +5289,7 @@ NEW_CAP = {"max_completion_tokens": 7}
     [
         (CHATS, {}, {"max_tokens": 1000}),
         (CHATS, {"max_tokens": None}, {"max_tokens": 1000}),
+        (CHATS, {"max_tokens": -1, "n_predict": -1}, {"max_tokens": 1000}),
         (CHATS, {"max_tokens": 7}, {"max_tokens": 7}),
         (CHATS, NEW_CAP, {**NEW_CAP, "max_tokens": 7}),
         (CHATS, {"max_tokens": 5000}, {"max_tokens": 5000}),
@@ -5787,6 +5788,13 @@ def test_a_long_answer_of_images_is_charged_by_the_image(stage, monkeypatch):
     ask = {"model": "picture", "prompt": "x", "n": 2}
     response = stage.post("images/generations", ask)
     assert response.json == images and stage.row(response)["cost"] == 80_000
+
+
+def test_an_image_server_may_send_four_large_pictures(stage):
+    stage.ark.script = [json_answer({"data": [{"b64_json": "x" * 4_300_000}] * 4})]
+    response = stage.post("images/generations", {"model": "any-image", "prompt": "x"})
+    assert len(response.data) > proxy.MAX_ANSWER and len(response.json["data"]) == 4
+    assert stage.row(response)["cost"] == 160_000
 
 
 def test_a_long_answer_that_ends_too_early_is_no_answer(stage, monkeypatch):
@@ -7142,6 +7150,20 @@ def responses_events(last: str = "response.completed", **more: Any) -> list[byte
         {"type": last, "response": {**about, "usage": RESPONSES_USAGE, **more}},
     ]
     return typed_events(*events)
+
+
+def test_codex_compacts_and_pays_by_the_report(stage):
+    """POST /v1/responses/compact knows no cap, and none of a model's defaults."""
+    kept = [{"type": "compaction", "id": "cmp_1", "encrypted_content": "gAAA"}]
+    usage = {"input_tokens": 139, "output_tokens": 438, "total_tokens": 577}
+    whole = {"id": "resp_1", "object": "response.compaction", "output": kept}
+    stage.main.script = [json_answer({**whole, "usage": usage})]
+    ask = {"model": "mild", "input": [{"role": "user", "content": "x"}]}
+    response = stage.post("responses/compact", ask)
+    assert response.json["output"] == kept
+    assert stage.main.requests[0].path == "/v1/responses/compact"
+    assert stage.main.requests[0].json == {**ask, "model": "m"}
+    assert stage.row(response)["cost"] == 139 + 2 * 438
 
 
 HALF = chat_chunks("one two", finish=None, include_usage_chunk=False)

@@ -1037,6 +1037,9 @@ PRICED_IMAGES = {
     "resolution": ("1k",),  # xAI
     "input_fidelity": ("low",),
     "sequential_image_generation": ("disabled",),  # Seedream: up to 15 images
+    "batch_size": (1,),  # SiliconFlow's `n`, as the next two elsewhere
+    "num_images": (1,),
+    "num_outputs": (1,),
 }
 ALL_PRICED = PRICED | PRICED_IMAGES
 
@@ -2891,6 +2894,7 @@ MEDIA = {
     "file": FILE, "input_file": FILE, "document": FILE, "document_url": FILE,
     "video": FILE,
 }  # fmt: skip
+BYTES_OF_SOUND = 100  # that a token of it has at the least: at 16 kbit/s
 # The members that hold a medium itself, or tell where it is.
 CARRIERS = "url image_url audio_url video_url document_url file_url data file_data".split()
 
@@ -2922,18 +2926,18 @@ class Call:
 
 def file_tokens(path: str, file: FilePart) -> tuple[int, int]:
     """The tokens of a form's file: estimated, and at the most; what it is the path
-    tells, not its sender. Sound at 16 kbit/s has a token for every hundred bytes."""
+    tells, not its sender."""
     if path in PICTURES:
         return PICTURE
-    return AUDIO[0], max(AUDIO[1], len(file.data) // 100)
+    return AUDIO[0], max(AUDIO[1], len(file.data) // BYTES_OF_SOUND)
 
 
 def medium(part: dict[str, Any]) -> tuple[int, int] | None:
     """Of a part that is no text: its row of MEDIA, by its type or, as vLLM has it, by
     its member."""
     kind, source = part.get("type"), part.get("source")
-    if isinstance(source, dict) and source.get("type") == "text":
-        return None  # Anthropic's documents may be
+    if kind == "document" and isinstance(source, dict) and source.get("type") == "text":
+        return None  # as Anthropic's may be
     if kind is None:
         kind = next(iter(MEDIA.keys() & part.keys()), None)
     return MEDIA.get(kind) if type(kind) is str else None
@@ -2968,6 +2972,7 @@ UNSEEN = (
     " plugins mcp_servers"
 ).split()
 OWN_TOOLS = (None, "function", "custom")  # that the client runs
+PROMPTS = "messages input documents image images".split()  # lists that may hold media
 
 
 def prompt_size(body: dict[str, Any], size: int) -> tuple[int, bool]:
@@ -2979,8 +2984,7 @@ def prompt_size(body: dict[str, Any], size: int) -> tuple[int, bool]:
     theirs += [kind for kind in items if kind == "item_reference"]
     bounded = not (theirs or any([body.get(name) for name in UNSEEN]))
     try:
-        media = [*media_parts(body.get("messages")), *media_parts(body.get("input"))]
-        for part in media:
+        for part in itertools.chain(*[media_parts(body.get(name)) for name in PROMPTS]):
             inline, kind = inline_bytes(part), medium(part)
             size += min(inline, kind[1]) - inline if inline else kind[1]
             # What a file unpacks to its bytes do not tell.
@@ -2988,6 +2992,15 @@ def prompt_size(body: dict[str, Any], size: int) -> tuple[int, bool]:
     except RecursionError:
         raise BadRequest("The body is no valid JSON: nested too deeply.") from None
     return size, bounded and not isinstance(body.get("prompt"), dict)  # a stored one
+
+
+CAP_OF_PATH = {"responses": "max_output_tokens"}
+CAP_OF_PATH |= dict.fromkeys(("completions", "messages"), "max_tokens")
+
+
+def usual_cap(path: str) -> str | None:
+    """The name of the output cap on this path; None where none is known to be heeded."""
+    return CAP_OF_PATH.get(path.rpartition("/")[2])
 
 
 MAX_CHOICES = 128  # OpenAI's own bound on `n`
@@ -3006,14 +3019,15 @@ def natural(body: dict[str, Any], name: str, highest: int) -> int | None:
     return value
 
 
-# Paths whose answers cannot be metered, hand out the operator's credentials, or reach
-# what other accounts have stored at the provider; and those with nothing below them.
+# Paths whose answers cannot be metered, hand out the operator's credentials, reach what
+# other accounts have stored at the provider, or name a model of their own; and those with
+# nothing below them but what is listed.
 UNMETERED = set(
     "realtime client organization organizations projects files uploads batches batch"
     " fine_tuning vector_stores assistants threads containers conversations evals skills"
-    " agents audio videos".split()
+    " agents audio videos video engines deployments openai workflows".split()
 )
-SOLE = {"responses", "messages"}
+SOLE = {"responses", "messages", "chat"}
 GUARDED = CAPS | ALL_PRICED.keys() | set(
     "model messages prompt input n best_of stream stream_options tools".split()
 )  # fmt: skip
@@ -3048,7 +3062,7 @@ def parse_call(
     for plain in GUARDED & {name.partition("[")[0].casefold() for name in odd}:
         raise BadRequest(f"The field must be written '{plain}'.", param=plain)
     model, stream = body.get("model"), body.get("stream")
-    if not isinstance(model, str) or not 1 <= len(model) <= 200:
+    if not isinstance(model, str) or not 1 <= len(model) <= 200 * model.isprintable():
         raise BadRequest("'model' must be the name of a model.", param="model")
     if stream is not None and type(stream) is not bool:
         raise BadRequest("'stream' must be true or false.", param="stream")
@@ -3082,6 +3096,7 @@ def parse_call(
         if path != "chat/completions" and not isinstance(prompt[0], int):
             prompts = len(prompt)  # a list of token numbers is one, others are a batch
     size, bounded = prompt_size(body, size if form else max(size, len(data)))
+    bounded = bounded and (path in ENDPOINTS | FREE or usual_cap(path) is not None)
     size += sum([file_tokens(path, file)[1] for file in files or ()])
     spoken = body.get("input") if path == SPEECH else ""
     if path == SPEECH and not (isinstance(spoken, str) and spoken):
@@ -3137,6 +3152,8 @@ def refuse_priceless(call: Call, model: Model) -> None:
         priced = tokens and asked in TOLD_FORMATS
     elif call.path in PICTURES and model.wild:  # few of "all models" tell tokens of one
         priced = price.image or price.reported
+    elif model.wild and call.path not in ENDPOINTS:  # some of them make films
+        priced = False
     else:
         priced = tokens or price.image
     if not priced:
@@ -3155,7 +3172,11 @@ def quote(call: Call, model: Model) -> Quote:
     written = price.written * (8 if is_messages(call.path) else 5) // 5
     fixed = call.size * max(price.input, price.cached, written) + price.request
     fixed += price.image * (call.body.get("n") or 1) + price.characters * call.characters
-    tokens = 0 if call.path in NO_OUTPUT else call.cap or model.max_output
+    tokens = call.cap or model.max_output
+    if call.path in NO_OUTPUT:
+        tokens = 0
+    elif usual_cap(call.path) is None:
+        tokens = max(tokens, model.max_output)  # a cap of the client's may bound nothing
     return Quote(fixed, price.output, tokens, call.choices)
 
 
@@ -3387,7 +3408,8 @@ def written(document: dict[str, Any]) -> int:
     """
     size = 0
     try:
-        size += "audio" in document  # it counts as relayed, its bytes are no text
+        if type(sound := document.get("audio")) is str:
+            size += -(-BYTES_PER_TOKEN * len(sound) // BYTES_OF_SOUND)
         for choice in objects(document.get("choices")):
             size += weigh(choice.get("delta") or choice.get("message") or {})
             size += weigh(choice.get("text"))
@@ -4245,8 +4267,6 @@ def header_lines(headers: dict[str, str]) -> str:
     return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
 
 
-CAP_OF_PATH = {"responses": "max_output_tokens"}
-CAP_OF_PATH |= dict.fromkeys(("completions", "messages"), "max_tokens")
 OTHER_CAP = {
     "max_tokens": "max_completion_tokens",
     "max_completion_tokens": "max_tokens",
@@ -4264,7 +4284,7 @@ def cap_output(
     these ignores it.
     """
     chat = call.path.endswith("chat/completions")
-    usual = CAP_OF_PATH.get(call.path.rpartition("/")[2])
+    usual = usual_cap(call.path)
     sole = min(CAPS & model.defaults.keys(), default=cap if chat else "")
     if chat and (sole or usual) in refused:
         sole = OTHER_CAP[sole or usual]
@@ -5151,7 +5171,8 @@ class Passage:
     def __init__(self, call: Call, price: Price, kind: str):
         self.kind = kind
         self._call, self._json = call, kind == "application/json"
-        pictures = call.answers if price.image and call.path in PICTURES else 0
+        self._pictures = call.path in PICTURES
+        pictures = call.answers if price.image and self._pictures else 0
         self.usage = Usage(images=pictures) if pictures else None
         self._kept = REPORT_END if self._json else 1  # bytes
         self._tail = b""
@@ -5170,7 +5191,8 @@ class Passage:
         self.events += 1
         data = self._tail + data
         out, self._tail = data[: -self._kept], data[-self._kept :]
-        self.relayed = self.relayed or int(bool(out))
+        # Pictures weigh more than their hold, which an estimate does not exceed.
+        self.relayed += len(out) if self._pictures else bool(out)
         return out
 
     def end(self) -> bytes:
@@ -5554,7 +5576,8 @@ class Relay:
         amount = cost(used, price) if used else 0
         if used and used.estimated:
             amount = min(amount, self.lease.hold)
-        most = BELIEVED * self.lease.hold if self.call.bounded else MAX_HOLD
+        bounded = self.call.bounded and not price.reported  # nor is its price shown
+        most = BELIEVED * self.lease.hold if bounded else MAX_HOLD
         duration = int((time.monotonic() - self._started) * 1000)
         status, code = ending.status, None if ending is Ending.DONE else ending.reason
         if error and ending in (Ending.REFUSED, Ending.CUT):
@@ -5870,14 +5893,17 @@ def cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+FORMULA = re.compile(r"\s*[=+@-]")  # to a spreadsheet
+
+
 def csv_text(rows: list[dict[str, Any]]) -> str:
     """Rows as CSV (RFC 4180). No text is a formula to a spreadsheet."""
     out = io.StringIO()
     lines = csv.writer(out)
     lines.writerows([list(rows[0])] if rows else [])
     for row in rows:
-        cells = map(cell, row.values())
-        lines.writerow([f"'{text}" if text[:1] in {*"=+-@"} else text for text in cells])
+        cells = list(map(cell, row.values()))
+        lines.writerow(["'" * bool(FORMULA.match(text)) + text for text in cells])
     return out.getvalue()
 
 

@@ -3081,7 +3081,8 @@ def test_a_strange_path_is_not_found(path):
     "path",
     ["realtime/sessions", "files", "organization/api_keys", "responses/resp_1/cancel",
      "messages/batches", "conversations", "audio/voices", "audio/speech/x",
-     "client/sessions"],
+     "client/sessions", "chat/completions/batch", "engines/o1/chat/completions",
+     "deployments/o1/completions", "video/submit"],
 )  # fmt: skip
 def test_what_cannot_be_metered_is_not_relayed(path):
     with pytest.raises(proxy.NotFound):
@@ -3093,6 +3094,12 @@ def test_a_field_in_another_case_is_a_bad_request(name):
     with pytest.raises(proxy.BadRequest) as error:
         make_call(**{name: 1})
     assert error.value.param == name.casefold()
+
+
+@pytest.mark.parametrize("model", ["a\x1b]0;x\x07", "a\n", "a\u202eb", "", "x" * 201, 5])
+def test_a_model_is_named_in_what_a_terminal_can_show(model):
+    with pytest.raises(proxy.BadRequest):
+        make_call(model=model)
 
 
 @pytest.mark.parametrize("value", ["yes", [0], 1])
@@ -3412,6 +3419,26 @@ def test_the_worst_case_has_every_image_and_the_request(price, number, micro):
     assert proxy.quote(call, make_model(price)).hold(0) == micro
 
 
+@pytest.mark.parametrize(
+    "path, tokens, bounded",
+    [("chat/completions", 1, True), ("messages", 1, True), ("beta/completions", 1, True),
+     ("images/generations", 1000, True), ("audio/transcriptions", 1000, True),
+     ("generate", 1000, False), ("embeddings", 0, True)],
+)  # fmt: skip
+def test_a_cap_counts_only_on_paths_that_are_known_to_heed_it(path, tokens, bounded):
+    call = make_call(path, max_tokens=1)
+    worst = proxy.quote(call, make_model({"input": 1, "output": 2}))
+    assert (worst.tokens, call.bounded) == (tokens, bounded)
+
+
+@pytest.mark.parametrize(
+    "path, member", [("rerank", "documents"), ("images/edits", "images")]
+)
+def test_a_picture_counts_in_whatever_list_it_stands(path, member):
+    body = {member: [{"image_url": {"url": "https://i"}}] * 3}
+    assert make_call(path, **body).size > 3 * 5_000
+
+
 @pytest.mark.parametrize("path", ["messages/count_tokens", "responses/input_tokens"])
 def test_counting_holds_nothing(path):
     model = make_model({"input": 1, "output": 2, "request": 1})
@@ -3445,7 +3472,7 @@ DEAR = [
 DEAR_IMAGES = [
     {"quality": "high"}, {"quality": "hd"}, {"quality": "medium"}, {"size": "4K"},
     {"size": "1536x1024"}, {"resolution": "2k"}, {"input_fidelity": "high"},
-    {"sequential_image_generation": "auto"},
+    {"sequential_image_generation": "auto"}, {"batch_size": 4}, {"num_images": 2},
 ]  # fmt: skip
 
 
@@ -3735,6 +3762,8 @@ PARTS = [  # in a message: bytes of a medium, tokens it is held and estimated fo
     ({"type": "image", "source": RAW}, len(DATA), 5_000, MANY, True),
     ({"content": [{"type": "image", "source": RAW}]}, len(DATA), 5_000, MANY, True),
     ({"type": "image_url", "image_url": {"url": "https://i"}}, 0, 5_000, MANY, True),
+    ({"type": "image_url", "image_url": {"url": "https://i"}, "source": {"type": "text"}},
+     0, 5_000, MANY, True),
     ({"type": "input_image", "image_url": DATA[:26]}, 26, 26, MANY, True),
     ({"type": "input_audio", "input_audio": {"data": DATA * 4}}, 4 * len(DATA), 60_000,
      2_000, True),
@@ -3760,7 +3789,9 @@ def test_no_name_hides_a_text_from_the_estimate_of_a_prompt(name):
     assert proxy.weigh({"role": "user", "type": "x", "id": "y"}, True) == 0
 
 
-@pytest.mark.parametrize("path, member", [("chat/completions", "messages"), ("x", "input")])
+@pytest.mark.parametrize(
+    "path, member", [("chat/completions", "messages"), ("responses", "input")]
+)
 @pytest.mark.parametrize("part, inline, held, estimated, bounded", PARTS)
 def test_a_medium_in_a_prompt_is_a_bounded_number_of_tokens(
     path, member, part, inline, held, estimated, bounded
@@ -5533,6 +5564,12 @@ def test_speech_as_events_is_charged_by_the_character_or_its_report(stage, model
     assert (row["cost"], row["estimated"]) == (cost, 0)
 
 
+def test_sound_that_passed_on_without_its_report_is_estimated() -> None:
+    event = {"type": "speech.audio.delta", "audio": "A" * 1000}
+    assert proxy.written(event) == 10 * proxy.BYTES_PER_TOKEN
+    assert proxy.written({"audio": "A"}) and not proxy.written({"audio": None})
+
+
 @pytest.mark.parametrize(
     "answer", [typed(b"<html>", "text/html"), typed(b"", "audio/mpeg"),
                typed(b'{"x": 1', "application/json"), typed(b"hi", "text/plain")],
@@ -5682,6 +5719,18 @@ def test_a_wildcard_makes_pictures_at_a_price_that_tells_of_them(price, passes):
         proxy.refuse_priceless(call, replace(make_model(price), id="any/*"))
 
 
+@pytest.mark.parametrize(
+    "price, path, passes",
+    [({"input": 5, "reported": 1}, "film/submit", 0), ({"request": 1}, "film/submit", 1),
+     ({"input": 5}, "responses", 1)],
+)  # fmt: skip
+def test_a_wildcard_serves_unlisted_paths_at_a_price_by_the_request(price, path, passes):
+    model = replace(make_model(price), id="any/*")
+    with nullcontext() if passes else pytest.raises(proxy.BadRequest):
+        proxy.refuse_priceless(make_call(path), model)
+    proxy.refuse_priceless(make_call(path), make_model(price))
+
+
 def test_other_paths_take_no_form(stage):
     response = post_form(stage, "chat/completions", "chat")
     assert response.status_code == 415 and not stage.main.requests
@@ -5795,6 +5844,28 @@ def test_an_image_server_may_send_four_large_pictures(stage):
     response = stage.post("images/generations", {"model": "any-image", "prompt": "x"})
     assert len(response.data) > proxy.MAX_ANSWER and len(response.json["data"]) == 4
     assert stage.row(response)["cost"] == 160_000
+
+
+def test_long_pictures_that_are_left_before_their_report_cost_their_hold(
+    stage, gate, monkeypatch
+):
+    monkeypatch.setattr(proxy, "MAX_ANSWER", 20_000)
+    images = json.dumps({"created": 1, "data": [{"b64_json": "eA" * 90_000}] * 2})
+    half, length = images[:-9].encode(), b"Content-Length: %d\r\n" % len(images)
+
+    def pauses(request: Request) -> None:
+        request.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n" + length)
+        request.send(b"\r\n" + half)
+        request.wait(gate)
+
+    stage.main.script = pauses
+    ask = {"model": "chat", "prompt": "x", "n": 2}
+    post = stage.app.test_client(use_cookies=False).post
+    response = post("/v1/images/generations", json=ask, headers=bearer(TEAM_KEY))
+    assert len(next(response.iter_encoded())) > 10_000
+    response.close()
+    row = stage.row(response)
+    assert row["cost"] == row["hold"] > 2 * 2 * 1000
 
 
 def test_a_long_answer_that_ends_too_early_is_no_answer(stage, monkeypatch):
@@ -6343,6 +6414,7 @@ def test_a_wildcard_is_allowed_by_its_own_name_and_a_literal_name_comes_first(tm
     "cost, micro",
     [
         (0.00012, 180),  # times 1.5
+        (0.5, 750_000),  # whatever was held: what it would cost was not to be seen
         (1e-7, 1),
         (0, 0),
         (None, 5 + 2),  # none is reported: the given price
@@ -8898,8 +8970,9 @@ def test_receipts_are_filtered(api):
 
 def test_no_text_of_a_csv_is_a_formula():
     rows = [{"key": "=1+1", "n": -1}, {"key": "@x", "n": None}, {"key": 'a,"b"', "n": 2}]
+    rows += [{"key": "\t=1", "n": "\n @x"}]
     told = proxy.csv_text(rows).splitlines()
-    assert told == ["key,n", "'=1+1,'-1", "'@x,", '"a,""b""",2']
+    assert told == ["key,n", "'=1+1,'-1", "'@x,", '"a,""b""",2', "'\t=1,\"'", ' @x"']
 
 
 def test_a_made_key_is_shown_once_and_works(api):

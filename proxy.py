@@ -5664,7 +5664,8 @@ class RelayedPath(PathConverter):
     regex = r"(?!(?:accounts?|usage|models)(?:/|\Z))[^/].*?"
 
 
-BASE_PATH = re.compile("/*(?:v1/+)*")
+# Azure's clients name the model in the path, too, which is the body's.
+BASE_PATH = re.compile("/*(?:v1/+|openai/+|deployments/+[^/]+/+)*")
 ONE_MODEL, SLASHES = re.compile("models/+[^/]"), re.compile("/+")
 
 

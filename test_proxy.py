@@ -4245,15 +4245,6 @@ def test_a_connection_is_used_again(stage, stream, answers):
     assert [one.connection is first.connection for one in others] == [True] * 3
 
 
-def test_a_stale_connection_is_not_used_again(stage, monkeypatch):
-    stage.main.script = [json_answer(chat_json("a")), json_answer(chat_json("b"))]
-    assert said(stage.chat()) == "a"
-    monkeypatch.setattr(proxy, "UPSTREAM_IDLE", 0)
-    assert said(stage.chat()) == "b"
-    one, other = stage.main.requests
-    assert one.connection is not other.connection
-
-
 HI = json.dumps(chat_json("hi")).encode()
 OK, TYPE = b"HTTP/1.1 200 OK\r\n", b"content-type:application/json\r\n"
 SIZE = b"%X" % len(HI)
@@ -4313,15 +4304,19 @@ def wire(data: bytes, pieces: int, ends: bool = False) -> Answer:
 
 
 @pytest.mark.parametrize(
-    "first",
+    "first, idle",
     [
-        wire(GOOD_WIRES["a length"], 10_000, ends=True),
-        wire(GOOD_WIRES["a length"] * 2, 10_000),  # one that nobody has asked for
-        wire(OK + b"Connection: close\r\n" + TYPE + COUNTED, 10_000),
+        (wire(GOOD_WIRES["a length"], 10_000, ends=True), 9),
+        (wire(GOOD_WIRES["a length"] * 2, 10_000), 9),  # one that nobody has asked for
+        (wire(OK + b"Connection: close\r\n" + TYPE + COUNTED, 10_000), 9),
+        (wire(GOOD_WIRES["a length"], 10_000), 0),
     ],
-    ids=["ends", "babbles", "says that it ends"],
+    ids=["ends", "babbles", "says that it ends", "has been idle"],
 )
-def test_a_connection_that_is_not_quiet_or_ends_is_not_used_again(stage, first):
+def test_a_connection_that_is_not_quiet_or_ends_is_not_used_again(
+    stage, monkeypatch, first, idle
+):
+    monkeypatch.setattr(proxy, "UPSTREAM_IDLE", idle)
     stage.main.script = [first, json_answer(chat_json("b"))]
     assert said(stage.chat()) == "hi" and stage.main.released.wait(2)
     assert said(stage.chat()) == "b"
@@ -5168,9 +5163,7 @@ def test_images_through_chat_are_one_url_and_charged_as_one(stage, answer, link)
 def test_a_slow_image_streams_comments(stage, monkeypatch):
     monkeypatch.setattr(proxy, "COMMENT_INTERVAL", 0.02)
     monkeypatch.setattr(proxy, "COMMENTS_WAIT", 0.02)
-    gate = threading.Event()
-    stage.ark.script = [json_answer(B64, gate=gate)]
-    threading.Timer(0.2, gate.set).start()
+    stage.ark.script = [lambda it: it.wait(None, 0.3) or json_answer(B64)(it)]
     data = stage.chat("any-image", stream=True).data
     assert data.startswith(b": ") and data.partition(b"data:")[0].count(b"\n") >= 2
     assert stream_text(data) == "data:image/png;base64,eA=="
@@ -6690,10 +6683,12 @@ def test_a_slow_image_over_tls_streams_comments_too(tmp_path, monkeypatch, app):
         proxy.tls_context.cache_clear()
         model = {"any-image": {"upstream": "ark/flux", "price": {"image": 0.04}}}
         api = Api(app(upstreams={"ark": {"url": f"images+{up.url}"}}, models=model))
-        threading.Timer(0.3, gate.set).start()
         answer = api("POST", CHAT, **HELLO | {"model": "any-image", "stream": True})
-        comments = answer.data.partition(b"data:")[0].count(b": the image")
-    assert answer.status_code == 200 and comments >= 2
+        pieces, seen = iter(answer.response), b""
+        while seen.count(b": the image") < 2:
+            seen += next(pieces)
+        gate.set()
+        assert b"data:" not in seen and b"[DONE]" in b"".join(pieces)
 
 
 def reset_in_the_handshake(server: socket.socket) -> None:
@@ -7137,20 +7132,6 @@ def test_a_stream_is_charged_its_last_report_once_or_an_estimate(
     row = stage.row(response)
     assert (row["input"], row["cached"], row["output"], row["estimated"]) == counts
     assert (row["cost"], row["status"]) == (cost, 200)
-
-
-@pytest.mark.parametrize("reported, output", [(0, 100), (300, 300)])
-def test_the_output_of_a_cut_stream_is_the_larger_of_report_and_estimate(
-    stage, reported, output
-):
-    chunks = chat_chunks("x" * 400, include_usage_chunk=False)[:-1]
-    chunks[0]["usage"] = usage_of(12, reported)
-    stage.main.script = [sse(chunks, done=False, chunked=False)]
-    response = stage.chat(stream=True)
-    assert ends_in_error(stage, response)
-    row = stage.row(response)
-    assert (row["input"], row["output"], row["cost"]) == (12, output, 12 + 2 * output)
-    assert row["estimated"] == (output > reported)
 
 
 @pytest.mark.parametrize(
@@ -8066,6 +8047,10 @@ def outcomes(tmp_path_factory):
             for (case, _), call in calls.items():
                 if case != "DRAIN":
                     call.result()
+            streams = len(sdks) + (5 if node else 0)
+            drained = lambda: sum(b"DRAIN" in one.body for one in up.requests)
+            wait_for(lambda: drained() == streams, 20, "the last streams")
+            time.sleep(0.3)  # in which their first events reach the clients
             server.kill(server.master_pid, signal.SIGTERM)
             for (case, name), call in calls.items():
                 seen[case][name] = call.result()
@@ -8764,7 +8749,7 @@ def test_an_app_whose_ledger_is_unusable_says_so_until_it_is_usable(
             for method in rule.methods - {"HEAD", "OPTIONS"}:
                 answer = api.send(method, path, key, json=HELLO)
                 assert code_of(answer) == (503, UNAVAILABLE), (method, path)
-        assert len(asked) > 20 and time.monotonic() - start < 2
+        assert len(asked) > 20 and time.monotonic() - start < 10  # none waits for five
         with suppress(FileNotFoundError):
             db.parent.rename(tmp_path / "spoiled")
         (tmp_path / "kept").rename(db.parent)
@@ -12931,13 +12916,14 @@ ENDS = {(200, "done"), NO_LEDGER}
 CUT = (200, "ledger_unavailable")  # a stream whose charge could not be written in time
 
 
-LONG_STRIKES = [(strike, times) for strike in STRIKES for times in (1, 10**6)]
-
-
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize(
-    "strike, times", [("full", 1), ("busy", 10**6), *(long(*one) for one in LONG_STRIKES)]
-)
+    "strike, times",
+    [
+        ("full", 1), ("busy", 10**6), long("full", 10**6), long("busy", 1),
+        long("I/O error", 1), long("I/O error", 10**6),
+    ],
+)  # fmt: skip
 def test_any_statement_may_fail(strike, stream, times, struck, tmp_path, monkeypatch):
     monkeypatch.setattr(Faulty, "strike", STRIKES[strike])
     monkeypatch.setattr(Faulty, "times", times)

@@ -745,10 +745,9 @@ def members(
 
 def printable_name(value: Any, path: str, longest: int = 100) -> str:
     """A name that people and terminals can be shown."""
-    fits = 1 <= len(text_of(value, path)) <= longest
-    expect(fits, path, f"must be a text of 1 to {longest} characters")
-    fits = value.isprintable() and value == value.strip()
-    expect(fits, path, "must hold printable characters only")
+    fits = 1 <= len(text_of(value, path)) <= longest and value == value.strip()
+    told = f"must be 1 to {longest} printable characters"
+    expect(fits and value.isprintable(), path, told)
     return value
 
 
@@ -765,8 +764,7 @@ UNLIMITED = 2**61  # micro-credits of an account that is metered, and not bounde
 
 def amount(value: Any, path: str, low: float, high: int) -> Decimal:
     fits = isinstance(value, (int, float, Decimal)) and type(value) is not bool
-    expect(fits, path, "must be a number")
-    found = Decimal(str(value))
+    found = Decimal(str(value)) if fits else Decimal("NaN")
     fits = found.is_finite() and low <= found <= high
     expect(fits, path, f"must be a number from {low} to {high}")
     return found
@@ -1287,7 +1285,7 @@ ADDED = ", ".join([f"{name} = {name} + excluded.{name}" for name in SUMMED])
 # for a correction; keys.former: 1 for a former account's; keys.terms: as keys.json has
 # them. A row of budgets is what a key has spent on the days from `since` to before
 # `until`, which its budget is for: made out of usage when a hold first asks, then kept.
-# `most`: the budget at the last hold, or what was spent and held before there was one.
+# `most`: the budget when a hold asked last, or what was spent and held if that was more.
 SCHEMA = f"""
 CREATE TABLE meta(name TEXT PRIMARY KEY, value {TEXT}) STRICT, WITHOUT ROWID;
 CREATE TABLE accounts(
@@ -1583,8 +1581,11 @@ class LedgerFile:
     def _in_use(self) -> bool:
         """Whether any process, this one too, has a connection to the file. None of
         ours may be open: closing a descriptor drops SQLite's locks (fcntl(2))."""
-        with open(self.path, "rb") as file:
-            return are_locked(file.fileno(), *SHARED_BYTES)
+        file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return are_locked(file, *SHARED_BYTES)
+        finally:
+            os.close(file)
 
     def is_served(self) -> bool:
         """Whether a worker of any server lives: it has its slot."""
@@ -2029,8 +2030,12 @@ OTHER_BUDGETS = """
 DELETE FROM budgets WHERE key = ?1 AND until > ?4 AND since <= ?4
     AND (since, until) != (?2, ?3)
 """
-NEW_BUDGET = "INSERT INTO budgets VALUES (?1, ?3, ?2, ?4, ?5) ON CONFLICT DO NOTHING"
-BUDGET_MOST = "UPDATE budgets SET most = ?4 WHERE key = ?1 AND until = ?3 AND since = ?2"
+# The budget ?5 as it is now, or what is spent and held where that is more; one that we
+# have exceeded ourselves stays as it is, for `check` to find.
+BUDGET = """
+INSERT INTO budgets VALUES (?1, ?3, ?2, ?4, max(?5, ?6))
+    ON CONFLICT DO UPDATE SET most = excluded.most WHERE ?6 <= most
+"""
 # What the account of a request has left, and each budget that it counts in.
 ALL_LEFT = f"""
 SELECT granted + declared - spent - held FROM accounts WHERE id = ?1
@@ -2197,7 +2202,7 @@ class Ledger:
             if budget:
                 spent, held = db.execute(USED, window).fetchone()
                 room = budget.most - spent - held
-                db.execute(NEW_BUDGET, (*window, spent, max(budget.most, spent + held)))
+                db.execute(BUDGET, (*window, spent, budget.most, spent + held))
             running, left, declared = db.execute(ROOM, (key.id, account.id)).fetchone()
             if running >= most:
                 told = f"Too many requests at once: {most} per key."
@@ -2217,8 +2222,6 @@ class Ledger:
             db.execute(HOLD, (*row, hold, asked))
             if declared != account.credits:
                 db.execute(DECLARED, (account.credits, account.id))
-            if budget:
-                db.execute(BUDGET_MOST, (*window, budget.most))
             return Admission(windows, Lease(id, account.id, key.name, hold, tokens))
 
         return self.write(operation)
@@ -2383,15 +2386,12 @@ class Ledger:
 
     # Proof
 
-    def check(self, done: Callable[[], None] = lambda: None) -> list[str]:
-        """What PROOFS find in one state of the ledger, `done` being called after each."""
-        wrong = []
+    def check(self, proofs: Iterable[tuple[str, str]] = PROOFS.items()) -> list[str]:
+        """What does not add up in one state of the ledger, in words."""
         with self.snapshot() as db:
             days = {"first": db.execute(KEPT).fetchone()[0], "last": FOREVER}
-            for sql, told in PROOFS.items():
-                wrong += [told.format(*row) for row in db.execute(sql, days)]
-                done()
-        return wrong
+            found = ((told, db.execute(sql, days)) for sql, told in proofs)
+            return [told.format(*row) for told, rows in found for row in rows]
 
     def close(self) -> None:
         """Gives the slot back; what is left open there is the next owner's to clear."""
@@ -7562,8 +7562,8 @@ def check(keys: str, db: str, online: bool) -> int:
             click.echo(f"warning: {line}")
         if not there:
             return int(silent)
-        with progress("Adding up", length=len(PROOFS)) as bar:
-            wrong = ledger.check(lambda: bar.update(1))
+        with progress("Adding up", iterable=PROOFS.items()) as proofs:
+            wrong = ledger.check(proofs)
         for line in wrong:
             click.echo(f"wrong: {line}")
         click.echo(f"The ledger's schema is version {SCHEMA_VERSION}.")

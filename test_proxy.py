@@ -10663,10 +10663,12 @@ def test_a_command_with_other_keys_than_the_servers_is_warned(one, capsys, tmp_p
     assert "warning" not in capsys.readouterr().err
 
 
-KEPT = {"127.0.0.1": "http://127.0.0.1:", "::1": "http://[::1]:", "kept": "http://unix:kept/"}
+KEPT_SOCKETS = {
+    "127.0.0.1": "http://127.0.0.1:", "::1": "http://[::1]:", "kept": "http://unix:kept/",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("host, told", KEPT.items())
+@pytest.mark.parametrize("host, told", KEPT_SOCKETS.items())
 def test_a_socket_that_systemd_keeps_is_served_whatever_it_is(
     host, told, run, monkeypatch, tmp_path
 ):

@@ -8595,6 +8595,12 @@ def test_a_broken_file_is_logged_once_and_the_last_good_one_serves(
     path.write_text(good)  # for the check after the test
     log = capfd.readouterr().err
     assert log.count("event=config") == 1 and "line 2" in log
+    for text in good, good + " ":  # the recovery is told, and a good edit
+        path.write_text(text)
+        for worker in workers * 3:
+            worker.services.upkeep()
+        log = capfd.readouterr().err
+        assert log.count("event=config") == log.count("read again, and good") == 1
 
 
 def test_an_app_made_before_a_fork_serves_nothing(api, monkeypatch):
@@ -8842,6 +8848,12 @@ def test_a_bad_filter_is_refused_by_name(query, shared):
     error = answer.json["error"]
     assert (answer.status_code, error["code"]) == (400, "invalid_request")
     assert error["param"] == re.search(r"\?(\w+)=", query)[1]
+
+
+@pytest.mark.parametrize("path", ["accounts", "usage", "accounts/team", "accounts/team/grants"])
+def test_a_parameter_that_an_admins_route_does_not_know_is_refused(path, api):
+    answer = api("GET", f"/v1/{path}?beta=true", ADMIN_KEY)
+    assert (answer.status_code, answer.json["error"]["param"]) == (400, "beta")
 
 
 @pytest.mark.parametrize(
@@ -10255,13 +10267,28 @@ def test_the_greetings_curl_line_has_the_demo_key_only_and_works_as_it_stands(on
 # -- Tables --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--db"], "Option '--db' requires an argument."), ([""], "No such command ''."),
+        (["credits", "add", "team"], "Missing argument 'AMOUNT'."),
+        (["usage", "team", "x"], "Got unexpected extra argument (x)"),
+    ],
+)  # fmt: skip
+def test_half_a_command_gets_one_line(words, told, run, capsys):
+    status, out, err = proxy.main(words), *capsys.readouterr()
+    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith(told)
+
+
 @pytest.mark.parametrize("noun", ["keys", "accounts", "credits"])
 def test_a_noun_alone_tells_its_commands(noun, run, capsys):
     status, out, err = proxy.main([noun]), *capsys.readouterr()
     assert status == 2 and not out and err.startswith("Usage:") and "tells" not in err
 
 
-@pytest.mark.parametrize("words", [["-h"], ["--version"], ["keys", "-h"]])
+@pytest.mark.parametrize(
+    "words", [["-h"], ["--version"], ["keys", "-h"], ["--keys", "other.json", "--version"]]
+)
 def test_help_and_version_are_there(words, capsys):
     assert proxy.main(words) == 0 and capsys.readouterr().out
 
@@ -10334,6 +10361,12 @@ def test_a_socket_that_systemd_keeps_is_served_whatever_it_is(
             monkeypatch.setenv("LISTEN_PID", str(pid))
             run("serve", "--port", str(free_port()))
     assert [f"Serving {told}" in text for text in served] == [True, host == "127.0.0.1"]
+
+
+def test_a_socket_that_is_not_there_is_told_in_one_line(run, monkeypatch):
+    monkeypatch.setattr(proxy.systemd, "listen_fds", lambda unset_environment: 1)
+    monkeypatch.setattr(proxy.os, "dup", lambda number: os.dup2(-1, 99))
+    assert refused_in_one_line(run("serve")) == "Bad file descriptor\n"
 
 
 def test_a_taken_port_is_told_at_once(run):

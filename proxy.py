@@ -75,6 +75,7 @@ import stat
 import struct
 import sys
 import tempfile
+import termios
 import threading
 import time
 import traceback
@@ -2654,7 +2655,7 @@ def to_json(document: Any) -> bytes:
 
 
 # Bytes of memory, measured, that each of these takes of a parsed body at the most.
-MEMORY = {b",": 40, b"[": 64, b"{": 96, b":": 130, b'"': 16}
+MEMORY = {b",": 40, b"[": 64, b"{": 96, b":": 230, b'"': 16}
 BODY_ROOM = 416 << 20  # bytes of all bodies in a worker, as their parsing takes
 SMALL_SHARES = 32 << 20  # of it, kept for bodies that take less than SMALL_SHARE
 SMALL_SHARE = 1 << 20
@@ -5322,6 +5323,7 @@ STREAM_HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
 COMMENTS_WAIT = 5.0  # seconds that comments before the first event may be held back
 BELIEVED = 4  # times its hold may be charged for a prompt that its body shows whole
 SETTLE_PATIENCE = 10.0  # seconds that an answer's end waits for a ledger in trouble
+AT_ONCE = 32 << 10  # bytes of answers that the system takes, whether they are read or not
 KEPT_BODY = 512 << 10  # bytes of memory; what is smaller is not worth its counting
 PLAIN_WORD = re.compile(r"[\w.:/+@%-]+")
 
@@ -5601,7 +5603,7 @@ class Relay:
     def __iter__(self) -> Iterator[bytes]:
         try:
             if self._meter is None:  # the place is free again before the last byte
-                if len(self._begin) > KEPT_BODY:
+                if len(self._begin) > AT_ONCE:
                     yield self._begin[:-1]
                     self._begin = self._begin[-1:]
                 self.close()
@@ -5765,13 +5767,13 @@ class RelayedPath(PathConverter):
     regex = r"(?!(?:accounts?|usage|models)(?:/|\Z))[^/].*?"
 
 
-BASE_PATH = re.compile("/*(?:v1/+)*")
+BASE_PATH = re.compile("/*(?:v1/+)*(?:(?:openai/)?deployments/[^/]+/)?")
 ONE_MODEL, SLASHES = re.compile("models/+[^/]"), re.compile("/+")
 
 
 def fold_path(path: str) -> str:
     """The path that is meant by a base URL with too many slashes, a /v1 too much or
-    none; what stands for a model's id is left as it is."""
+    none, or Azure's with a model; what stands for a model's id is left as it is."""
     start = BASE_PATH.match(path).end()
     rest = path[start:]
     if not ONE_MODEL.match(rest):
@@ -6921,6 +6923,7 @@ def build_app(
     Without a good ledger it answers 503 until there is one. Its Services are the
     extension "proxy"; they are closed by whoever made it, if ever.
     """
+    sys.set_int_max_str_digits(640)  # 7,000 of 4,300 took 3 s to read and to write
     services = Services(config_file, db, capacity)
     services.ledger.keep_days = keep_days
     app = Flask("proxy", static_folder=None)
@@ -6993,12 +6996,41 @@ GRACE = 30  # seconds from SIGTERM to the end of the last stream
 GRACE_MARGIN = 3.0  # seconds before that in which streams are ended and settled
 CLIENT_TIMEOUT = 30  # seconds that one read from or write to a client may take
 LINGER = 0.4  # seconds for a client to stop sending what was refused
-FIRST_WORD = 5.0  # seconds that a new connection may be silent
+FIRST_WORD = 5.0  # seconds for the head of a request, from its connection on
 IDLE = 10_000  # connections of one worker beyond its threads
 SPARE_THREADS = 16  # per worker, kept for answers that relay nothing
 PARSER_STATUS = {
     "LimitRequestLine": 414, "LimitRequestHeaders": 431, "ExpectationFailed": 417,
 }  # fmt: skip
+
+
+MAX_REQUEST_HEAD = 32 << 10  # bytes: it waits in memory until it is whole
+HEAD_END = re.compile(rb"\n\r?\n")  # or what the parser refuses
+
+
+def is_head(early: bytes) -> bool:
+    return len(early) > MAX_REQUEST_HEAD or bool(HEAD_END.search(early))
+
+
+def has_head(conn: Any) -> bool:
+    """Takes what has arrived of a request; whether its head is whole, or never will be."""
+    buffer = conn.parser.unreader.buf
+    try:
+        if not is_head(buffer.getvalue()):  # of what was sent together with the last
+            data = conn.sock.recv(RECEIVE, socket.MSG_DONTWAIT)
+            buffer.seek(0, os.SEEK_END)
+            buffer.write(data)
+            return not data or is_head(buffer.getvalue())
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # it is told when it is read
+    return True
+
+
+def untaken(client: socket.socket) -> int:
+    """Bytes of answers that have not arrived at a client yet (tcp(7), SIOCOUTQ)."""
+    return struct.unpack("i", fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4)))[0]
 
 
 class Worker(gthread.ThreadWorker):
@@ -7055,15 +7087,23 @@ class Worker(gthread.ThreadWorker):
     # Connections
 
     def enqueue_req(self, conn: Any) -> None:
-        """A thread is for those that have spoken: gunicorn gives it, and a descriptor,
-        to each new connection for five seconds, and 75 more without them."""
-        if conn.initialized or conn.data_ready:
-            return super().enqueue_req(conn)
-        conn.sock.setblocking(False)
-        conn.timeout = time.monotonic() + FIRST_WORD
-        self.pending_conns.append(conn)
-        spoken = functools.partial(self.on_pending_socket_readable, conn)
-        self.poller.register(conn.sock, selectors.EVENT_READ, spoken)
+        """A thread is for those whose head is here, and who read what they get: others
+        could keep it for as long as they like. gunicorn gives it to all that connect."""
+        conn.init()  # the parser, whose buffer the head waits in
+        if not has_head(conn):
+            conn.timeout = time.monotonic() + FIRST_WORD
+            self.pending_conns.append(conn)
+            spoken = functools.partial(self.on_pending_socket_readable, conn)
+            self.poller.register(conn.sock, selectors.EVENT_READ, spoken)
+        elif untaken(conn.sock) > AT_ONCE:
+            self.nr_conns -= 1
+            conn.close()
+        else:
+            super().enqueue_req(conn)
+
+    def on_pending_socket_readable(self, conn: Any, client: socket.socket) -> None:
+        if has_head(conn):
+            super().on_pending_socket_readable(conn, client)
 
     # One answer to each request
 
@@ -7079,7 +7119,11 @@ class Worker(gthread.ThreadWorker):
     def handle(self, conn: Any) -> Any:
         """Lingers here on a connection that ends: gunicorn would do it in its main
         loop, two seconds without an accept."""
-        kept = super().handle(conn)
+        kept, early = False, conn.parser.unreader.buf.getvalue()
+        if len(early) > MAX_REQUEST_HEAD and not HEAD_END.search(early):
+            self.refuse(conn.sock, 431, "The head of the request is too large.")
+        else:
+            kept = super().handle(conn)
         if not kept:
             gunicorn.util.close_graceful(conn.sock, LINGER, MAX_BODY)
         return kept
@@ -7166,6 +7210,7 @@ class Server(BaseApplication):
             "control_socket_disable": True,
             "loglevel": "warning",
             "proc_name": "proxy",
+            "forwarder_headers": "",  # no header is more than a header
             "worker_tmp_dir": "/dev/shm" if os.path.isdir("/dev/shm") else None,
             "post_fork": after_fork,
             "when_ready": when_ready,

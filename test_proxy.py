@@ -3250,6 +3250,16 @@ def test_a_model_is_named_in_what_a_terminal_can_show(model):
         make_call(model=model)
 
 
+@pytest.mark.parametrize("digits, status", [(640, 200), (641, 400)])
+def test_a_number_has_no_more_digits_than_are_quickly_read(stage, digits, status):
+    stage.main.script = [json_answer(chat_json("hi"))]
+    body = json.dumps({"model": "chat", "messages": SAY_HELLO})[:-1] + ', "seed": '
+    send = functools.partial(stage.app.test_client().post, headers=bearer(TEAM_KEY))
+    data = body + "1" * digits + "}"
+    answer = send(f"/v1/{CHATS}", data=data, content_type="application/json")
+    assert answer.status_code == status
+
+
 @pytest.mark.parametrize("value", ["yes", [0], 1])
 def test_whether_usage_is_wanted_is_true_or_false(value):
     with pytest.raises(proxy.BadRequest):
@@ -8538,6 +8548,7 @@ FOLDED = {
         "/v1//v1/v1/chat/completions", "/chat/completions", "//chat//completions/",
     ),
     "/v1/messages": ("/messages", "/v1/v1/messages", "/v1//messages"),
+    "/v1/embeddings": ("/openai/deployments/o1/embeddings", "/v1/deployments/o/embeddings"),
     "/v1/responses/compact": ("/responses/compact", "/v1/responses/compact/"),
     "/v1/models": ("/models", "/models/", "/v1/models/", "/v1/v1/models", "//models"),
     "/v1/models/a/b": ("/models/a/b", "/v1/v1/models/a/b", "//v1//models/a/b"),
@@ -11637,7 +11648,8 @@ def world(workers: int, threads: int, constants: Mapping[str, Any] = {}) -> Call
     return served
 
 
-one = world(1, 64, {"CLIENT_TIMEOUT": 1, "BODY_TIMEOUT": 6, "UPSTREAM_IDLE": 0.5})
+QUICKLY = {"CLIENT_TIMEOUT": 1, "FIRST_WORD": 1, "BODY_TIMEOUT": 6, "UPSTREAM_IDLE": 0.5}
+one = world(1, 64, QUICKLY)
 two = world(2, 64, {"LEDGER_TIMEOUT": 0.8, "SWEEP_INTERVAL": 0.1})
 four = world(4, 200)
 narrow = world(1, 1, {  # relays one request at a time
@@ -12743,16 +12755,40 @@ def test_a_body_that_trickles_in_is_refused_in_time(path, one):
     assert answer.startswith(b"HTTP/1.1 400") and b"did not arrive within 6" in answer
 
 
-def test_a_connection_that_never_spoke_gets_seconds_and_no_thread(gateway):
+@pytest.mark.parametrize("said", [b"", b"G", b"GET / HTTP/1.1\r\nHost: "], ids=str)
+def test_a_connection_without_a_whole_head_gets_seconds_and_no_thread(said, gateway):
     server = gateway(threads=1, constants={"SPARE_THREADS": 1, "FIRST_WORD": 1})
     with ExitStack() as crowd:
         connect = lambda: socket.create_connection(("127.0.0.1", server.port), 8)
-        silent = [crowd.enter_context(connect()) for _ in range(20)]
+        slow = [crowd.enter_context(connect()) for _ in range(20)]
+        for sign in said:
+            for sock in slow:
+                sock.sendall(bytes([sign]))
         started = time.monotonic()
         assert requests.get(f"{server.url}/healthz", timeout=5).ok
         assert time.monotonic() - started < 0.9
-        assert [sock.recv(1) for sock in silent] == [b""] * 20
+        assert [sock.recv(1) for sock in slow] == [b""] * 20
         assert time.monotonic() - started < 5
+
+
+def test_who_asks_again_without_reading_gets_no_thread(gateway):
+    server = gateway(threads=1, constants={"SPARE_THREADS": 1})
+    with ExitStack() as crowd:
+        for _ in range(3):
+            sock = crowd.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", server.port))
+            sock.sendall(b"GET /dashboard HTTP/1.1\r\nHost: x\r\n\r\n" * 600)
+            wait_for(lambda: proxy.has_left(sock), what="the connection's end")
+        assert requests.get(f"{server.url}/healthz", timeout=5).ok
+
+
+def test_a_head_is_refused_at_32_kb_and_a_request_behind_another_is_answered(one):
+    line = b"A: " + b"b" * 7_000 + b"\r\n"
+    assert raw_http(one.port, b"GET / HTTP/1.1\r\n" + line * 5).startswith(b"HTTP/1.1 431")
+    ask = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+    both = ask + b"\r\n" + ask + b"Connection: close\r\n" + line * 3 + b"\r\n"
+    assert raw_http(one.port, both).count(b'{"status": "ok"}') == 2
 
 
 def test_a_reader_that_stops_reading_is_given_up_and_settled(one):
@@ -13882,7 +13918,8 @@ def test_malformed_requests_are_refused_and_cost_nothing(
 ):
     limits = {"rate": "10000/second", "concurrent": 1000}
     server = gateway(
-        workers=1, threads=64, limits=limits, constants={"CLIENT_TIMEOUT": 1}
+        workers=1, threads=64, limits=limits,
+            constants={"CLIENT_TIMEOUT": 1, "FIRST_WORD": 1},
     )
     pids = server.workers()
 

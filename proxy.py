@@ -75,6 +75,7 @@ import stat
 import struct
 import sys
 import tempfile
+import termios
 import threading
 import time
 import traceback
@@ -1025,7 +1026,9 @@ PRICED = {
     "web_search_options": (),
     "search_parameters": (),  # xAI
     "enable_search": (False,),  # Qwen
-    "plugins": (),  # OpenRouter, as the next two: who answers, and for what price
+    "fallbacks": (),  # LiteLLM: other models
+    "plugins": (),  # OpenRouter, as the next three: who answers, and for what price
+    "preset": (),
     "models": (),
     "provider": (),
 }
@@ -2544,49 +2547,59 @@ def to_json(document: Any) -> bytes:
 
 
 # Bytes of memory, measured, that each of these takes of a parsed body at the most.
-MEMORY = {b",": 40, b"[": 64, b"{": 96, b":": 130, b'"': 16}
+MEMORY = {b",": 40, b"[": 64, b"{": 96, b":": 230, b'"': 16}
 BODY_ROOM = 416 << 20  # bytes of all bodies in a worker, as their parsing takes
 SMALL_SHARES = 32 << 20  # of it, kept for bodies that take less than SMALL_SHARE
 SMALL_SHARE = 1 << 20
 PARSING = 352 << 20  # of it, kept for bodies that have arrived: two large ones arrive
+MOST_ARRIVING = (BODY_ROOM - PARSING) // 2  # of one account
 ROOM_PATIENCE = 2.0  # seconds that a body waits for room
 
 
 class Room:
-    """The memory of a worker that bodies may take at once, in bytes."""
+    """The memory of a worker that bodies may take at once, in bytes; `arriving`: what of
+    it each account's large bodies take that are still to come."""
 
     def __init__(self, size: int):
         self.free, self.changed = size, threading.Condition()
+        self.arriving: Counter[str] = Counter()
 
 
 class Share:
     """What one request takes of the room: the bytes that it has received, then what
     their parsing takes."""
 
-    def __init__(self, room: Room):
-        self._room, self.size = room, 0
+    def __init__(self, room: Room, account: str = ""):
+        self._room, self._account, self.size, self._arriving = room, account, 0, 0
 
     def hold(self, size: int, spare: int = 0) -> None:
         """Makes it `size` bytes, nothing of them twice; Overloaded if the room had no
-        such share for ROOM_PATIENCE. A share that is not small leaves `spare` bytes."""
+        such share for ROOM_PATIENCE. One that is not small leaves `spare` bytes; what
+        leaves PARSING is still arriving: of such one account has MOST_ARRIVING."""
         room, spare = self._room, spare if size > SMALL_SHARE else 0
+        arriving = size if spare == PARSING else 0
+        more, coming = size - self.size, arriving - self._arriving
+
+        def fits() -> bool:
+            theirs = room.arriving[self._account] + coming
+            return room.free - more >= spare and (coming <= 0 or theirs <= MOST_ARRIVING)
+
         with room.changed:
-            more = size - self.size
-            if more > 0 and not room.changed.wait_for(
-                lambda: room.free - more >= spare, ROOM_PATIENCE
-            ):
+            if more > 0 and not room.changed.wait_for(fits, ROOM_PATIENCE):
                 raise Overloaded("The server has no room for this body.", wait=2)
-            self._set(size)
+            self._set(size, arriving)
 
     def keep(self, size: int) -> None:
         """Makes it `size` bytes at once: what is here already only others wait for."""
         with self._room.changed:
-            self._set(size)
+            self._set(size, 0)
 
-    def _set(self, size: int) -> None:
-        if size < self.size:
+    def _set(self, size: int, arriving: int) -> None:
+        if size < self.size or arriving < self._arriving:
             self._room.changed.notify_all()
         self._room.free, self.size = self._room.free + self.size - size, size
+        self._room.arriving[self._account] += arriving - self._arriving
+        self._arriving = arriving
 
 
 def parsing_memory(data: bytearray) -> int:
@@ -5230,6 +5243,7 @@ STREAM_HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
 COMMENTS_WAIT = 5.0  # seconds that comments before the first event may be held back
 BELIEVED = 4  # times its hold may be charged for a prompt that its body shows whole
 SETTLE_PATIENCE = 10.0  # seconds that an answer's end waits for a ledger in trouble
+AT_ONCE = 32 << 10  # bytes of answers that the system takes, whether they are read or not
 KEPT_BODY = 512 << 10  # bytes of memory; what is smaller is not worth its counting
 PLAIN_WORD = re.compile(r"[\w.:/+@%-]+")
 
@@ -5509,7 +5523,7 @@ class Relay:
     def __iter__(self) -> Iterator[bytes]:
         try:
             if self._meter is None:  # the place is free again before the last byte
-                if len(self._begin) > KEPT_BODY:
+                if len(self._begin) > AT_ONCE:
                     yield self._begin[:-1]
                     self._begin = self._begin[-1:]
                 self.close()
@@ -5680,7 +5694,7 @@ ONE_MODEL, SLASHES = re.compile("models/+[^/]"), re.compile("/+")
 
 def fold_path(path: str) -> str:
     """The path that is meant by a base URL with too many slashes, a /v1 too much or
-    none; what stands for a model's id is left as it is."""
+    none, or Azure's with a model; what stands for a model's id is left as it is."""
     start = BASE_PATH.match(path).end()
     rest = path[start:]
     if not ONE_MODEL.match(rest):
@@ -5968,7 +5982,8 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
     try:
         with watch.receiving() as arrived:
             kinds = ("application/json", FORM) if path in FORMS else ("application/json",)
-            data = read_body(environ, MAX_BODY, share, arrived, kinds)
+            limit = MAX_ECHO if here.account.demo else MAX_BODY  # whoever has that key
+            data = read_body(environ, limit, share, arrived, kinds)
         form = environ["CONTENT_TYPE"] if media_type(environ) == FORM else ""
         call = parse_call(path, data, passed_headers(path, environ), form)
         del data
@@ -5996,7 +6011,7 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
 def start_relay(services: Services, path: str) -> Response:
     """Everything between the key and the upstream's answer, on one of the places."""
     watch = Watch(request.environ.get("gunicorn.socket"), g.account.id)
-    share = Share(services.room)
+    share = Share(services.room, g.account.id)
     if not services.watcher.add(watch, services.capacity):
         count_request(services, windows_of(True))
         raise Overloaded("The server has no room at the moment.", wait=1)
@@ -6419,7 +6434,7 @@ def add_account_routes(app: Flask, services: Services) -> None:
 def small_body(services: Services, known: str) -> dict[str, Any]:
     """A small JSON object with these members only."""
     watch = Watch(request.environ.get("gunicorn.socket"), g.account.id)
-    share = Share(services.room)
+    share = Share(services.room, g.account.id)
     if not services.watcher.add(watch, services.capacity):
         raise Overloaded("The server has no room at the moment.", wait=1)
     try:
@@ -6831,6 +6846,7 @@ def build_app(
     Without a good ledger it answers 503 until there is one. Its Services are the
     extension "proxy"; they are closed by whoever made it, if ever.
     """
+    sys.set_int_max_str_digits(640)  # 7,000 of 4,300 took 3 s to read and to write
     services = Services(config_file, db, capacity)
     services.ledger.keep_days = keep_days
     app = Flask("proxy", static_folder=None)
@@ -6903,15 +6919,41 @@ GRACE = 30  # seconds from SIGTERM to the end of the last stream
 GRACE_MARGIN = 3.0  # seconds before that in which streams are ended and settled
 PAGE_TIMEOUT = 10  # seconds for a client to take an answer that relays nothing
 LINGER = 0.4  # seconds for a client to stop sending what was refused
-FIRST_WORD = 5.0  # seconds that a new connection may be silent, and for a whole head
-HEAD_PIECE, MAX_LOOKS = 8192, 100  # bytes of a look at a head that comes, and looks
-# Where a head ends, or cannot be one any more (RFC 9112 §2.2).
-HEAD_END = re.compile(rb"[^\r\n]\r\n\r\n|(?<!\r)\n")
+FIRST_WORD = 5.0  # seconds for the head of a request, from its connection on
 IDLE = 10_000  # connections of one worker beyond its threads
 SPARE_THREADS = 16  # per worker, kept for answers that relay nothing
 PARSER_STATUS = {
     "LimitRequestLine": 414, "LimitRequestHeaders": 431, "ExpectationFailed": 417,
 }  # fmt: skip
+
+
+MAX_REQUEST_HEAD = 32 << 10  # bytes: it waits in memory until it is whole
+HEAD_END = re.compile(rb"\n\r?\n")  # or what the parser refuses
+
+
+def is_head(early: bytes) -> bool:
+    return len(early) > MAX_REQUEST_HEAD or bool(HEAD_END.search(early))
+
+
+def has_head(conn: Any) -> bool:
+    """Takes what has arrived of a request; whether its head is whole, or never will be."""
+    buffer = conn.parser.unreader.buf
+    try:
+        if not is_head(buffer.getvalue()):  # of what was sent together with the last
+            data = conn.sock.recv(RECEIVE, socket.MSG_DONTWAIT)
+            buffer.seek(0, os.SEEK_END)
+            buffer.write(data)
+            return not data or is_head(buffer.getvalue())
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # it is told when it is read
+    return True
+
+
+def untaken(client: socket.socket) -> int:
+    """Bytes of answers that have not arrived at a client yet (tcp(7), SIOCOUTQ)."""
+    return struct.unpack("i", fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4)))[0]
 
 
 class Worker(gthread.ThreadWorker):
@@ -6968,30 +7010,23 @@ class Worker(gthread.ThreadWorker):
     # Connections
 
     def enqueue_req(self, conn: Any) -> None:
-        """A thread is for a request whose head is here: gunicorn gives it to each new
-        connection, and 300 heads that trickled in took all of them."""
-        conn.init()
-        conn.sock.setblocking(False)
-        head, ended, now = conn.parser.unreader.buf, False, time.monotonic()
-        try:
-            data = conn.sock.recv(HEAD_PIECE)
-            head.seek(0, os.SEEK_END)
-            head.write(data)
-            ended = not data
-        except OSError as error:
-            ended = not isinstance(error, BlockingIOError)
-        if ended or HEAD_END.search(head.getvalue()):
-            conn.looks = []
-            return super().enqueue_req(conn)
-        conn.looks = [*getattr(conn, "looks", ()), now]
-        conn.timeout = conn.looks[0] + FIRST_WORD
-        if now > conn.timeout or len(conn.looks) > MAX_LOOKS or head.tell() > MAX_HEAD:
-            self.refuse(conn.sock, 431, "The request's head is too long, or too slow.")
+        """A thread is for those whose head is here, and who read what they get: others
+        could keep it for as long as they like. gunicorn gives it to all that connect."""
+        conn.init()  # the parser, whose buffer the head waits in
+        if not has_head(conn):
+            conn.timeout = time.monotonic() + FIRST_WORD
+            self.pending_conns.append(conn)
+            spoken = functools.partial(self.on_pending_socket_readable, conn)
+            self.poller.register(conn.sock, selectors.EVENT_READ, spoken)
+        elif untaken(conn.sock) > AT_ONCE:
             self.nr_conns -= 1
-            return conn.close()
-        self.pending_conns.append(conn)
-        more = functools.partial(self.on_pending_socket_readable, conn)
-        self.poller.register(conn.sock, selectors.EVENT_READ, more)
+            conn.close()
+        else:
+            super().enqueue_req(conn)
+
+    def on_pending_socket_readable(self, conn: Any, client: socket.socket) -> None:
+        if has_head(conn):
+            super().on_pending_socket_readable(conn, client)
 
     # One answer to each request
 
@@ -7008,7 +7043,11 @@ class Worker(gthread.ThreadWorker):
     def handle(self, conn: Any) -> Any:
         """Lingers here on a connection that ends: gunicorn would do it in its main
         loop, two seconds without an accept."""
-        kept = super().handle(conn)
+        kept, early = False, conn.parser.unreader.buf.getvalue()
+        if len(early) > MAX_REQUEST_HEAD and not HEAD_END.search(early):
+            self.refuse(conn.sock, 431, "The head of the request is too large.")
+        else:
+            kept = super().handle(conn)
         if not kept:
             gunicorn.util.close_graceful(conn.sock, LINGER, MAX_BODY)
             # A second close would fail, and count it as gone twice.
@@ -7091,6 +7130,7 @@ class Server(BaseApplication):
             "control_socket_disable": True,
             "loglevel": "warning",
             "proc_name": "proxy",
+            "forwarder_headers": "",  # no header is more than a header
             "worker_tmp_dir": "/dev/shm" if os.path.isdir("/dev/shm") else None,
             "post_fork": after_fork,
             "when_ready": when_ready,

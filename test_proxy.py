@@ -3102,6 +3102,22 @@ def test_a_model_is_named_in_what_a_terminal_can_show(model):
         make_call(model=model)
 
 
+@pytest.mark.parametrize("key, status", [(DEMO_KEY, 413), (TEAM_KEY, 404)])
+def test_a_public_key_sends_no_more_than_an_echo_takes(stage, key, status):
+    ask = {"model": "unknown", "messages": SAY_HELLO, "pad": "x" * proxy.MAX_ECHO}
+    assert stage.post(CHATS, ask, key).status_code == status
+
+
+@pytest.mark.parametrize("digits, status", [(640, 200), (641, 400)])
+def test_a_number_has_no_more_digits_than_are_quickly_read(stage, digits, status):
+    stage.main.script = [json_answer(chat_json("hi"))]
+    body = json.dumps({"model": "chat", "messages": SAY_HELLO})[:-1] + ', "seed": '
+    send = functools.partial(stage.app.test_client().post, headers=bearer(TEAM_KEY))
+    data = body + "1" * digits + "}"
+    answer = send(f"/v1/{CHATS}", data=data, content_type="application/json")
+    assert answer.status_code == status
+
+
 @pytest.mark.parametrize("value", ["yes", [0], 1])
 def test_whether_usage_is_wanted_is_true_or_false(value):
     with pytest.raises(proxy.BadRequest):
@@ -3246,6 +3262,21 @@ def test_a_share_counts_what_came_and_is_given_back_once(monkeypatch):
     one.hold(1 << 20, spare=4 << 20)  # small ones need leave nothing
     with pytest.raises(proxy.Overloaded):
         one.hold(2 << 20, spare=1 << 20)
+
+
+def test_one_account_leaves_others_half_of_the_room_for_large_bodies(monkeypatch):
+    monkeypatch.setattr(proxy, "ROOM_PATIENCE", 0.01)
+    room, most = proxy.Room(proxy.BODY_ROOM), proxy.MOST_ARRIVING
+    one, other = (proxy.Share(room, "team") for _ in range(2))
+    one.hold(most, proxy.PARSING)
+    with pytest.raises(proxy.Overloaded):
+        other.hold(2 << 20, proxy.PARSING)
+    proxy.Share(room, "other").hold(most, proxy.PARSING)
+    one.hold(most, proxy.SMALL_SHARES)  # it has arrived, and is parsed
+    room.free += most
+    other.hold(most, proxy.PARSING)
+    one.keep(0), other.keep(0)
+    assert room.arriving == {"team": 0, "other": most}
 
 
 def test_a_body_in_tiny_chunks_is_refused_early(monkeypatch):
@@ -3467,7 +3498,7 @@ DEAR = [
     {"web_search_options": {}}, {"search_parameters": {"mode": "on"}},
     {"enable_search": True}, {"plugins": [{"id": "web"}]}, {"models": ["other/dear"]},
     {"provider": {"only": ["dear"]}}, {"deferred": True}, {"n_cmpl": 8},
-    {"extra_body": {"n": 8}},
+    {"extra_body": {"n": 8}}, {"preset": "dear"}, {"fallbacks": [{"model": "dear"}]},
 ]  # fmt: skip
 DEAR_IMAGES = [
     {"quality": "high"}, {"quality": "hd"}, {"quality": "medium"}, {"size": "4K"},
@@ -8334,6 +8365,7 @@ FOLDED = {
         "/v1//v1/v1/chat/completions", "/chat/completions", "//chat//completions/",
     ),
     "/v1/messages": ("/messages", "/v1/v1/messages", "/v1//messages"),
+    "/v1/embeddings": ("/openai/deployments/o1/embeddings", "/v1/deployments/o/embeddings"),
     "/v1/responses/compact": ("/responses/compact", "/v1/responses/compact/"),
     "/v1/models": ("/models", "/models/", "/v1/models/", "/v1/v1/models", "//models"),
     "/v1/models/a/b": ("/models/a/b", "/v1/v1/models/a/b", "//v1//models/a/b"),
@@ -11586,9 +11618,8 @@ def world(workers: int, threads: int, constants: Mapping[str, Any] = {}) -> Call
     return served
 
 
-one = world(1, 64, {
-    "CLIENT_TIMEOUT": 1, "FIRST_WORD": 1, "BODY_TIMEOUT": 6, "UPSTREAM_IDLE": 0.5,
-})  # fmt: skip
+QUICKLY = {"CLIENT_TIMEOUT": 1, "FIRST_WORD": 1, "BODY_TIMEOUT": 6, "UPSTREAM_IDLE": 0.5}
+one = world(1, 64, QUICKLY)
 two = world(2, 64, {"LEDGER_TIMEOUT": 0.8, "SWEEP_INTERVAL": 0.1})
 four = world(4, 200)
 narrow = world(1, 1, {  # relays one request at a time
@@ -12595,9 +12626,10 @@ def test_two_large_bodies_that_stall_leave_their_room_within_seconds(name, gatew
     line, data = STALLS[name]
     large = {"model": "unknown", "pad": "x" * (20 << 20)}  # 404 once it was read
     with ExitStack() as crowd:
-        for _ in range(2):
+        for key in TEAM_KEY, OTHER_KEY:
             sock = socket.create_connection(("127.0.0.1", server.port), 8)
-            crowd.enter_context(sock).sendall(posted("/v1/chat/completions", line) + data)
+            said = posted("/v1/chat/completions", line) + data
+            crowd.enter_context(sock).sendall(said.replace(TEAM_KEY.encode(), key.encode()))
         started = time.monotonic()
         wait_for(lambda: status(server, **large) == 404, 5, "room")
         assert time.monotonic() - started < 4
@@ -12696,7 +12728,7 @@ def test_a_body_that_trickles_in_is_refused_in_time(path, one):
     assert answer.startswith(b"HTTP/1.1 400") and b"did not arrive within 6" in answer
 
 
-def test_a_connection_that_never_spoke_or_trickles_gets_seconds_and_no_thread(gateway):
+def test_a_connection_without_a_whole_head_gets_seconds_and_no_thread(gateway):
     server = gateway(threads=1, constants={"SPARE_THREADS": 1, "FIRST_WORD": 1})
     health = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     begins = b"", b"GET /", health[:-4], health + b"GET /"
@@ -12716,11 +12748,24 @@ def test_a_connection_that_never_spoke_or_trickles_gets_seconds_and_no_thread(ga
         assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize(
-    "head", [b"GET /" + b"x" * 70_000, b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000]
-)
-def test_a_head_that_is_too_long_is_told_so(head, one):
-    assert raw_http(one.port, head, 8).startswith(b"HTTP/1.1 431")
+def test_who_asks_again_without_reading_gets_no_thread(gateway):
+    server = gateway(threads=1, constants={"SPARE_THREADS": 1})
+    with ExitStack() as crowd:
+        for _ in range(3):
+            sock = crowd.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", server.port))
+            sock.sendall(b"GET /dashboard HTTP/1.1\r\nHost: x\r\n\r\n" * 600)
+            wait_for(lambda: proxy.has_left(sock), what="the connection's end")
+        assert requests.get(f"{server.url}/healthz", timeout=5).ok
+
+
+def test_a_head_is_refused_at_32_kb_and_a_request_behind_another_is_answered(one):
+    line = b"A: " + b"b" * 7_000 + b"\r\n"
+    assert raw_http(one.port, b"GET / HTTP/1.1\r\n" + line * 5).startswith(b"HTTP/1.1 431")
+    ask = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+    both = ask + b"\r\n" + ask + b"Connection: close\r\n" + line * 3 + b"\r\n"
+    assert raw_http(one.port, both).count(b'{"status": "ok"}') == 2
 
 
 def test_a_reader_that_stops_reading_is_given_up_and_settled(one):

@@ -745,10 +745,9 @@ def members(
 
 def printable_name(value: Any, path: str, longest: int = 100) -> str:
     """A name that people and terminals can be shown."""
-    fits = 1 <= len(text_of(value, path)) <= longest
-    expect(fits, path, f"must be a text of 1 to {longest} characters")
-    fits = value.isprintable() and value == value.strip()
-    expect(fits, path, "must hold printable characters only")
+    fits = 1 <= len(text_of(value, path)) <= longest and value == value.strip()
+    told = f"must be 1 to {longest} printable characters"
+    expect(fits and value.isprintable(), path, told)
     return value
 
 
@@ -765,8 +764,7 @@ UNLIMITED = 2**61  # micro-credits of an account that is metered, and not bounde
 
 def amount(value: Any, path: str, low: float, high: int) -> Decimal:
     fits = isinstance(value, (int, float, Decimal)) and type(value) is not bool
-    expect(fits, path, "must be a number")
-    found = Decimal(str(value))
+    found = Decimal(str(value)) if fits else Decimal("NaN")
     fits = found.is_finite() and low <= found <= high
     expect(fits, path, f"must be a number from {low} to {high}")
     return found

@@ -1285,7 +1285,7 @@ ADDED = ", ".join([f"{name} = {name} + excluded.{name}" for name in SUMMED])
 # for a correction; keys.former: 1 for a former account's; keys.terms: as keys.json has
 # them. A row of budgets is what a key has spent on the days from `since` to before
 # `until`, which its budget is for: made out of usage when a hold first asks, then kept.
-# `most`: the budget at the last hold, or what was spent and held before there was one.
+# `most`: the budget when a hold asked last, or what was spent and held if that was more.
 SCHEMA = f"""
 CREATE TABLE meta(name TEXT PRIMARY KEY, value {TEXT}) STRICT, WITHOUT ROWID;
 CREATE TABLE accounts(
@@ -1581,8 +1581,11 @@ class LedgerFile:
     def _in_use(self) -> bool:
         """Whether any process, this one too, has a connection to the file. None of
         ours may be open: closing a descriptor drops SQLite's locks (fcntl(2))."""
-        with open(self.path, "rb") as file:
-            return are_locked(file.fileno(), *SHARED_BYTES)
+        file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return are_locked(file, *SHARED_BYTES)
+        finally:
+            os.close(file)
 
     def is_served(self) -> bool:
         """Whether a worker of any server lives: it has its slot."""
@@ -2027,8 +2030,12 @@ OTHER_BUDGETS = """
 DELETE FROM budgets WHERE key = ?1 AND until > ?4 AND since <= ?4
     AND (since, until) != (?2, ?3)
 """
-NEW_BUDGET = "INSERT INTO budgets VALUES (?1, ?3, ?2, ?4, ?5) ON CONFLICT DO NOTHING"
-BUDGET_MOST = "UPDATE budgets SET most = ?4 WHERE key = ?1 AND until = ?3 AND since = ?2"
+# The budget ?5 as it is now, or what is spent and held where that is more; one that we
+# have exceeded ourselves stays as it is, for `check` to find.
+BUDGET = """
+INSERT INTO budgets VALUES (?1, ?3, ?2, ?4, max(?5, ?6))
+    ON CONFLICT DO UPDATE SET most = excluded.most WHERE ?6 <= most
+"""
 # What the account of a request has left, and each budget that it counts in.
 ALL_LEFT = f"""
 SELECT granted + declared - spent - held FROM accounts WHERE id = ?1
@@ -2195,7 +2202,7 @@ class Ledger:
             if budget:
                 spent, held = db.execute(USED, window).fetchone()
                 room = budget.most - spent - held
-                db.execute(NEW_BUDGET, (*window, spent, max(budget.most, spent + held)))
+                db.execute(BUDGET, (*window, spent, budget.most, spent + held))
             running, left, declared = db.execute(ROOM, (key.id, account.id)).fetchone()
             if running >= most:
                 told = f"Too many requests at once: {most} per key."
@@ -2215,8 +2222,6 @@ class Ledger:
             db.execute(HOLD, (*row, hold, asked))
             if declared != account.credits:
                 db.execute(DECLARED, (account.credits, account.id))
-            if budget:
-                db.execute(BUDGET_MOST, (*window, budget.most))
             return Admission(windows, Lease(id, account.id, key.name, hold, tokens))
 
         return self.write(operation)

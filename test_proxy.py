@@ -12692,12 +12692,10 @@ class Books:
             if other[0] == key and other[1] <= day < other[2] and other != window:
                 del self.bound[other]
         if budget:
-            self.bound.setdefault(window, max(budget.most, self.used(window)))
+            self.bound[window] = max(budget.most, self.used(window))
         if sum(one.key == key for one in self.open()) >= self.concurrent:
             return proxy.RateLimited
         paid = min(tokens, (left - size) // 2)
-        if budget and paid > 0:
-            self.bound[window] = budget.most
         return size + 2 * paid if paid > 0 else proxy.InsufficientCredits
 
     def hold(self, worker: int, who: int, size: int, tokens: int) -> None:

@@ -2386,15 +2386,12 @@ class Ledger:
 
     # Proof
 
-    def check(self, done: Callable[[], None] = lambda: None) -> list[str]:
-        """What PROOFS find in one state of the ledger, `done` being called after each."""
-        wrong = []
+    def check(self, proofs: Iterable[tuple[str, str]] = PROOFS.items()) -> list[str]:
+        """What does not add up in one state of the ledger, in words."""
         with self.snapshot() as db:
             days = {"first": db.execute(KEPT).fetchone()[0], "last": FOREVER}
-            for sql, told in PROOFS.items():
-                wrong += [told.format(*row) for row in db.execute(sql, days)]
-                done()
-        return wrong
+            found = ((told, db.execute(sql, days)) for sql, told in proofs)
+            return [told.format(*row) for told, rows in found for row in rows]
 
     def close(self) -> None:
         """Gives the slot back; what is left open there is the next owner's to clear."""
@@ -7565,8 +7562,8 @@ def check(keys: str, db: str, online: bool) -> int:
             click.echo(f"warning: {line}")
         if not there:
             return int(silent)
-        with progress("Adding up", length=len(PROOFS)) as bar:
-            wrong = ledger.check(lambda: bar.update(1))
+        with progress("Adding up", iterable=PROOFS.items()) as proofs:
+            wrong = ledger.check(proofs)
         for line in wrong:
             click.echo(f"wrong: {line}")
         click.echo(f"The ledger's schema is version {SCHEMA_VERSION}.")

@@ -2208,7 +2208,7 @@ def test_a_late_settlement_of_a_swept_hold_charges_nothing(ledger):
     assert sums(ledger) == (0, 0, 0)
 
 
-def test_closing_another_ledger_of_the_process_keeps_the_slot(ledger, make_ledger):
+def test_another_ledger_of_the_process_keeps_slot_and_locks(ledger, make_ledger):
     lease = admit(ledger)
     proxy.Ledger(ledger.path).close()
     other = make_ledger()
@@ -2216,6 +2216,7 @@ def test_closing_another_ledger_of_the_process_keeps_the_slot(ledger, make_ledge
     assert (ledger.slot, other.slot) == (1, 2)
     assert sums(ledger) == (0, 100, 0)
     release(ledger, lease)
+    assert ledger.file._in_use()  # which drops these locks: it is the last
 
 
 # Ledger: the file

@@ -702,8 +702,8 @@ as_it_is = where(lambda it: True, "")
 
 
 def whole(low: int, high: int) -> Parser:
-    fits = lambda it: type(it) is int and low <= it <= high
-    return where(fits, f"a whole number from {low} to {high}")
+    told = f"a whole number from {low} to {high}"
+    return where(lambda it: type(it) is int and low <= it <= high, told)
 
 
 def one_of(known: Iterable[str]) -> Parser:
@@ -1276,9 +1276,8 @@ OPEN, SETTLED, RELEASED = 0, 1, 2  # a request's row: a hold resolves at most on
 
 TEXT, INT = "TEXT NOT NULL", "INTEGER NOT NULL"
 SUM = f"{INT} DEFAULT 0"
-SUMMED = (
-    "requests released answered input cached output images cost ttfb duration written lost"
-).split()
+SUMMED = "requests released answered input cached output images cost ttfb duration"
+SUMMED = [*SUMMED.split(), "written", "lost"]
 ADDED = ", ".join([f"{name} = {name} + excluded.{name}" for name in SUMMED])
 # accounts.made: when it was made at run time, 0: it was not, or was closed;
 # accounts.declared: what keys.json granted it at its last hold; grants.amount: negative
@@ -1536,7 +1535,7 @@ class LedgerFile:
         with contextlib.closing(self._connect(self.path)) as db:
             version, id = self._identify(db)
         self._require(mark in ("", id), "is another ledger than before")
-        told = f"is of a newer proxy.py: its schema is {version}, here is {SCHEMA_VERSION}"
+        told = f"is of a newer proxy.py: its schema is {version}, not {SCHEMA_VERSION}"
         self._require(version <= SCHEMA_VERSION, told)
         if older := version < SCHEMA_VERSION:
             self._require(not self._in_use(), "is in use: stop the older server first")

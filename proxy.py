@@ -1581,11 +1581,8 @@ class LedgerFile:
     def _in_use(self) -> bool:
         """Whether any process, this one too, has a connection to the file. None of
         ours may be open: closing a descriptor drops SQLite's locks (fcntl(2))."""
-        file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return are_locked(file, *SHARED_BYTES)
-        finally:
-            os.close(file)
+        with open(self.path, "rb") as file:
+            return are_locked(file.fileno(), *SHARED_BYTES)
 
     def is_served(self) -> bool:
         """Whether a worker of any server lives: it has its slot."""

@@ -8734,7 +8734,7 @@ def altered(sql: str) -> Callable[[Path], None]:
 
 UNUSABLE = {  # what may be wrong with a ledger, and how it is told
     "no folder": (lambda db: shutil.rmtree(db.parent), "No such file"),
-    "a folder": (replace_by_a_folder, "directory"),
+    "a folder": (replace_by_a_folder, "unable to open"),
     "another file": (lambda db: db.write_text("no ledger" * 999), "not a database"),
     "another schema": (altered("DROP TRIGGER resolved"), "is damaged: its resolved"),
     "a newer one": (altered("PRAGMA user_version = 99"), "is of a newer proxy.py"),

@@ -703,8 +703,8 @@ as_it_is = where(lambda it: True, "")
 
 
 def whole(low: int, high: int) -> Parser:
-    fits = lambda it: type(it) is int and low <= it <= high
-    return where(fits, f"a whole number from {low} to {high}")
+    told = f"a whole number from {low} to {high}"
+    return where(lambda it: type(it) is int and low <= it <= high, told)
 
 
 def one_of(known: Iterable[str]) -> Parser:
@@ -1279,9 +1279,8 @@ OPEN, SETTLED, RELEASED = 0, 1, 2  # a request's row: a hold resolves at most on
 
 TEXT, INT = "TEXT NOT NULL", "INTEGER NOT NULL"
 SUM = f"{INT} DEFAULT 0"
-SUMMED = (
-    "requests released answered input cached output images cost ttfb duration written lost"
-).split()
+SUMMED = "requests released answered input cached output images cost ttfb duration"
+SUMMED = [*SUMMED.split(), "written", "lost"]
 ADDED = ", ".join([f"{name} = {name} + excluded.{name}" for name in SUMMED])
 # accounts.made: when it was made at run time, 0: it was not, or was closed;
 # accounts.declared: what keys.json granted it at its last hold; grants.amount: negative
@@ -1509,11 +1508,9 @@ class LedgerFile:
         anew = f"restore it, or delete {self.path}-lock as well to start anew"
         self._require(there or not mark, f"is gone; {anew}")
         if there:
-            in_use = self._in_use()
             told = "is in use without its lock file: stop the server that uses it"
-            self._require(mark or not in_use, told)
-            with contextlib.closing(self._connect(self.path)) as db:
-                id = self._accept(db, mark, in_use)
+            self._require(mark or not self._in_use(), told)
+            id = self._accept(mark)
         else:
             id = self._make()
         if id != mark:
@@ -1536,16 +1533,19 @@ class LedgerFile:
         os.rename(new, self.path)  # closed, and so in one file
         return id
 
-    def _accept(self, db: sqlite3.Connection, mark: str, in_use: bool) -> str:
+    def _accept(self, mark: str) -> str:
         """The id of the ledger that is there, upgraded where it is an older one's."""
-        version, id = self._identify(db)
+        with contextlib.closing(self._connect(self.path)) as db:
+            version, id = self._identify(db)
         self._require(mark in ("", id), "is another ledger than before")
-        told = f"is of a newer proxy.py: its schema is {version}, here is {SCHEMA_VERSION}"
+        told = f"is of a newer proxy.py: its schema is {version}, not {SCHEMA_VERSION}"
         self._require(version <= SCHEMA_VERSION, told)
-        if version < SCHEMA_VERSION:
-            self._require(not in_use, "is in use: stop the older server first")
-            self._upgrade(db, version, id)
-        found = schema_of(db)
+        if older := version < SCHEMA_VERSION:
+            self._require(not self._in_use(), "is in use: stop the older server first")
+        with contextlib.closing(self._connect(self.path)) as db:
+            if older:
+                self._upgrade(db, version, id)
+            found = schema_of(db)
         for name, sql in expected_schema().items():
             told = f"is damaged: its {name} is not that of schema {SCHEMA_VERSION}"
             self._require(found.get(name) == sql, told)

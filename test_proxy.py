@@ -2208,7 +2208,7 @@ def test_a_late_settlement_of_a_swept_hold_charges_nothing(ledger):
     assert sums(ledger) == (0, 0, 0)
 
 
-def test_closing_another_ledger_of_the_process_keeps_the_slot(ledger, make_ledger):
+def test_another_ledger_of_the_process_keeps_slot_and_locks(ledger, make_ledger):
     lease = admit(ledger)
     proxy.Ledger(ledger.path).close()
     other = make_ledger()
@@ -2216,6 +2216,7 @@ def test_closing_another_ledger_of_the_process_keeps_the_slot(ledger, make_ledge
     assert (ledger.slot, other.slot) == (1, 2)
     assert sums(ledger) == (0, 100, 0)
     release(ledger, lease)
+    assert ledger.file._in_use()  # which drops these locks: it is the last
 
 
 # Ledger: the file
@@ -8790,7 +8791,7 @@ def altered(sql: str) -> Callable[[Path], None]:
 
 UNUSABLE = {  # what may be wrong with a ledger, and how it is told
     "no folder": (lambda db: shutil.rmtree(db.parent), "No such file"),
-    "a folder": (replace_by_a_folder, "directory"),
+    "a folder": (replace_by_a_folder, "unable to open"),
     "another file": (lambda db: db.write_text("no ledger" * 999), "not a database"),
     "another schema": (altered("DROP TRIGGER resolved"), "is damaged: its resolved"),
     "a newer one": (altered("PRAGMA user_version = 99"), "is of a newer proxy.py"),

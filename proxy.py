@@ -7577,9 +7577,10 @@ def named_first(arguments: list[str]) -> list[str]:
     while rest and rest[0].partition("=")[0] in ("--keys", "--db"):
         files += rest[: 1 if "=" in rest[0] else 2]
         rest = rest[1 if "=" in rest[0] else 2 :]
-    if not rest or (rest[0][:1] == "-" and rest[0] not in ("-h", "--help", "--version")):
-        rest.insert(0, "serve")
-    return rest + files
+    if rest and rest[0] in ("-h", "--help", "--version"):
+        return rest
+    named = rest and not rest[0].startswith("-")
+    return [*([] if named else ["serve"]), *rest, *files]
 
 
 def mistake(error: click.UsageError) -> str:
@@ -7589,7 +7590,8 @@ def mistake(error: click.UsageError) -> str:
         return f"{option}: an amount is never negative; `credits take` takes credits back"
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         return message
-    return f"{message} (`{error.ctx.command_path} -h` tells what there is.)"
+    where = error.ctx.command_path if error.ctx else "proxy.py"
+    return f"{message} (`{where} -h` tells what there is.)"
 
 
 def main(arguments: list[str] | None = None) -> int:

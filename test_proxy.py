@@ -10270,13 +10270,28 @@ def test_the_greetings_curl_line_has_the_demo_key_only_and_works_as_it_stands(on
 # -- Tables --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--db"], "Option '--db' requires an argument."), ([""], "No such command ''."),
+        (["credits", "add", "team"], "Missing argument 'AMOUNT'."),
+        (["usage", "team", "x"], "Got unexpected extra argument (x)"),
+    ],
+)  # fmt: skip
+def test_half_a_command_gets_one_line(words, told, run, capsys):
+    status, out, err = proxy.main(words), *capsys.readouterr()
+    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith(told)
+
+
 @pytest.mark.parametrize("noun", ["keys", "accounts", "credits"])
 def test_a_noun_alone_tells_its_commands(noun, run, capsys):
     status, out, err = proxy.main([noun]), *capsys.readouterr()
     assert status == 2 and not out and err.startswith("Usage:") and "tells" not in err
 
 
-@pytest.mark.parametrize("words", [["-h"], ["--version"], ["keys", "-h"]])
+@pytest.mark.parametrize(
+    "words", [["-h"], ["--version"], ["keys", "-h"], ["--keys", "other.json", "--version"]]
+)
 def test_help_and_version_are_there(words, capsys):
     assert proxy.main(words) == 0 and capsys.readouterr().out
 

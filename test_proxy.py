@@ -8610,6 +8610,12 @@ def test_a_broken_file_is_logged_once_and_the_last_good_one_serves(
     path.write_text(good)  # for the check after the test
     log = capfd.readouterr().err
     assert log.count("event=config") == 1 and "line 2" in log
+    for text in good, good + " ":  # the recovery is told, and a good edit
+        path.write_text(text)
+        for worker in workers * 3:
+            worker.services.upkeep()
+        log = capfd.readouterr().err
+        assert log.count("event=config") == log.count("read again, and good") == 1
 
 
 def test_an_app_made_before_a_fork_serves_nothing(api, monkeypatch):
@@ -8857,6 +8863,12 @@ def test_a_bad_filter_is_refused_by_name(query, shared):
     error = answer.json["error"]
     assert (answer.status_code, error["code"]) == (400, "invalid_request")
     assert error["param"] == re.search(r"\?(\w+)=", query)[1]
+
+
+@pytest.mark.parametrize("path", ["accounts", "usage", "accounts/team", "accounts/team/grants"])
+def test_a_parameter_that_an_admins_route_does_not_know_is_refused(path, api):
+    answer = api("GET", f"/v1/{path}?beta=true", ADMIN_KEY)
+    assert (answer.status_code, answer.json["error"]["param"]) == (400, "beta")
 
 
 @pytest.mark.parametrize(

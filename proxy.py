@@ -7611,7 +7611,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ProxyError as error:
         click.echo(error.message, err=True)
     except OSError as error:
-        click.echo(f"{error.filename or ''}: {error.strerror}", err=True)
+        told = f"{error.filename}: {error.strerror}".removeprefix("None: ")
+        click.echo(told, err=True)
     return 1
 
 

@@ -10378,6 +10378,12 @@ def test_a_socket_that_systemd_keeps_is_served_whatever_it_is(
     assert [f"Serving {told}" in text for text in served] == [True, host == "127.0.0.1"]
 
 
+def test_a_socket_that_is_not_there_is_told_in_one_line(run, monkeypatch):
+    monkeypatch.setattr(proxy.systemd, "listen_fds", lambda unset_environment: 1)
+    monkeypatch.setattr(proxy.os, "dup", lambda number: os.dup2(-1, 99))
+    assert refused_in_one_line(run("serve")) == "Bad file descriptor\n"
+
+
 def test_a_taken_port_is_told_at_once(run):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

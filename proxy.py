@@ -788,9 +788,9 @@ def number(text: str) -> int | Decimal | str:
         return text
 
 
-def to_credits(micro: int) -> float:
+def to_credits(micro: int) -> int | float:
     """Micro-credits as the number of credits that JSON and people are shown."""
-    return micro / MICRO
+    return micro // MICRO if micro % MICRO == 0 else micro / MICRO
 
 
 def amount_text(credits: float) -> str:
@@ -5863,14 +5863,16 @@ def add_error_handlers(app: Flask, services: Services) -> None:
         return tell(ProxyError("Something went wrong here."))
 
 
-# A text of JSON, whole, or a number that has a fraction.
-FRACTION = re.compile(r'"(?:[^"\\]|\\.)*"|(-?[0-9]+\.?[0-9]*(?:e-[0-9]+|\.[0-9]+))')
+# A text of JSON, whole, or a number with an exponent.
+EXPONENT_OR_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?[0-9.]+e-[0-9]+)')
 
 
 def plain_json(document: Any, indent: int | None = None) -> str:
-    """JSON of our own: its amounts look alike, with six decimals at the most."""
+    """JSON of our own: amounts have six decimals at the most, and no exponent."""
     text = json.dumps(document, ensure_ascii=False, indent=indent)
-    return FRACTION.sub(
+    if "e-0" not in text:
+        return text
+    return EXPONENT_OR_TEXT.sub(
         lambda found: amount_text(float(found[1])) if found[1] else found[0], text
     )
 
@@ -5885,16 +5887,20 @@ def list_response(rows: list[dict[str, Any]], **more: Any) -> Response:
     return json_response({"object": "list", "data": rows} | more)
 
 
-def cell(value: Any) -> str:
-    """A value of a table that people read."""
-    if isinstance(value, float):
-        return f"{value:.6f}"
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    return "" if value is None else str(value)
+AMOUNTS = {"credits", "granted", "spent", "held", "available"}
 
 
-FORMULA = re.compile(r"\s*[=+@-]")  # to a spreadsheet
+def cell(name: str, value: Any) -> str:
+    """A value of the column `name` of a table that people read."""
+    if value is None or value is False:
+        return ""
+    if value is True:
+        return "yes"
+    exact = type(value) is float or (type(value) is int and name in AMOUNTS)
+    return f"{value:.6f}" if exact else str(value)
+
+
+FORMULA = re.compile(r"\s*([=+@]|-(?![0-9.]+$))")  # to a spreadsheet
 
 
 def csv_text(rows: list[dict[str, Any]]) -> str:
@@ -5903,7 +5909,7 @@ def csv_text(rows: list[dict[str, Any]]) -> str:
     lines = csv.writer(out)
     lines.writerows([list(rows[0])] if rows else [])
     for row in rows:
-        cells = list(map(cell, row.values()))
+        cells = list(map(cell, row.keys(), row.values()))
         lines.writerow(["'" * bool(FORMULA.match(text)) + text for text in cells])
     return out.getvalue()
 
@@ -7278,7 +7284,7 @@ def readable(row: dict[str, Any]) -> dict[str, str]:
             value = " ".join([f"{each}={part}" for each, part in value.items()])
         elif isinstance(value, list):
             value = ",".join(value)
-        out[name] = cell(value)
+        out[name] = cell(name, value)
     return out
 
 

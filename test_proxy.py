@@ -10406,6 +10406,11 @@ def test_amounts_look_alike_everywhere(api, run):
         assert "0.000004" in text or "0.000001" in text
         assert not re.search(r"[0-9]e-|[0-9]\.0\b|[0-9]\.[0-9]{7}", text)
     assert "0.00002," in run("credits", "show", "new", "--json")[1]
+    assert "100.000000" in run("credits", "show")[1]
+    assert ",100.000000," in run("accounts", "list", "--csv")[1]
+    run("credits", "take", "new", "0.00001")
+    assert ",-0.000010," in run("credits", "log", "--csv")[1]
+    assert ",0.000004\r\n" in api("GET", "/v1/account/usage?format=csv").text
     for words in ("credits show", "accounts list", "credits log", "usage", "requests"):
         _, out, _ = run(*words.split())
         assert re.search(r" [0-9]+\.[0-9]{6}\b", out) and "e-" not in out
@@ -10415,10 +10420,10 @@ def test_amounts_look_alike_everywhere(api, run):
 @pytest.mark.parametrize(
     "value, text",
     [
-        (0.000002, "0.000002"), (5.0, "5"), (-0.000068, "-0.000068"), (0.0, "0"),
-        (123456789.000001, "123456789.000001"), (100.0, "100"), (7, "7"),
+        (0.000002, "0.000002"), (-0.000068, "-0.000068"), (0.25, "0.25"), (7, "7"),
+        (123456789.000001, "123456789.000001"),
         ("2e-06", '"2e-06"'), ('"2e-06, 5.0', r'"\"2e-06, 5.0"'), ("\\", r'"\\"'),
-        ([1e-06, "a\\", 2.50], r'[0.000001, "a\\", 2.5]'), ({"5.0": None}, '{"5.0": null}'),
+        ([1e-06, "a\\", 2.50], r'[0.000001, "a\\", 2.5]'), ({"5e-06": 0}, '{"5e-06": 0}'),
     ],
 )  # fmt: skip
 def test_a_number_of_our_own_json_has_no_exponent_and_a_text_is_as_it_was(value, text):

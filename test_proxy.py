@@ -8983,9 +8983,10 @@ def test_receipts_are_filtered(api):
 
 def test_no_text_of_a_csv_is_a_formula():
     rows = [{"key": "=1+1", "n": -1}, {"key": "@x", "n": None}, {"key": 'a,"b"', "n": 2}]
-    rows += [{"key": "\t=1", "n": "\n @x"}]
+    rows += [{"key": "\t=1", "n": "\n @x"}, {"key": "-1+1", "n": -0.5}]
     told = proxy.csv_text(rows).splitlines()
-    assert told == ["key,n", "'=1+1,'-1", "'@x,", '"a,""b""",2', "'\t=1,\"'", ' @x"']
+    quoted = ["'=1+1,-1", "'@x,", '"a,""b""",2', "'\t=1,\"'", ' @x"', "'-1+1,-0.500000"]
+    assert told == ["key,n", *quoted]
 
 
 def test_a_made_key_is_shown_once_and_works(api):

@@ -7034,7 +7034,7 @@ def when_ready(arbiter: Any) -> None:
     """The port is bound, no worker is made yet: what is loaded by now, 10,000 keys
     too, stays one copy for all workers."""
     with contextlib.suppress(OSError):  # a full disk behind standard output
-        click.echo(arbiter.app.greeting)
+        click.echo(arbiter.app.greet(str(arbiter.LISTENERS[0])))
     gc.collect()
     gc.freeze()
 
@@ -7062,9 +7062,9 @@ class Server(BaseApplication):
 
     def __init__(
         self, make: Callable[[], Flask], bind: str, workers: int, threads: int,
-        greeting: str,
+        greet: Callable[[str], str],
     ):  # fmt: skip
-        self.load, self.greeting = make, greeting
+        self.load, self.greet = make, greet
         threads += SPARE_THREADS
         self._settings = {
             "bind": [bind],
@@ -7132,12 +7132,12 @@ def secure_standard_files() -> None:
             os.set_blocking(fd, False)
 
 
-def greeting(config: Config, ledger: Ledger, url: str) -> str:
+def greeting(config: Config, demo: tuple[str, str] | None, url: str) -> str:
     """Where it listens, and a line that works as it stands."""
     lines = [f"Serving {url}/v1 (documentation {url}/, dashboard {url}/dashboard)"]
     for variable, models in config.missing().items():
         lines.append(f"  {variable} is not set: no {', '.join(models)}")
-    if demo := live_demo(config, ledger):
+    if demo:
         key, model = demo
         body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
         lines.append(
@@ -7148,14 +7148,6 @@ def greeting(config: Config, ledger: Ledger, url: str) -> str:
             told = "anyone who can reach this server may use it"
             lines.append(f"Warning: {key} is a public key: {told}.\n")
     return "\n".join(lines)
-
-
-def address_text(address: Any) -> str:
-    """A socket's address as gunicorn reads it; a text is a path."""
-    if isinstance(address, str):
-        return f"unix:{address}"
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_free(host: str, port: int) -> bool:
@@ -7207,17 +7199,15 @@ def serve(
     os.umask(0o077)
     secure_standard_files()
     config_file = ConfigFile(keys)
-    address, kept = (host, port), systemd.listen_fds(unset_environment=False) > 0
-    if kept:  # by systemd (sd_listen_fds(3): from number 3 on)
-        with socket.socket(fileno=os.dup(3)) as sock:
-            address = sock.getsockname()
-    bind = address_text(address)
+    kept = systemd.listen_fds(unset_environment=False) > 0  # then its sockets count
+    bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     with contextlib.closing(Ledger(db)) as ledger:
         if not kept:
             ending = ledger.file.is_served()
             refuse_taken(host, port, patience=ORPHANS_END if ending else 0)
         ledger.file.keys_file = os.path.realpath(keys)
-        text = greeting(config_file.current, ledger, f"http://{bind}")
+        config = config_file.current
+        greet = functools.partial(greeting, config, live_demo(config, ledger))
 
     def make() -> Flask:
         app = build_app(config_file, db, threads, keep_days)
@@ -7225,7 +7215,7 @@ def serve(
         atexit.register(app.extensions["proxy"].close)  # the last lines, too
         return app
 
-    Server(make, bind, workers or max(2, os.cpu_count() or 2), threads, text).run()
+    Server(make, bind, workers or max(2, os.cpu_count() or 2), threads, greet).run()
 
 
 class Files(NamedTuple):

@@ -10069,7 +10069,8 @@ def greeted(run: Shell, host: str = "127.0.0.1") -> str:
     """What a server says at its start."""
     config = proxy.ConfigFile(run.keys).current
     with closing(proxy.Ledger(run.db)) as ledger:
-        return proxy.greeting(config, ledger, f"http://{host}:8000")
+        demo = proxy.live_demo(config, ledger)
+    return proxy.greeting(config, demo, f"http://{host}:8000")
 
 
 def test_the_demo_key_is_offered_and_warned_of_while_it_lives(files, run):
@@ -10356,33 +10357,41 @@ def test_a_command_with_other_keys_than_the_servers_is_warned(one, capsys, tmp_p
     assert "warning" not in capsys.readouterr().err
 
 
-KEPT_SOCKETS = {
-    "127.0.0.1": "http://127.0.0.1:", "::1": "http://[::1]:", "kept": "http://unix:kept/",
-}  # fmt: skip
+@pytest.mark.parametrize("host, told", [("::1", "http://[::1]:"), ("kept", "unix:")])
+def test_a_socket_that_systemd_keeps_is_served_whatever_it_is(host, told, files, tmp_path):
+    server, kind = Gateway(*files(), workers=1), socket.AF_INET6
+    address: Any = (host, 0)
+    if host == "kept":
+        kind, address = socket.AF_UNIX, str(tmp_path / "kept")
+    with socket.socket(kind) as kept, socket.socket(kind) as client:
+        kept.bind(address)
+        kept.listen()
+        server.keep(kept)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        pipes |= {"cwd": PROJECT, "env": server.env, "pass_fds": server.passed}
+        with subprocess.Popen(server.command, **pipes) as process:
+            assert process.stdout.readline().startswith(f"Serving {told}".encode())
+            client.connect(kept.getsockname())
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert client.makefile("rb").read().startswith(b"HTTP/1.1 200")
+            process.terminate()
 
 
-@pytest.mark.parametrize("host, told", KEPT_SOCKETS.items())
-def test_a_socket_that_systemd_keeps_is_served_whatever_it_is(
-    host, told, run, monkeypatch, tmp_path
-):
-    kind = {"::1": socket.AF_INET6, "kept": socket.AF_UNIX}.get(host, socket.AF_INET)
-    monkeypatch.chdir(tmp_path)
-    dup, served = os.dup, []
-    with socket.socket(kind) as kept:
-        kept.bind(host if host == "kept" else (host, 0))
-        monkeypatch.setattr(proxy.os, "dup", lambda number: dup(kept.fileno()))
-        monkeypatch.setattr(proxy.Server, "run", lambda self: served.append(self.greeting))
-        for pid in os.getpid(), 1:  # who else was meant takes its own port
-            monkeypatch.setenv("LISTEN_FDS", "1")
-            monkeypatch.setenv("LISTEN_PID", str(pid))
-            run("serve", "--port", str(free_port()))
-    assert [f"Serving {told}" in text for text in served] == [True, host == "127.0.0.1"]
+def test_a_socket_that_another_process_was_given_is_not_taken_for_ours(run, monkeypatch):
+    bound = []
+    monkeypatch.setattr(proxy, "refuse_taken", lambda *address, patience: bound.append(address))
+    monkeypatch.setattr(proxy.Server, "run", lambda self: None)
+    for name, text in (("LISTEN_FDS", "1"), ("LISTEN_PID", "1")):
+        monkeypatch.setenv(name, text)
+    assert run("serve", "--port", "8123")[0] == 0 and bound == [("127.0.0.1", 8123)]
 
 
-def test_a_socket_that_is_not_there_is_told_in_one_line(run, monkeypatch):
-    monkeypatch.setattr(proxy.systemd, "listen_fds", lambda unset_environment: 1)
-    monkeypatch.setattr(proxy.os, "dup", lambda number: os.dup2(-1, 99))
-    assert refused_in_one_line(run("serve")) == "Bad file descriptor\n"
+def test_a_failure_without_a_files_name_is_told_in_one_line(run, monkeypatch):
+    def fail(self) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(proxy.Server, "run", fail)
+    assert refused_in_one_line(run("serve", "--port", str(free_port()))) == "Bad file descriptor\n"
 
 
 def test_a_taken_port_is_told_at_once(run):

@@ -787,9 +787,9 @@ def number(text: str) -> int | Decimal | str:
         return text
 
 
-def to_credits(micro: int) -> float:
+def to_credits(micro: int) -> int | float:
     """Micro-credits as the number of credits that JSON and people are shown."""
-    return micro / MICRO
+    return micro // MICRO if micro % MICRO == 0 else micro / MICRO
 
 
 def amount_text(credits: float) -> str:
@@ -5886,14 +5886,16 @@ def add_error_handlers(app: Flask, services: Services) -> None:
         return tell(ProxyError("Something went wrong here."))
 
 
-# A text of JSON, whole, or a number that has a fraction.
-FRACTION = re.compile(r'"(?:[^"\\]|\\.)*"|(-?[0-9]+\.?[0-9]*(?:e-[0-9]+|\.[0-9]+))')
+# A text of JSON, whole, or a number with an exponent.
+EXPONENT_OR_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?[0-9.]+e-[0-9]+)')
 
 
 def plain_json(document: Any, indent: int | None = None) -> str:
-    """JSON of our own: its amounts look alike, with six decimals at the most."""
+    """JSON of our own: amounts have six decimals at the most, and no exponent."""
     text = json.dumps(document, ensure_ascii=False, indent=indent)
-    return FRACTION.sub(
+    if "e-0" not in text:
+        return text
+    return EXPONENT_OR_TEXT.sub(
         lambda found: amount_text(float(found[1])) if found[1] else found[0], text
     )
 
@@ -5908,16 +5910,20 @@ def list_response(rows: list[dict[str, Any]], **more: Any) -> Response:
     return json_response({"object": "list", "data": rows} | more)
 
 
-def cell(value: Any) -> str:
-    """A value of a table that people read."""
-    if isinstance(value, float):
-        return f"{value:.6f}"
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    return "" if value is None else str(value)
+AMOUNTS = {"credits", "granted", "spent", "held", "available"}
 
 
-FORMULA = re.compile(r"\s*[=+@-]")  # to a spreadsheet
+def cell(name: str, value: Any) -> str:
+    """A value of the column `name` of a table that people read."""
+    if value is None or value is False:
+        return ""
+    if value is True:
+        return "yes"
+    exact = type(value) is float or (type(value) is int and name in AMOUNTS)
+    return f"{value:.6f}" if exact else str(value)
+
+
+FORMULA = re.compile(r"\s*([=+@]|-(?![0-9.]+$))")  # to a spreadsheet
 
 
 def csv_text(rows: list[dict[str, Any]]) -> str:
@@ -5926,7 +5932,7 @@ def csv_text(rows: list[dict[str, Any]]) -> str:
     lines = csv.writer(out)
     lines.writerows([list(rows[0])] if rows else [])
     for row in rows:
-        cells = list(map(cell, row.values()))
+        cells = list(map(cell, row.keys(), row.values()))
         lines.writerow(["'" * bool(FORMULA.match(text)) + text for text in cells])
     return out.getvalue()
 
@@ -7084,7 +7090,7 @@ def when_ready(arbiter: Any) -> None:
     """The port is bound, no worker is made yet: what is loaded by now, 10,000 keys
     too, stays one copy for all workers."""
     with contextlib.suppress(OSError):  # a full disk behind standard output
-        click.echo(arbiter.app.greeting)
+        click.echo(arbiter.app.greet(str(arbiter.LISTENERS[0])))
     gc.collect()
     gc.freeze()
 
@@ -7112,9 +7118,9 @@ class Server(BaseApplication):
 
     def __init__(
         self, make: Callable[[], Flask], bind: str, workers: int, threads: int,
-        greeting: str,
+        greet: Callable[[str], str],
     ):  # fmt: skip
-        self.load, self.greeting = make, greeting
+        self.load, self.greet = make, greet
         threads += SPARE_THREADS
         self._settings = {
             "bind": [bind],
@@ -7183,12 +7189,12 @@ def secure_standard_files() -> None:
             os.set_blocking(fd, False)
 
 
-def greeting(config: Config, ledger: Ledger, url: str) -> str:
+def greeting(config: Config, demo: tuple[str, str] | None, url: str) -> str:
     """Where it listens, and a line that works as it stands."""
     lines = [f"Serving {url}/v1 (documentation {url}/, dashboard {url}/dashboard)"]
     for variable, models in config.missing().items():
         lines.append(f"  {variable} is not set: no {', '.join(models)}")
-    if demo := live_demo(config, ledger):
+    if demo:
         key, model = demo
         body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
         lines.append(
@@ -7199,14 +7205,6 @@ def greeting(config: Config, ledger: Ledger, url: str) -> str:
             told = "anyone who can reach this server may use it"
             lines.append(f"Warning: {key} is a public key: {told}.\n")
     return "\n".join(lines)
-
-
-def address_text(address: Any) -> str:
-    """A socket's address as gunicorn reads it; a text is a path."""
-    if isinstance(address, str):
-        return f"unix:{address}"
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_free(host: str, port: int) -> bool:
@@ -7258,17 +7256,15 @@ def serve(
     os.umask(0o077)
     secure_standard_files()
     config_file = ConfigFile(keys)
-    address, kept = (host, port), systemd.listen_fds(unset_environment=False) > 0
-    if kept:  # by systemd (sd_listen_fds(3): from number 3 on)
-        with socket.socket(fileno=os.dup(3)) as sock:
-            address = sock.getsockname()
-    bind = address_text(address)
+    kept = systemd.listen_fds(unset_environment=False) > 0  # then its sockets count
+    bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     with contextlib.closing(Ledger(db)) as ledger:
         if not kept:
             ending = ledger.file.is_served()
             refuse_taken(host, port, patience=ORPHANS_END if ending else 0)
         ledger.file.keys_file = os.path.realpath(keys)
-        text = greeting(config_file.current, ledger, f"http://{bind}")
+        config = config_file.current
+        greet = functools.partial(greeting, config, live_demo(config, ledger))
 
     def make() -> Flask:
         app = build_app(config_file, db, threads, keep_days)
@@ -7276,7 +7272,7 @@ def serve(
         atexit.register(app.extensions["proxy"].close)  # the last lines, too
         return app
 
-    Server(make, bind, workers or max(2, os.cpu_count() or 2), threads, text).run()
+    Server(make, bind, workers or max(2, os.cpu_count() or 2), threads, greet).run()
 
 
 class Files(NamedTuple):
@@ -7335,7 +7331,7 @@ def readable(row: dict[str, Any]) -> dict[str, str]:
             value = " ".join([f"{each}={part}" for each, part in value.items()])
         elif isinstance(value, list):
             value = ",".join(value)
-        out[name] = cell(value)
+        out[name] = cell(name, value)
     return out
 
 

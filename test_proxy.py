@@ -9035,9 +9035,10 @@ def test_receipts_are_filtered(api):
 
 def test_no_text_of_a_csv_is_a_formula():
     rows = [{"key": "=1+1", "n": -1}, {"key": "@x", "n": None}, {"key": 'a,"b"', "n": 2}]
-    rows += [{"key": "\t=1", "n": "\n @x"}]
+    rows += [{"key": "\t=1", "n": "\n @x"}, {"key": "-1+1", "n": -0.5}]
     told = proxy.csv_text(rows).splitlines()
-    assert told == ["key,n", "'=1+1,'-1", "'@x,", '"a,""b""",2', "'\t=1,\"'", ' @x"']
+    quoted = ["'=1+1,-1", "'@x,", '"a,""b""",2', "'\t=1,\"'", ' @x"', "'-1+1,-0.500000"]
+    assert told == ["key,n", *quoted]
 
 
 def test_a_made_key_is_shown_once_and_works(api):
@@ -10120,7 +10121,8 @@ def greeted(run: Shell, host: str = "127.0.0.1") -> str:
     """What a server says at its start."""
     config = proxy.ConfigFile(run.keys).current
     with closing(proxy.Ledger(run.db)) as ledger:
-        return proxy.greeting(config, ledger, f"http://{host}:8000")
+        demo = proxy.live_demo(config, ledger)
+    return proxy.greeting(config, demo, f"http://{host}:8000")
 
 
 def test_the_demo_key_is_offered_and_warned_of_while_it_lives(files, run):
@@ -10407,27 +10409,41 @@ def test_a_command_with_other_keys_than_the_servers_is_warned(one, capsys, tmp_p
     assert "warning" not in capsys.readouterr().err
 
 
-KEPT_SOCKETS = {
-    "127.0.0.1": "http://127.0.0.1:", "::1": "http://[::1]:", "kept": "http://unix:kept/",
-}  # fmt: skip
+@pytest.mark.parametrize("host, told", [("::1", "http://[::1]:"), ("kept", "unix:")])
+def test_a_socket_that_systemd_keeps_is_served_whatever_it_is(host, told, files, tmp_path):
+    server, kind = Gateway(*files(), workers=1), socket.AF_INET6
+    address: Any = (host, 0)
+    if host == "kept":
+        kind, address = socket.AF_UNIX, str(tmp_path / "kept")
+    with socket.socket(kind) as kept, socket.socket(kind) as client:
+        kept.bind(address)
+        kept.listen()
+        server.keep(kept)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        pipes |= {"cwd": PROJECT, "env": server.env, "pass_fds": server.passed}
+        with subprocess.Popen(server.command, **pipes) as process:
+            assert process.stdout.readline().startswith(f"Serving {told}".encode())
+            client.connect(kept.getsockname())
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert client.makefile("rb").read().startswith(b"HTTP/1.1 200")
+            process.terminate()
 
 
-@pytest.mark.parametrize("host, told", KEPT_SOCKETS.items())
-def test_a_socket_that_systemd_keeps_is_served_whatever_it_is(
-    host, told, run, monkeypatch, tmp_path
-):
-    kind = {"::1": socket.AF_INET6, "kept": socket.AF_UNIX}.get(host, socket.AF_INET)
-    monkeypatch.chdir(tmp_path)
-    dup, served = os.dup, []
-    with socket.socket(kind) as kept:
-        kept.bind(host if host == "kept" else (host, 0))
-        monkeypatch.setattr(proxy.os, "dup", lambda number: dup(kept.fileno()))
-        monkeypatch.setattr(proxy.Server, "run", lambda self: served.append(self.greeting))
-        for pid in os.getpid(), 1:  # who else was meant takes its own port
-            monkeypatch.setenv("LISTEN_FDS", "1")
-            monkeypatch.setenv("LISTEN_PID", str(pid))
-            run("serve", "--port", str(free_port()))
-    assert [f"Serving {told}" in text for text in served] == [True, host == "127.0.0.1"]
+def test_a_socket_that_another_process_was_given_is_not_taken_for_ours(run, monkeypatch):
+    bound = []
+    monkeypatch.setattr(proxy, "refuse_taken", lambda *address, patience: bound.append(address))
+    monkeypatch.setattr(proxy.Server, "run", lambda self: None)
+    for name, text in (("LISTEN_FDS", "1"), ("LISTEN_PID", "1")):
+        monkeypatch.setenv(name, text)
+    assert run("serve", "--port", "8123")[0] == 0 and bound == [("127.0.0.1", 8123)]
+
+
+def test_a_failure_without_a_files_name_is_told_in_one_line(run, monkeypatch):
+    def fail(self) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(proxy.Server, "run", fail)
+    assert refused_in_one_line(run("serve", "--port", str(free_port()))) == "Bad file descriptor\n"
 
 
 def test_a_socket_that_is_not_there_is_told_in_one_line(run, monkeypatch):
@@ -10458,6 +10474,11 @@ def test_amounts_look_alike_everywhere(api, run):
         assert "0.000004" in text or "0.000001" in text
         assert not re.search(r"[0-9]e-|[0-9]\.0\b|[0-9]\.[0-9]{7}", text)
     assert "0.00002," in run("credits", "show", "new", "--json")[1]
+    assert "100.000000" in run("credits", "show")[1]
+    assert ",100.000000," in run("accounts", "list", "--csv")[1]
+    run("credits", "take", "new", "0.00001")
+    assert ",-0.000010," in run("credits", "log", "--csv")[1]
+    assert ",0.000004\r\n" in api("GET", "/v1/account/usage?format=csv").text
     for words in ("credits show", "accounts list", "credits log", "usage", "requests"):
         _, out, _ = run(*words.split())
         assert re.search(r" [0-9]+\.[0-9]{6}\b", out) and "e-" not in out
@@ -10467,10 +10488,10 @@ def test_amounts_look_alike_everywhere(api, run):
 @pytest.mark.parametrize(
     "value, text",
     [
-        (0.000002, "0.000002"), (5.0, "5"), (-0.000068, "-0.000068"), (0.0, "0"),
-        (123456789.000001, "123456789.000001"), (100.0, "100"), (7, "7"),
+        (0.000002, "0.000002"), (-0.000068, "-0.000068"), (0.25, "0.25"), (7, "7"),
+        (123456789.000001, "123456789.000001"),
         ("2e-06", '"2e-06"'), ('"2e-06, 5.0', r'"\"2e-06, 5.0"'), ("\\", r'"\\"'),
-        ([1e-06, "a\\", 2.50], r'[0.000001, "a\\", 2.5]'), ({"5.0": None}, '{"5.0": null}'),
+        ([1e-06, "a\\", 2.50], r'[0.000001, "a\\", 2.5]'), ({"5e-06": 0}, '{"5e-06": 0}'),
     ],
 )  # fmt: skip
 def test_a_number_of_our_own_json_has_no_exponent_and_a_text_is_as_it_was(value, text):

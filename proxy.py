@@ -6790,7 +6790,13 @@ def add_pages(app: Flask, services: Services) -> None:
 
     @app.get("/dashboard")
     def dashboard() -> Response:
-        return page(render_template("dashboard.html"), "text/html")
+        demo = live_demo(services.config, services.ledger)
+        html = render_template("dashboard.html", demo=demo[0] if demo else "")
+        shown = page(html, "text/html")
+        policy = shown.headers["Content-Security-Policy"]  # an image model's pictures
+        policy = policy.replace("img-src 'self'", "img-src https:")
+        shown.headers["Content-Security-Policy"] = policy
+        return shown
 
     @app.get("/assets/<name>")
     def asset(name: str) -> Response:
@@ -7653,7 +7659,7 @@ TEMPLATES = {
 {% set title, here, holds = "API documentation", "/", "text" %}
 {% macro example(caption, id, copy, run="") -%}
 <figure class="example"><figcaption>{{ caption | safe }}</figcaption><pre id="{{ id }}"
-{%- if run %} data-run="{{ run }}"{% endif %} data-copy="{{ copy }}">{{ caller() }}</pre></figure>
+{%- if run %} data-run="{{ run }}"{% endif %} data-copy="{{ copy }}" tabindex="0">{{ caller() }}</pre></figure>
 {%- endmacro %}
 {% block main %}<main id="main" class="docs">
 <nav class="toc" aria-label="Contents"><ol>
@@ -7921,110 +7927,11 @@ key, or refused as <code>ledger_unavailable</code>, does not count either. Accou
     "dashboard.html": r"""{% extends "page.html" %}
 {% set title, here, holds = "API Keys dashboard", "/dashboard", "content" %}
 {% block script %}<script src="/assets/dashboard.js" defer></script>{% endblock %}
-{% block main %}<main id="main">
-<p id="notice" class="card" role="status" hidden></p>
+{% block main %}<main id="main" data-demo="{{ demo }}">
 <noscript><p class="card">The dashboard needs JavaScript.</p></noscript>
-
-<section id="sign-in" class="card" hidden><h1>API Keys dashboard</h1>
-<p>Sign in with an API key of your account. It stays in this browser tab until you sign out or close
-the tab.</p>
-<form id="sign-in-form" class="row">
-<label>API key <input id="key-input" type="password" autocomplete="off" spellcheck="false" required
-placeholder="sk-…"></label>
-<button class="main">Sign in</button><output></output></form></section>
-
-<div id="board" hidden>
-<div class="head"><h1 id="title" tabindex="-1">Account <bdi id="account-id"></bdi></h1>
-<button type="button" id="back" hidden>Back to my account</button>
-<button type="button" id="sign-out">Sign out</button></div>
-<div class="grid">
-<section class="card"><h2>Credits left</h2>
-<p class="big" id="available">–</p><p class="soft" id="pace"></p>
-<dl class="pairs"><dt>Granted</dt><dd id="granted"></dd><dt>Spent</dt><dd id="spent"></dd>
-<dt>Held by running requests</dt><dd id="held"></dd></dl>
-<form id="grant-form" class="row" hidden>
-<label>Grant credits <input id="grant-credits" type="number" step="any" required></label>
-<label>Note <input id="grant-note" maxlength="200"></label>
-<button>Grant</button><output></output></form></section>
-<section class="card"><h2>Limits, live</h2>
-<p id="live-none" class="soft" hidden>Limits count per key and show for the key signed in.</p>
-<div id="live">
-<label for="rate-meter">Requests, limit <b id="rate-limit"></b></label>
-<meter id="rate-meter" min="0"></meter><p id="rate-text"></p>
-<label for="now-meter">Requests in progress, at most <b id="now-limit"></b></label>
-<meter id="now-meter" min="0"></meter><p id="now-text"></p></div></section>
-<section class="card wide"><div class="head"><h2>Spending</h2>
-<label>Period <select id="days"><option value="7">7 days</option>
-<option value="30" selected>30 days</option><option value="90">90 days</option></select></label>
-</div>
-<p id="spending-text"></p>
-<div id="picture"><svg id="chart" class="chart" role="img" aria-labelledby="spending-text"
-viewBox="0 0 100 100" preserveAspectRatio="none"></svg><p class="ends soft" aria-hidden="true">
-<span id="chart-from"></span><span id="chart-to"></span></p></div>
-<table id="models" class="stack" role="table"><caption>Spending by model</caption><thead><tr>
-<th>Model</th><th class="num">Requests</th><th class="num">Failed</th>
-<th class="num">Refused</th><th class="num">Input tokens</th>
-<th class="num">of these cached</th><th class="num">Output tokens</th><th class="num">Images</th>
-<th class="num">Credits</th></tr></thead><tbody></tbody></table>
-<details><summary>By day, as a table</summary><table id="day-table"><thead><tr><th>Day (UTC)</th>
-<th class="num">Requests</th><th class="num">Credits</th></tr></thead><tbody></tbody></table>
-</details></section>
-<section class="card wide" id="own-keys"><h2>API keys</h2>
-<form id="key-form" class="row">
-<label>Name of the new key <input id="key-name" required maxlength="300" autocomplete="off"></label>
-<label class="tick" id="key-admin-label" hidden><input id="key-admin" type="checkbox"> admin</label>
-<button class="main">Make key</button><output></output></form>
-<table id="keys" class="stack" role="table"><caption>API keys</caption><thead><tr>
-<th>Name</th><th>Key</th><th>Created</th><th>Last used</th><th>Kept in</th><th>Revoke</th>
-</tr></thead><tbody></tbody></table>
-<p class="actions"><button type="button" id="keys-more" hidden>More</button></p></section>
-<section class="card wide"><h2>Playground</h2>
-<p class="soft">Sends one message with the key you signed in with: it counts and costs like any
-other request.</p>
-<form id="play-form" class="row"><label>Model <select id="play-model"></select></label>
-<label class="long">Message
-<textarea id="play-message" rows="2" required dir="auto"></textarea></label>
-<button class="main">Send</button>
-<button type="button" id="play-stop" disabled>Stop</button><output></output></form>
-<div id="play-thoughts" class="answer soft" dir="auto" hidden></div>
-<div id="play-answer" class="answer" dir="auto" role="region" aria-label="Answer"></div></section>
-<section class="card wide" id="admin" hidden><h2>All accounts</h2>
-<form id="account-form" class="row">
-<label>Name of the new account <input id="account-name" required autocomplete="off"></label>
-<label>Credits <input id="account-credits" type="number" step="any" min="0" value="0"></label>
-<button class="main">Make account</button><output></output></form>
-<table id="accounts" class="stack" role="table"><caption>All accounts</caption><thead><tr>
-<th>Account</th><th class="num">Granted</th><th class="num">Spent</th><th class="num">Held</th>
-<th class="num">Left</th><th class="num">Keys</th></tr></thead><tbody></tbody></table>
-<p class="actions"><span class="soft">Open an account to grant it credits or make it a key.</span>
-<button type="button" id="accounts-more" hidden>More</button></p></section>
-<section class="card wide"><div class="head"><h2>Recent requests</h2>
-<form id="period" class="row"><label>From <input type="date" id="since"></label>
-<label>To <input type="date" id="until"></label>
-<label>Model <input id="of-model" size="10"></label><label>Key <input id="of-key" size="10"></label>
-<label class="tick"><input id="of-failed" type="checkbox"> failed</label>
-<button>Show</button><button type="button" id="csv">CSV</button><output></output></form></div>
-<table id="requests" class="stack" role="table"><caption>Recent requests</caption><thead><tr>
-<th>Time</th><th>Status</th><th>Model</th><th>Key</th><th class="num">Tokens in</th>
-<th class="num">Tokens out</th><th class="num">Credits</th><th class="num">Duration</th>
-</tr></thead><tbody></tbody></table>
-<p class="actions"><span class="soft" id="requests-count" role="status"></span>
-<button type="button" id="requests-more" hidden>More</button></p></section>
-</div>
-</div>
-
-<dialog id="made" aria-labelledby="made-title"><form method="dialog">
-<h2 id="made-title">New key <bdi id="made-name"></bdi></h2>
-<p>Copy it now: it is not shown again.</p>
-<code id="made-key" class="secret" data-copy="new key"></code>
-<p class="actions"><button class="main">Done</button></p></form></dialog>
-<dialog id="ask" aria-labelledby="ask-title"><form method="dialog">
-<h2 id="ask-title">Revoke this key?</h2><p id="ask-text"></p>
-<p class="actions"><button value="no">Keep it</button>
-<button value="yes" class="danger">Revoke</button></p></form></dialog>
-<dialog id="receipt" aria-labelledby="receipt-title"><form method="dialog">
-<h2 id="receipt-title">Receipt</h2><dl class="pairs" id="receipt-fields"></dl>
-<p class="actions"><button class="main">Close</button></p></form></dialog>
+<p id="notice" class="card" role="status" hidden></p>
+<nav id="sections" class="head" aria-label="Sections" hidden></nav>
+<div id="view"></div>
 </main>{% endblock %}
 """,
 }
@@ -8051,23 +7958,25 @@ p { margin: 0 0 .75rem; }
 caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .skip { position: absolute; left: -99rem; padding: .5rem 1rem; background: var(--card); }
 .skip:focus { left: 0; }
-code, .name, .endpoint, .head h1, .head h2, .pairs dd, .big, .answer, form.row output, dialog p,
-dialog h2 { overflow-wrap: anywhere; }
+code, pre, .name, .endpoint, h1, h2, dd, .big, .turn, output, dialog p { overflow-wrap: anywhere; }
 
 /* Frame */
-.top, .head, .actions, form.row { display: flex; flex-wrap: wrap; align-items: center; }
+.top, .head, .actions, .row, .pair, .legend { display: flex; flex-wrap: wrap; align-items: center; }
 .top { gap: .25rem 1.25rem; padding: .6rem 1.25rem; background: var(--card);
   border-bottom: 1px solid var(--line); }
 .top strong { margin-right: auto; } .top a { text-decoration: none; }
-.top a[aria-current] { color: var(--text); font-weight: 600; }
+a[aria-current] { color: var(--text); font-weight: 600; }
 main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
 main > *, .grid > * { min-width: 0; }
 .card, dialog { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
 .card { margin: 0 0 1.25rem; padding: 1.1rem 1.25rem; }
 .card > :last-child { margin-bottom: 0; }
 .grid { display: grid; gap: 1.25rem; margin-bottom: 1.25rem; } .grid > .card { margin: 0; }
-.head { gap: .5rem 1rem; margin-bottom: .75rem; }
-.head h1, .head h2 { margin: 0 auto 0 0; min-width: 0; }
+.head { gap: .4rem 1rem; margin-bottom: 1rem; border-bottom: 1px solid var(--line); }
+.head a { padding: .4rem 0; text-decoration: none; }
+.head a[aria-current] { box-shadow: 0 2px var(--accent); }
+.head .name { order: 1; margin-left: auto; color: var(--soft); font-size: .875rem; max-width: 16rem; }
+.head button { order: 1; padding: .1rem .6rem; }
 #notice { position: sticky; top: .5rem; z-index: 1; border-left: .3rem solid var(--accent); }
 
 /* Documentation: contents beside the text where there is room */
@@ -8099,9 +8008,9 @@ th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line);
 tr + tr > * { border-top: 1px solid var(--line); } tbody th { border-bottom: 0; }
 th.num, td.num { text-align: right; font-variant-numeric: tabular-nums; }
 td.none { padding: 1.25rem .6rem; color: var(--soft); text-align: center; }
-td:nth-child(2) > code, .codes td:first-child, td time, .tag { white-space: nowrap; }
-td .name { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3;
-  overflow: hidden; min-width: 6ch; max-width: 34ch; text-align: left; }
+td > code, .codes td:first-child, td time, .tag { white-space: nowrap; }
+.name { display: inline-block; vertical-align: top; max-width: 34ch; max-height: 4.7em;
+  overflow: hidden; text-align: start; }
 .tag { display: inline-block; padding: 0 .45rem; border: 1px solid currentColor;
   border-radius: 1rem; font-size: .78rem; }
 @media (max-width: 45rem) {
@@ -8119,6 +8028,7 @@ td .name { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clam
     font-size: .75rem; }
   .stack time { white-space: normal; }
   .stack td:only-child, .stack:not(#requests) td:first-child { grid-column: 1 / -1; }
+  #requests td::before, #requests .rest { display: none; }
   .codes tbody tr { display: grid; grid-template-columns: max-content 1fr; padding: .4rem 0; }
   .codes tr > :last-child { grid-column: 1 / -1; }
 }
@@ -8136,11 +8046,11 @@ button:disabled { opacity: .55; cursor: default; }
 input:not([type=checkbox]), select, textarea { display: block; width: 100%; padding: .35rem .6rem;
   background: var(--page); border: 1px solid var(--soft); border-radius: .4rem; }
 label { display: block; min-width: 0; font-size: .875rem; color: var(--soft); }
-form.row { align-items: end; gap: .6rem .75rem; margin: .75rem 0; } .head form.row { margin: 0; }
-form.row label { flex: 1 1 9rem; } form.row label.long { flex: 4 1 16rem; }
-form.row label.tick { flex: 0 0 auto; padding-bottom: .5rem; }
-form.row output { flex-basis: 100%; margin: 0; } output:empty { position: absolute; }
-dialog { width: min(36rem, calc(100vw - 2rem)); padding: 1.25rem; color: var(--text); }
+.row { align-items: end; gap: .6rem .75rem; margin: .75rem 0; } .pair { gap: .4rem; }
+.row > label { flex: 1 1 9rem; } .row > label.long, .row > details, .row > output { flex: 1 1 100%; }
+.row > label.tick { flex: 0 0 auto; padding-bottom: .5rem; }
+output:empty { position: absolute; } [aria-busy] button:not([type]) { opacity: .55; }
+dialog { max-height: calc(100vh - 2rem); overflow-y: auto; width: min(36rem, calc(100vw - 2rem)); padding: 1.25rem; color: var(--text); }
 dialog::backdrop { background: rgb(0 0 0 / .5); }
 .actions { justify-content: flex-end; gap: .6rem; margin: 1rem 0 0; }
 .secret { display: block; margin: .5rem 0; padding: .7rem !important; user-select: all; }
@@ -8149,166 +8059,263 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
 .big { margin: 0; font-size: 1.75rem; font-weight: 650; line-height: 1.2; }
 .pairs { display: grid; grid-template-columns: auto 1fr; gap: .2rem 1rem; margin: .5rem 0 0; }
 .pairs dt { color: var(--soft); } .pairs dd { margin: 0; font-variant-numeric: tabular-nums; }
-meter { display: block; width: 100%; height: 1.1rem; }
-.chart { display: block; width: 100%; height: 11rem; border-bottom: 1px solid var(--line); }
-.chart .bar { fill: var(--accent); } .chart .hit { fill: transparent; }
-.chart g:hover .hit { fill: var(--code); }
-.ends { display: flex; justify-content: space-between; margin: .2rem 0 .6rem; }
-.answer { margin-top: .75rem; white-space: pre-wrap; }
+meter { display: block; width: 100%; min-width: 6rem; height: 1.1rem; }
+.gauge { margin-bottom: .6rem; } .gauge span { color: var(--soft); font-size: .875rem; }
+.picks label { flex: 0 1 10rem; } td .pair { flex-wrap: nowrap; }
+.actions:not(:has(> :not([hidden], :empty))) { display: none; }
+.chart { margin: 0 0 1rem; } .plot { margin: .5rem 0 0 3.5rem; touch-action: pan-y; }
+.chart svg { display: block; width: 100%; height: 12rem; overflow: visible; }
+.chart text { fill: var(--soft); font-size: .75rem; text-anchor: end; }
+.rule { stroke: var(--line); } .cursor { stroke: var(--text); stroke-dasharray: 4 3; }
+.ends { display: flex; justify-content: space-between; margin: .3rem 0 .3rem 3.5rem; }
+#reading { min-height: 3.1em; margin: 0; }
+.legend { gap: .2rem 1rem; margin: 0; padding: 0; list-style: none; font-size: .875rem; }
+.legend i { display: inline-block; width: .8rem; height: .8rem; margin: .3rem .35rem 0 0; border-radius: .2rem; }
+.c0 { fill: #3b7ddd; background: #3b7ddd; } .c1 { fill: #d9730d; background: #d9730d; }
+.c2 { fill: #16988a; background: #16988a; } .c3 { fill: #c8509b; background: #c8509b; }
+.c4 { fill: #8a6be0; background: #8a6be0; } .c5 { fill: #8a8a1e; background: #8a8a1e; }
+.c6 { fill: #d9534f; background: #d9534f; } .c7 { fill: #7f8a99; background: #7f8a99; }
+#log { margin-bottom: 1rem; } .turn { margin-bottom: 1.25rem; }
+.turn p:not(.told) { white-space: pre-wrap; margin-bottom: .6rem; } .turn img { max-width: 100%; }
+.said { width: fit-content; max-width: 85%; margin: 0 0 .6rem auto; padding: .5rem .9rem;
+  background: var(--code); border-radius: .6rem; } .said > :last-child { margin: 0 !important; }
+.thoughts { margin-bottom: .6rem; color: var(--soft); font-size: .9rem; } figure { margin: 0; }
 details > summary { cursor: pointer; color: var(--soft); }
 """
 
 DOCS_JS = r"""'use strict';
-// Puts a Copy button after everything marked data-copy. The clipboard API exists only on
-// https and localhost; elsewhere the text is selected and copied the old way.
-async function copyText(node) {
-  getSelection().selectAllChildren(node);
-  if (navigator.clipboard) await navigator.clipboard.writeText(node.textContent);
-  else if (!document.execCommand('copy')) throw new Error('refused');
-  getSelection().removeAllRanges();
-}
-
-for (const node of document.querySelectorAll('[data-copy]')) {
+// A button that copies what `read` gives. The clipboard API exists only on https and
+// localhost; elsewhere the text is selected in a field and copied the old way.
+function copyButton(label, read) {
   const button = document.createElement('button');
-  const say = (textContent) => Object.assign(button,
-    { textContent, ariaLabel: `${textContent}: ${node.dataset.copy}` });
+  const say = (textContent) =>
+    Object.assign(button, { textContent, ariaLabel: `${textContent}: ${label}` });
+  const copy = async () => {
+    if (navigator.clipboard) return navigator.clipboard.writeText(read());
+    const field = Object.assign(document.createElement('textarea'), { value: read() });
+    button.after(field);
+    field.select();
+    const done = document.execCommand('copy');
+    field.remove();
+    if (!done) throw new Error('refused');
+  };
   Object.assign(button, { type: 'button', className: 'copy', ariaLive: 'polite' });
   button.onclick = () => {
-    copyText(node).then(() => say('Copied'), () => say('Press Ctrl+C'));
+    copy().then(() => say('Copied'), () => say('Not copied'));
     setTimeout(say, 2500, 'Copy');
   };
   say('Copy');
-  node.after(button);
+  return button;
+}
+
+for (const node of document.querySelectorAll('[data-copy]')) {
+  node.after(copyButton(node.dataset.copy, () => node.textContent));
 }
 """
 
 DASHBOARD_JS = r"""'use strict';
 // The dashboard: signs in with an API key that only this tab's sessionStorage keeps, and shows
-// what /v1/account and, to admins, /v1/accounts answer. Whatever comes from the API becomes
-// text nodes and nothing else.
+// what /v1/account and, to admins, /v1/accounts answer. The address says which section is on
+// show (#/requests?model=x). Whatever comes from the API becomes text nodes and nothing else.
 
 const STORE = 'api-key';
 const POLL_MS = 5000; // live figures, only while the tab is to be seen
 const PAGE = 50; // requests a page
 const DAY_S = 86400;
 
-// The key signed in, its account (me), the account on show and its path (view), the request rows
-// on show; null when signed out. Answers for a session or a view that has gone are dropped.
+// The key signed in, its account (me), its playground; null when signed out. The section on show
+// with its account, what to draw anew when that changes (updates), and what ends its questions.
 let session = null;
-class Gone extends Error {}
+let view = { stop: new AbortController() };
+let timer;
 
-// ---- Small parts -----------------------------------------------------------------------
+// ---- Parts of a page -------------------------------------------------------------------
 const $ = (id) => document.getElementById(id);
-const rowsOf = (id) => $(id).tBodies[0];
-const show = (id, visible) => { $(id).hidden = !visible; };
-const text = (id, value) => { $(id).textContent = value; };
 
-function build(node, attributes, children) {
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  node.append(...children);
+// An element, tag.class.class, with attributes, listeners and switches, and its children.
+function h(tag, ...children) {
+  const [name, ...classes] = tag.split('.');
+  const node = /^(svg|rect|line|text)$/.test(name)
+    ? document.createElementNS('http://www.w3.org/2000/svg', name) : document.createElement(name);
+  if (classes.length) node.setAttribute('class', classes.join(' '));
+  const props = children[0]?.constructor === Object ? children.shift() : {};
+  for (const [key, value] of Object.entries(props)) {
+    if (/function|boolean/.test(typeof value)) node[key] = value;
+    else if (value != null) node.setAttribute(key, value);
+  }
+  node.append(...children.flat(9).filter((child) => child != null && child !== false));
   return node;
 }
-const el = (tag, attributes, ...children) =>
-  build(document.createElement(tag), attributes, children);
-const svg = (tag, attributes, ...children) =>
-  build(document.createElementNS('http://www.w3.org/2000/svg', tag), attributes, children);
-const button = (kind, onclick, label, more = {}) =>
-  Object.assign(el('button', { type: 'button', class: kind, ...more }, label), { onclick });
-const name = (value) => el('bdi', { class: 'name', title: value }, value);
-const tag = (kind, words) => el('span', { class: `tag ${kind}` }, words);
+
+// Shows nodes in a slot, unless they are there already or in use.
+function put(slot, ...nodes) {
+  const same = nodes.length === slot.childNodes.length
+    && nodes.every((node, i) => slot.childNodes[i].isEqualNode(node));
+  if (!same && !slot.contains(document.activeElement)) slot.replaceChildren(...nodes);
+}
+
+// A part that is drawn anew with each state of the account on show.
+function live(draw) {
+  const slot = h('div');
+  const update = () => put(slot, draw(view.account));
+  view.updates.push(update);
+  update();
+  return slot;
+}
+
+// columns: [heading, cell of a row, class]. Rows, each with an id, are drawn again where they
+// changed, and keep the focus. On a phone each becomes a card with the headings inside.
+function table(id, caption, columns, none) {
+  const body = h('tbody', { role: 'rowgroup' });
+  const node = h('table.stack', { id, role: 'table' }, h('caption', caption),
+    h('thead', { role: 'rowgroup' }, h('tr', { role: 'row' }, columns.map(([head, , kind]) =>
+      h('th', { scope: 'col', role: 'columnheader', class: kind }, head)))), body);
+  let drawn = new Map();
+  node.fill = (rows) => {
+    const before = drawn;
+    const controls = (tr) => [...tr?.querySelectorAll('a, button') || []];
+    const { id: at } = document.activeElement.closest('tr')?.dataset || {};
+    const place = controls(before.get(at)?.tr).indexOf(document.activeElement);
+    drawn = new Map(rows.map((row) => {
+      const [text, old] = [JSON.stringify(row), before.get(row.id)];
+      if (old?.text === text) return [row.id, old];
+      return [row.id, { text, tr: h('tr', { role: 'row', 'data-id': row.id }, columns.map(
+        ([head, cell, kind]) => h('td', { role: 'cell', class: kind, 'data-label': head },
+          cell(row)))) }];
+    }));
+    const shown = [...drawn.values()].map(({ tr }) => tr);
+    if (!rows.length) {
+      shown.push(h('tr', { role: 'row' },
+        h('td.none', { role: 'cell', colspan: columns.length }, none)));
+    }
+    if (shown.length !== body.rows.length || shown.some((tr, i) => tr !== body.rows[i])) {
+      body.replaceChildren(...shown);
+      if (place >= 0) (controls(drawn.get(at)?.tr)[place] || document.querySelector('h1')).focus();
+    }
+    return node;
+  };
+  return node;
+}
+
+function field({ label, options, rows, value, ...more }) {
+  const control = options ? h('select', more, options.map(([of, words = of]) =>
+    h('option', { value: of, selected: [value].flat().includes(of) }, words)))
+    : rows ? h('textarea', { rows, ...more }, value)
+      : h('input', typeof value === 'boolean' ? { ...more, checked: value } : { ...more, value });
+  return more.type === 'checkbox' ? h('label.tick', control, ' ', label)
+    : h('label', { class: more.class }, label, ' ', control);
+}
+
+// What stands in a form, by the names of its fields.
+const typed = (node) => Object.fromEntries([...node.elements].filter((one) => one.name).map(
+  (one) => [one.name, one.type === 'checkbox' ? one.checked : one.multiple
+    ? [...one.selectedOptions].map((option) => option.value) : one.value.trim()]));
+
+// A form of fields (and nodes) whose one button does the work with what is typed; it is busy
+// meanwhile, and what the work returns or fails with stands beneath.
+function form(id, fields, action, work, ...more) {
+  const output = h('output', { role: 'status' });
+  const say = (textContent, className = '') => Object.assign(output, { textContent, className });
+  const node = h('form.row', { id },
+    fields.map((one) => (one.label ? field(one) : one)),
+    h(`button.${/^(Revoke|Close)/.test(action) ? 'danger' : 'main'}`, action), more, output);
+  node.onsubmit = async (event) => {
+    event.preventDefault();
+    if (node.ariaBusy) return;
+    node.ariaBusy = 'true';
+    say('');
+    try {
+      say((await work(typed(node))) || '');
+    } catch (error) {
+      if (error.name !== 'AbortError') say(error.message, 'bad');
+    }
+    node.ariaBusy = null;
+  };
+  return node;
+}
+
+// Gone from the page when it is closed, with all that it showed.
+function dialog(title, ...children) {
+  const node = h('dialog', { 'aria-labelledby': 'dialog-title' },
+    h('h2', { id: 'dialog-title' }, title), children, h('form', { method: 'dialog' },
+      h('p.actions', h('button', { id: 'done' }, 'Close'))));
+  node.onclose = () => node.remove();
+  document.body.append(node);
+  node.showModal();
+  return node;
+}
+
+const card = (title, ...children) => h('section.card', title && h('h2', title), children);
+const wide = (...parts) => Object.assign(card(...parts), { className: 'card wide' });
+const more = (id, onclick) => h('button', { id, type: 'button', hidden: true, onclick }, 'More');
+const fold = (summary, ...children) => h('details', h('summary', summary), children);
+const name = (value) => h('bdi.name', { title: value }, value);
+const tag = (kind, ...words) => h(`span.tag.${kind}`, words);
+const pairs = (rows) => h('dl.pairs', rows.filter(([, value]) => value != null)
+  .map(([term, value]) => [h('dt', term), h('dd', value)]));
+const gauge = (label, value, max, used, words) => h('div.gauge', h('meter', { min: 0, value, max,
+  low: max * (used ? 0.7 : 0.1), high: max * (used ? 0.9 : 0.3), optimum: used ? 0 : max,
+  'aria-label': label }), h('span', words));
+const copyable = (caption, text) => {
+  const pre = h('pre', { tabindex: 0 }, text);
+  return h('figure.example', h('figcaption', caption), pre, copyButton(caption, () => text));
+};
 
 const decimals = new Intl.NumberFormat('en', { maximumFractionDigits: 6 });
+const compact = new Intl.NumberFormat('en', { notation: 'compact', maximumSignificantDigits: 3 });
 const number = (value) => decimals.format(value || 0);
+const few = (value) => number(Number((value || 0).toPrecision(3)));
 const balance = (value) => (value === null ? 'unlimited' : number(value));
 const calendar = new Intl.DateTimeFormat('en', { dateStyle: 'medium' });
 const clock = new Intl.DateTimeFormat('en', { month: 'short', day: 'numeric', hour: '2-digit',
   minute: '2-digit', second: '2-digit', hourCycle: 'h23' });
 const iso = (seconds) => new Date(seconds * 1000).toISOString();
-const moment = (seconds, format) => (seconds == null ? '–'
-  : el('time', { datetime: iso(seconds), title: iso(seconds) }, format.format(seconds * 1000)));
+const moment = (seconds, format = clock) => (seconds == null ? '–'
+  : h('time', { datetime: iso(seconds), title: iso(seconds) }, format.format(seconds * 1000)));
 const duration = (ms) => (ms == null ? '–'
   : ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);
+const count = (n, word) => `${number(n)} ${word}${n === 1 ? '' : 's'}`;
 
-// One row of a table; labels repeat the headings where a phone shows rows as cards.
-function row(table, cells, more = {}) {
-  const heads = $(table).tHead.rows[0].cells;
-  return el('tr', { role: 'row', ...more }, ...cells.map((cell, i) => el('td',
-    { class: heads[i].className, role: 'cell', 'data-label': heads[i].textContent }, cell)));
+function notice(message, bad = false) {
+  $('notice').textContent = message;
+  $('notice').classList.toggle('bad', bad);
+  $('notice').hidden = !message;
 }
 
-function fill(table, rows, none) {
-  const { length } = $(table).tHead.rows[0].cells;
-  const empty = el('tr', {}, el('td', { class: 'none', colspan: length }, none));
-  rowsOf(table).replaceChildren(...(rows.length ? rows : [empty]));
-}
-
-function notice(message, bad) {
-  text('notice', message);
-  $('notice').classList.toggle('bad', Boolean(bad));
-  show('notice', message);
-}
-
-// Runs a form's work: its button is busy meanwhile, its message or error stands beside it.
-async function busy(form, work) {
-  const main = form.querySelector('button:not([type])');
-  const say = (textContent, className) =>
-    Object.assign(form.querySelector('output'), { textContent, className });
-  main.disabled = true;
-  say('', '');
-  try {
-    say((await work()) || '', '');
-  } catch (error) {
-    if (!(error instanceof Gone)) say(error.message, 'bad');
-  } finally {
-    main.disabled = false;
-  }
-}
-
-// A background load: its failure is told at the top, a dropped answer not at all.
+// A load in the background: its failure is told at the top, that of a section left not at all.
 const guard = (promise) => promise.catch((error) => {
-  if (!(error instanceof Gone)) notice(error.message, true);
+  if (error.name !== 'AbortError') notice(error.message, true);
 });
 
 // ---- API -------------------------------------------------------------------------------
-async function send(path, method, body, signal) {
+// What is only read ends with the section that asked for it.
+async function send(path, method = 'GET', body, signal = method === 'GET' ? view.stop.signal : null) {
   const mine = session;
   const headers = { Authorization: `Bearer ${mine.key}` };
   if (body) headers['Content-Type'] = 'application/json';
-  const options = { method, headers, body: JSON.stringify(body), signal, cache: 'no-store' };
+  const options = { method, headers, body: body && JSON.stringify(body), signal, cache: 'no-store' };
   const response = await fetch(`/v1/${path}`, options).catch((error) => {
-    if (session !== mine) throw new Gone();
     throw error.name === 'AbortError' ? error : new Error('The server cannot be reached.');
   });
+  const answer = response.ok ? null : await response.json().catch(() => null);
+  if (session !== mine) throw new DOMException('signed out', 'AbortError');
   if (response.ok) return response;
-  const answer = await response.json().catch(() => null);
-  if (session !== mine) throw new Gone();
   if (response.status === 401 && mine.me) {
     signOut('You were signed out: this key is not valid any more.');
-    throw new Gone();
+    throw new DOMException('signed out', 'AbortError');
   }
   const message = answer?.error?.message || `The server answered with status ${response.status}.`;
-  const retryAfter = response.headers.get('Retry-After');
-  throw Object.assign(new Error(message), { status: response.status, retryAfter });
+  const wait = response.headers.get('Retry-After');
+  throw Object.assign(new Error(message), { status: response.status, wait });
 }
+const call = async (...question) => (await send(...question)).json();
 
-async function call(path, method, body) {
-  const mine = session;
-  const answer = await (await send(path, method, body)).json();
-  if (session !== mine) throw new Gone();
-  return answer;
-}
-
-// The same for the account on show: one's own, or any for an admin.
-async function ask(path, method, body) {
-  const { view } = session;
-  const answer = await call(view + path, method, body);
-  if (session.view !== view) throw new Gone();
-  return answer;
-}
-
-const accountPath = (id) => `accounts/${encodeURIComponent(id)}`;
-const query = (fields) => `?${new URLSearchParams(
-  Object.entries(fields).filter(([, value]) => value != null && value !== ''))}`;
+const query = (fields) => {
+  const set = Object.entries(fields).filter(([, value]) => value != null && value !== '' && value !== false);
+  return set.length ? `?${new URLSearchParams(set)}` : '';
+};
+const link = (path, fields = {}) => `#/${path.map(encodeURIComponent).join('/')}${query(fields)}`;
+const own = () => [view.section, view.id].filter(Boolean);
 
 // ---- Sign-in ---------------------------------------------------------------------------
 async function signIn(key) {
@@ -8320,360 +8327,662 @@ async function signIn(key) {
     sessionStorage.removeItem(STORE);
     throw new Error('Wrong key: it is unknown or was revoked. Check it and try again.');
   });
-  const { admin, models } = session.me;
   sessionStorage.setItem(STORE, key);
-  $('sign-in-form').reset();
   notice('');
-  show('sign-in', false);
-  show('board', true);
-  for (const id of ['admin', 'grant-form', 'key-admin-label']) show(id, admin);
-  show('own-keys', !session.me.demo);
-  $('play-model').replaceChildren(...models.map(({ id }) => el('option', { value: id }, id)));
-  await open('account', session.me);
+  await open();
 }
 
 function signOut(message = '') {
-  clearTimeout(session.timer);
   session.playing?.abort();
   session = null;
   sessionStorage.removeItem(STORE);
-  for (const dialog of document.querySelectorAll('dialog')) dialog.close();
-  for (const form of document.forms) form.reset();
-  for (const node of document.querySelectorAll('tbody, output, .answer')) node.replaceChildren();
-  show('board', false);
-  show('sign-in', true);
+  for (const node of document.querySelectorAll('dialog')) node.remove();
+  open();
   notice(message);
-  $('key-input').focus();
 }
 
-// ---- Account on show -------------------------------------------------------------------
-async function open(view, known) {
-  const account = known || await call(view);
-  Object.assign(session, { view, account: null, rows: new Map(), period: {} });
-  for (const id of ['requests', 'models', 'day-table']) rowsOf(id).replaceChildren();
-  for (const id of ['period', 'grant-form', 'key-form']) {
-    $(id).reset();
-    $(id).querySelector('output').textContent = '';
-  }
-  showAccount(account);
-  $('title').focus();
-  schedule();
-  if (session.me.admin) guard(loadAccounts());
-  await Promise.all([guard(loadUsage()), guard(loadRequests(true))]);
+function signInCard() {
+  const { demo } = $('main').dataset;
+  const stored = sessionStorage.getItem(STORE);
+  const sheet = form('sign-in', [{ id: 'key-input', name: 'key', label: 'API key', type: 'password',
+    autocomplete: 'off', spellcheck: 'false', required: true, placeholder: 'sk-…', value: stored }],
+  'Sign in', ({ key }) => signIn(key), demo && h('button', { type: 'button', id: 'demo',
+    onclick: () => { sheet.elements.key.value = demo; sheet.requestSubmit(); } },
+  'Try the demo key'));
+  if (stored) setTimeout(() => sheet.requestSubmit());
+  return h('section.card', h('h1', 'API Keys dashboard'), h('p', 'Sign in with an API key of your '
+    + 'account. It stays in this browser tab until you sign out or close the tab.'), sheet);
 }
 
-function showAccount(account) {
-  const { credits, limits, live, keys } = account;
-  const before = session.account;
-  session.account = account;
-  text('account-id', account.id);
-  show('back', session.view !== 'account');
-  for (const part of ['available', 'granted', 'spent', 'held']) text(part, balance(credits[part]));
-  show('live', live);
-  show('live-none', !live);
-  if (live) {
-    const { requests_limit: most, requests_remaining: left, concurrent } = live;
-    meter('rate', most - left, most, limits.rate, `${most - left} used, ${left} left`);
-    meter('now', concurrent, limits.concurrent, limits.concurrent, `${concurrent} now`);
-  }
-  // Not redrawn for a mere last_used while the focus is in it: polling takes no one's focus.
-  const focused = $('keys').contains(document.activeElement);
-  const seen = (key) => (focused ? [key.id, key.revoked] : key);
-  if (JSON.stringify(before?.keys.map(seen)) !== JSON.stringify(keys.map(seen))) {
-    showKeys(keys, account.more_keys);
-  }
+// ---- Sections and their addresses --------------------------------------------------------
+const SECTIONS = new Map([
+  ['overview', ['Overview', () => [balanceCard(), limitsCard(), spendingCard()]]],
+  ['keys', ['Keys', () => [keysCard()]]],
+  ['requests', ['Requests', () => [requestsCard()]]],
+  ['playground', ['Playground', () => [session.playground ??= playgroundCard()]]],
+  ['admin', ['Admin', () => (view.id ? accountCards() : adminCards())]],
+]);
+const hidden = (section) => (section === 'keys' && session.me.demo)
+  || (section === 'admin' && !session.me.admin);
+
+// The section, account and query string that the address names; Overview for any other.
+function address() {
+  const [path, search = ''] = location.hash.slice(2).split('?');
+  let [section, id] = path.split('/');
+  try { id = section === 'admin' && id ? decodeURIComponent(id) : ''; } catch { id = ''; }
+  if (!SECTIONS.has(section) || hidden(section)) section = 'overview';
+  return { section, id, query: new URLSearchParams(search) };
 }
 
-function meter(id, value, max, limit, words) {
-  Object.assign($(`${id}-meter`), { max, value, low: max * 0.7, high: max * 0.9, optimum: 0 });
-  text(`${id}-limit`, limit);
-  text(`${id}-text`, words);
+async function open() {
+  clearTimeout(timer);
+  view.stop.abort();
+  $('sections').hidden = !session;
+  if (!session) {
+    view = { stop: new AbortController() };
+    $('view').replaceChildren(signInCard());
+    $('key-input').focus();
+    return;
+  }
+  const { section, id, query: asked } = address();
+  const base = id ? `accounts/${encodeURIComponent(id)}` : 'account';
+  view = { section, id, query: asked, base, updates: [], stop: new AbortController() };
+  const mine = view;
+  $('sections').replaceChildren(h('bdi.name', { id: 'account-id' }, session.me.id),
+    ...[...SECTIONS].filter(([each]) => !hidden(each)).map(([each, [title]]) => h('a', {
+      href: link([each]), 'aria-current': each === section ? 'page' : null }, title)),
+    h('button', { type: 'button', id: 'sign-out', onclick: () => signOut() }, 'Sign out'));
+  mine.account = id ? await call(base) : session.me;
+  const [title, draw] = SECTIONS.get(section);
+  const heading = h('h1', { tabindex: -1 }, id ? ['Account ', name(id)] : title);
+  $('view').replaceChildren(heading, h('div.grid', { id: section }, draw()));
+  heading.focus();
+  schedule(0);
 }
 
 function schedule(delay = POLL_MS) {
-  clearTimeout(session.timer);
-  if (!document.hidden) session.timer = setTimeout(poll, delay);
+  clearTimeout(timer);
+  if (!document.hidden && session?.me) timer = setTimeout(poll, delay);
 }
 
 async function poll() {
+  const mine = view;
   let delay = POLL_MS;
   try {
-    const figures = () => JSON.stringify([session.account.credits, session.account.live]);
-    const before = figures();
-    showAccount(await ask(''));
-    if (figures() !== before) await Promise.all([loadRequests(true), loadUsage()]);
-    if (session.failed) notice('');
-    session.failed = false;
+    const figures = () => JSON.stringify([mine.account.credits, mine.account.live]);
+    const before = mine.polled && figures();
+    mine.account = await call(mine.base);
+    if (!mine.id) session.me = mine.account;
+    if (mine.polled === false) notice('');
+    mine.polled = true;
+    const changed = figures() !== before;
+    await Promise.all(mine.updates.map((update) => update(changed)));
   } catch (error) {
-    if (error instanceof Gone || !session) return;
-    session.failed = true;
+    if (error.name === 'AbortError' || mine !== view) return;
+    mine.polled = false;
     notice(error.message, true);
-    delay = Math.max(delay, 1000 * (error.retryAfter || 0));
+    delay = Math.max(delay, 1000 * (error.wait || 0));
   }
   schedule(delay);
 }
 
-// ---- Spending --------------------------------------------------------------------------
-const COUNTS = ['requests', 'failed', 'refused', 'input_tokens', 'cached_tokens',
-  'output_tokens', 'images', 'credits'];
-const total = (days) => days.reduce((sum, day) => sum + day.credits, 0);
+// ---- Overview --------------------------------------------------------------------------
+const balanceCard = (...children) => card('Credits left', live(({ credits }) => h('p.big', {
+  id: 'available' }, balance(credits.available))), h('p.soft', { id: 'pace' }),
+live(({ credits }) => pairs([['Granted', balance(credits.granted)],
+  ['Spent', number(credits.spent)], ['Held by running requests', number(credits.held)]])), children);
 
-// Rows of usage with one value of a field, summed: a Map of {key, requests, credits, …}.
-function sums(rows, field) {
+const budgetGauge = ({ credits, available, per }) => gauge('Budget left', available, credits, false,
+  `${number(available)} of ${number(credits)} left, ${per === 'total' ? 'in' : 'per'} ${per}`);
+
+const limitsCard = () => card('Limits of this key, live', live(({ budget, limits, live: now }) => {
+  const { requests_limit: most, requests_remaining: left, concurrent } = now;
+  return h('div', { id: 'live' },
+    h('p', 'Requests, limit ', h('b', limits.rate)),
+    gauge('Requests', most - left, most, true, `${number(most - left)} used, ${number(left)} left`),
+    h('p', 'Requests in progress, at most ', h('b', number(limits.concurrent))),
+    gauge('In progress', concurrent, limits.concurrent, true, `${number(concurrent)} now`),
+    budget && [h('p', 'Budget'), budgetGauge(budget)]);
+}));
+
+const MEASURES = new Map([
+  ['credits', ['Credits', (row) => row.credits]],
+  ['tokens', ['Tokens', (row) => row.input_tokens + row.output_tokens]],
+  ['requests', ['Requests', (row) => row.requests]],
+  ['failures', ['Failures and refusals', (row) => row.failed + row.refused]],
+]);
+const COUNTS = [['Requests', 'requests'], ['Failed', 'failed'], ['Refused', 'refused'],
+  ['Input tokens', 'input_tokens'], ['of these cached', 'cached_tokens'],
+  ['Output tokens', 'output_tokens'], ['Images', 'images'], ['Credits', 'credits']];
+const SHADES = 7; // colours of groups; what is beyond them is one group
+
+// Rows of usage summed by the values of a field, the dearest first.
+function sums(rows, by) {
   const groups = new Map();
-  for (const usage of rows) {
-    const sum = groups.get(usage[field]) || { key: usage[field] };
-    groups.set(sum.key, sum);
-    for (const count of COUNTS) sum[count] = (sum[count] || 0) + (usage[count] || 0);
+  for (const row of rows) {
+    const id = String(row[`${by}_id`] ?? row[by] ?? '');
+    const sum = groups.get(id) || { id, name: row[by] };
+    groups.set(id, sum);
+    for (const [, field] of COUNTS) sum[field] = (sum[field] || 0) + row[field];
   }
-  return groups;
+  return [...groups.values()].sort((a, b) => b.credits - a.credits || b.requests - a.requests);
 }
 
-async function loadUsage() {
-  const days = Number($('days').value);
-  const { data } = await ask(`/usage${query({ days })}`);
-  if (days !== Number($('days').value)) return;
-  const byDay = sums(data, 'day');
-  const today = Math.max(Date.now(), ...[...byDay.keys()].map(Date.parse)) / 1000;
-  const series = Array.from({ length: days }, (_, i) => {
-    const key = iso(today - (days - 1 - i) * DAY_S).slice(0, 10);
-    return byDay.get(key) || { key, requests: 0, credits: 0 };
-  });
-  showPace(series);
-  showChart(series);
-  const models = [...sums(data, 'model').values()].sort((a, b) => b.credits - a.credits);
-  fill('models', models.map((sum) => row('models',
-    [name(sum.key || '(no model)'), ...COUNTS.map((count) => number(sum[count]))])),
-  'Nothing was used.');
-  const used = series.filter((day) => day.requests).reverse();
-  fill('day-table', used.map((day) => row('day-table',
-    [day.key, number(day.requests), number(day.credits)])), 'No requests.');
+// Spending by day; which days, groups and figures stands in the address.
+function spendingCard(usage = `${view.base}/usage`, groups = ['model', 'key']) {
+  const { query: asked } = view;
+  const asks = { days: asked.get('days') || '30', by: asked.get('by') || groups[0],
+    show: MEASURES.has(asked.get('show')) ? asked.get('show') : 'credits' };
+  const pick = (field_, label, options) => field({ name: field_, label, options,
+    value: asks[field_], onchange: ({ target }) => {
+      asks[field_] = target.value;
+      history.replaceState(null, '', link(own(), asks));
+      guard(load());
+    } });
+  const [picture, beneath, days] = [h('div', { id: 'picture' }), h('div'), h('div')];
+  let latest;
+  async function load() {
+    const mine = latest = {};
+    const { by, show } = asks;
+    const { data, days: length } = await call(`${usage}?days=${encodeURIComponent(asks.days)}`
+      + `&by=day,${encodeURIComponent(by)}`);
+    if (mine !== latest) return;
+    const today = Math.max(Date.now(), ...data.slice(0, 1).map((row) => Date.parse(row.day))) / 1000;
+    const dates = Array.from({ length: Number(asks.days) }, (_, i, all = Number(asks.days)) =>
+      iso(today - (all - 1 - i) * DAY_S).slice(0, 10));
+    const at = new Map(dates.map((day, i) => [day, i]));
+    if ($('pace')) $('pace').textContent = view.account.credits && usage.startsWith(view.base)
+      ? pace(view.account.credits, dates, data) : '';
+    const [title, measure] = MEASURES.get(show);
+    const all = sums(data, by);
+    const ranked = [...all].sort((a, b) => measure(b) - measure(a)).filter(measure);
+    const place = new Map(ranked.map(({ id }, i) => [id, Math.min(i, SHADES)]));
+    const stacks = ranked.slice(0, SHADES + 1).map((sum, i) => ({ name: i < SHADES ? title_(sum, by)
+      : `${count(ranked.length - SHADES, 'other')}`, values: dates.map(() => 0) }));
+    for (const row of data) {
+      const stack = stacks[place.get(String(row[`${by}_id`] ?? row[by] ?? ''))];
+      if (stack) stack.values[at.get(row.day)] += measure(row);
+    }
+    const unit = title.toLowerCase();
+    put(picture, chart(`${title} by day`, dates, stacks, unit));
+    put(beneath, table('sums', `By ${by}`, [[by[0].toUpperCase() + by.slice(1),
+      (sum) => linked(sum, by)], ...COUNTS.map(([head, field_]) =>
+      [head, (sum) => number(sum[field_]), 'num'])], 'Nothing was used.').fill(all));
+    put(days, table('by-day', `${title} by day`, [['Day (UTC)', ({ id }) => id],
+      ...stacks.map((stack, i) => [stack.name, ({ values }) => number(values[i]), 'num']),
+      ['All', ({ values }) => number(values.reduce((a, b) => a + b, 0)), 'num']], 'Nothing.').fill(
+      dates.map((id, i) => ({ id, values: stacks.map((stack) => stack.values[i]) }))
+        .filter(({ values }) => values.some(Boolean)).reverse()));
+  }
+  view.updates.push((changed) => changed && guard(load()));
+  return wide('Spending', h('div.row.picks',
+    pick('days', 'Period', [['7', '7 days'], ['30', '30 days'], ['90', '90 days'], ['366', 'A year']]),
+    pick('by', 'By', groups.map((each) => [each])),
+    pick('show', 'Show', [...MEASURES].map(([id, [title]]) => [id, title]))),
+  picture, beneath, fold('The chart as a table', days));
 }
+
+const title_ = (sum, by) => sum.name || `(no ${by})`;
+const linked = (sum, by) => (!sum.name || view.section === 'admin' && by !== 'account' && !view.id
+  ? name(title_(sum, by)) : h('a', { href: by === 'account' ? link(['admin', sum.name])
+    : link(view.id ? own() : ['requests'], { [by]: sum.id }) }, name(sum.name)));
 
 // The pace is the last seven days', or the days since the first request if they are fewer.
-function showPace(series) {
-  const { credits } = session.account;
-  const week = series.slice(-7);
-  const spent = total(week);
-  if (!spent) return text('pace', 'Nothing was spent in the last 7 days.');
-  if (credits.available === null) return text('pace', `${number(spent)} credits in 7 days.`);
-  const older = credits.spent - spent > 1e-6;
-  const days = older ? 7 : 7 - week.findIndex((day) => day.requests);
-  const left = Math.floor((credits.available / spent) * days);
-  const lasts = left < 1 ? 'less than a day' : left > 3650 ? 'more than ten years'
-    : `about ${left} ${left === 1 ? 'day' : 'days'}`;
-  text('pace', `Lasts ${lasts} at the pace of ${days > 1 ? `the last ${days} days` : 'today'}: ` +
-    `${number((spent / days).toPrecision(3))} credits a day.`);
+function pace(credits, dates, data) {
+  const week = data.filter(({ day }) => dates.slice(-7).includes(day));
+  const spent = week.reduce((sum, row) => sum + row.credits, 0);
+  if (!spent) return 'Nothing was spent in the last 7 days.';
+  const first = week.at(-1).day; // rows come newest first
+  const days = credits.spent - spent > 1e-6 ? 7 : dates.length - dates.indexOf(first);
+  const daily = `${few(spent / days)} credits a day`;
+  if (credits.available === null) return `${daily} in the last ${days} days.`;
+  return `Lasts ${lasts(credits.available / spent * days)} at the pace of `
+    + `${days > 1 ? `the last ${days} days` : 'today'}: ${daily}.`;
 }
+const lasts = (days) => (days < 1 ? 'less than a day' : days > 3650 ? 'more than ten years'
+  : `about ${count(Math.floor(days), 'day')}`);
 
-function showChart(series) {
-  const peak = series.reduce((top, day) => (day.credits > top.credits ? day : top));
-  const spent = total(series);
-  text('spending-text', spent ? `${number(spent)} credits in ${series.length} days; most on ` +
-    `${peak.key}: ${number(peak.credits)}.` : `No spending in ${series.length} days.`);
-  show('picture', spent);
-  text('chart-from', series[0].key);
-  text('chart-to', series.at(-1).key);
-  const step = 100 / series.length;
-  $('chart').replaceChildren(...series.map((day, i) => {
-    const height = day.credits ? Math.max(1, (day.credits / peak.credits) * 98) : 0;
-    const bar = { class: 'bar', x: (i + 0.12) * step, width: step * 0.76, height, y: 100 - height };
-    return svg('g', {}, svg('title', {}, `${day.key}: ${number(day.credits)} credits`),
-      svg('rect', { class: 'hit', x: i * step, width: step, height: 100 }), svg('rect', bar));
-  }));
+// ---- Chart -----------------------------------------------------------------------------
+// Stacked bars over `labels`; a line follows the pointer or the arrow keys and reads them out.
+function chart(title, labels, stacks, unit) {
+  const totals = labels.map((_, i) => stacks.reduce((sum, { values }) => sum + values[i], 0));
+  const peak = Math.max(...totals);
+  const all = totals.reduce((a, b) => a + b, 0);
+  const [first, last] = [labels[0], labels.at(-1)];
+  const summary = all && unit.startsWith('m') ? `${labels.length} streams.`
+    : all ? `${number(all)} ${unit} in ${labels.length} days; most on `
+      + `${labels[totals.indexOf(peak)]}: ${number(peak)}.`
+      : `No ${unit} in ${labels.length} days.`;
+  if (!all) return h('p', { id: 'reading' }, summary);
+  const scale = 10 ** Math.floor(Math.log10(peak));
+  const top = scale * [1, 2, 4, 5, 8, 10].find((n) => n * scale >= peak * 0.9999);
+  const [step, high] = [100 / labels.length, (value) => (value / top) * 100];
+  const bars = [];
+  const line = h('line', { class: 'cursor', y1: 0, y2: '100%', visibility: 'hidden' });
+  labels.forEach((_, i) => stacks.reduce((below, { values }, shade) => {
+    if (!values[i]) return below;
+    const height = Math.max(high(values[i]), 0.5);
+    bars.push(h('rect', { class: `c${shade}`, x: `${(i + 0.1) * step}%`, width: `${step * 0.8}%`,
+      y: `${100 - below - height}%`, height: `${height}%` }));
+    return below + height;
+  }, 0));
+  const reading = h('p', { id: 'reading' }, summary);
+  let place = labels.length - 1;
+  const read = (i) => {
+    place = Math.max(0, Math.min(labels.length - 1, i));
+    const x = `${(place + 0.5) * step}%`;
+    for (const [key, value] of Object.entries({ x1: x, x2: x, visibility: 'visible' })) {
+      line.setAttribute(key, value);
+    }
+    const parts = stacks.filter(({ values }) => values[place])
+      .map((stack) => `${stack.name} ${number(stack.values[place])}`);
+    const words = `${labels[place]}: ${number(totals[place])} ${unit}`
+      + `${parts.length > 1 ? ` (${parts.join(', ')})` : parts.length ? `, ${stacks.find(
+        ({ values }) => values[place]).name}` : ''}`;
+    reading.textContent = words;
+    plot.setAttribute('aria-valuenow', place);
+    plot.setAttribute('aria-valuetext', words);
+  };
+  const leave = () => { reading.textContent = summary; line.setAttribute('visibility', 'hidden'); };
+  const keys = { ArrowLeft: () => place - 1, ArrowRight: () => place + 1, Home: () => 0,
+    End: () => labels.length - 1 };
+  const plot = h('div.plot', { id: 'chart', role: 'slider', tabindex: 0, 'aria-label': title,
+    'aria-valuemin': 0, 'aria-valuemax': labels.length - 1, 'aria-valuenow': place,
+    'aria-valuetext': summary,
+    onfocus: () => read(place), onblur: leave, onpointerleave: leave,
+    onpointermove: (event) => {
+      const { left, width } = svg.getBoundingClientRect();
+      read(Math.floor(((event.clientX - left) / width) * labels.length));
+    },
+    onkeydown: (event) => {
+      if (!Object.hasOwn(keys, event.key)) return;
+      event.preventDefault();
+      read(keys[event.key]());
+    } });
+  const svg = h('svg', { 'aria-hidden': 'true' }, [0, 1, 2, 3, 4].flatMap((n) => [
+    h('line', { class: 'rule', x2: '100%', y1: `${n * 25}%`, y2: `${n * 25}%` }),
+    n < 4 && h('text', { x: -6, y: `${n * 25}%`, dy: '.32em' }, compact.format(top * (1 - n / 4)))]),
+  bars, line);
+  plot.append(svg);
+  return h('figure.chart', h('figcaption.soft', `${title}, in ${unit}`), plot,
+    h('p.ends.soft', { 'aria-hidden': 'true' }, h('span', first), h('span', last)), reading,
+    h('ul.legend', stacks.map((stack, i) => h('li', h(`i.c${i}`), name(stack.name)))));
 }
 
 // ---- Requests --------------------------------------------------------------------------
-// The newest page (fresh) merged into the rows on show, or the page after the last of them.
-async function loadRequests(fresh) {
-  const { rows, period } = session;
-  const body = rowsOf('requests');
-  const after = fresh ? null : body.lastElementChild.dataset.id;
-  const page = await ask(`/requests${query({ limit: PAGE, after, ...period })}`);
-  if (session.period !== period) return;
-  if (fresh && !page.data.some((request) => rows.has(request.id))) {
-    rows.clear();
-    body.replaceChildren();
-  }
-  if (!fresh || !rows.size) show('requests-more', page.has_more);
-  for (const request of fresh ? page.data.reverse() : page.data) {
-    const old = rows.get(request.id);
-    const tr = requestRow(request);
-    if (old?.isEqualNode(tr)) continue;
-    if (old) old.replaceWith(tr);
-    else if (fresh) body.prepend(tr);
-    else body.append(tr);
-    rows.set(request.id, tr);
-  }
-  const bounded = Object.values(period).some(Boolean);
-  if (!rows.size) fill('requests', [], `No requests ${bounded ? 'like these' : 'yet'}.`);
-  text('requests-count', rows.size ? `${number(rows.size)} shown` : '');
-}
-
-// Whole days of the browser's time zone, both included.
-function setPeriod() {
-  const at = (id, days) => $(id).value && Date.parse(`${$(id).value}T00:00`) / 1000 + days * DAY_S;
-  session.period = { since: at('since', 0), until: at('until', 1), model: $('of-model').value,
-    key: $('of-key').value, failed: $('of-failed').checked || '' };
-  session.rows.clear();
-  return loadRequests(true);
-}
-
-async function saveCsv() {
-  const answer = await send(`${session.view}/requests${query({ limit: 200, format: 'csv',
-    ...session.period })}`, 'GET');
-  const link = el('a', { download: 'requests.csv' });
-  link.href = URL.createObjectURL(await answer.blob());
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-}
-
-function requestRow(request) {
-  return row('requests', [
-    button('link', () => showReceipt(request), moment(request.created, clock)),
-    status(request), name(request.model || '–'), name(request.key || '–'),
-    number(request.input_tokens), number(request.output_tokens),
-    (request.estimated ? '≈ ' : '') + number(request.credits), duration(request.duration_ms),
-  ], { 'data-id': request.id });
-}
-
+const REASONS = {
+  invalid_request: 'the request was not valid', content_policy_violation: 'refused by moderation',
+  insufficient_credits: 'too few credits', model_not_found: 'no such model',
+  not_found: 'nothing at this address', request_too_large: 'too large',
+  rate_limit_exceeded: 'too many requests', provider_unavailable: 'the provider failed',
+  overloaded: 'no room on this server', ledger_unavailable: 'the ledger could not be written',
+  internal_error: 'a fault of this server', client: 'you left before the end',
+  failed: 'the provider failed at the end', cut: 'the provider broke off', timeout: 'took too long',
+  drain: 'cut by a restart', lost: 'this server ended',
+};
+const reason = ({ code }) => code && (Object.hasOwn(REASONS, code) ? REASONS[code]
+  : code.replaceAll('_', ' '));
 const status = ({ state, status: code }) => (state === 'open' ? tag('soft', 'running')
   : tag(code < 400 ? 'good' : code < 500 ? 'warn' : 'bad', String(code || state)));
+const speed = (row) => (row.stream && row.output_tokens && row.duration_ms > row.ttfb_ms
+  ? (row.output_tokens / (row.duration_ms - row.ttfb_ms)) * 1000 : 0);
 
-function showReceipt(request) {
-  $('receipt-fields').replaceChildren(...Object.entries(request).flatMap(([field, value]) => [
-    el('dt', {}, field.replaceAll('_', ' ')),
-    el('dd', {}, el('bdi', {}, field === 'created' ? iso(value)
-      : value === null ? '–' : typeof value === 'number' ? number(value) : String(value)))]));
-  $('receipt').showModal();
+function requestsCard() {
+  const { query: asked, base } = view;
+  const text = (of) => asked.get(of) || '';
+  // Whole days of the browser's time zone, both included.
+  const at = (of, days) => text(of) && (Date.parse(`${text(of)}T00:00`) / 1000 || 0) + days * DAY_S;
+  const wanted = { since: at('since', 0), until: at('until', 1), model: text('model'),
+    key: text('key'), status: text('status'), failed: text('failed') };
+  const bounded = Object.values(wanted).some(Boolean);
+  const list = table('requests', 'Requests', [
+    ['Time', (row) => h('button.link', { type: 'button', onclick: () => receipt(row) },
+      moment(row.created))],
+    ['Status', (row) => [status(row), ' ', h('span.soft', reason(row))]],
+    ['Model', (row) => name(row.model || '–')], ['Key', (row) => name(row.key || '–')],
+    ['Tokens in', (row) => number(row.input_tokens), 'num rest'],
+    ['Tokens out', (row) => number(row.output_tokens), 'num rest'],
+    ['Credits', (row) => (row.estimated ? '≈ ' : '') + number(row.credits), 'num'],
+    ['Duration', (row) => duration(row.duration_ms), 'num rest'],
+  ], `No requests ${bounded ? 'like these' : 'yet'}.`);
+  const shown = h('span.soft', { id: 'requests-count', role: 'status' });
+  const speeds = h('div', { id: 'speeds' });
+  const older = more('requests-more', () => guard(load(false)));
+  let rows = [];
+  // The newest page merged into the rows on show, or the page after the last of them.
+  async function load(fresh) {
+    const after = fresh ? null : rows.at(-1).id;
+    const page = await call(`${base}/requests${query({ limit: PAGE, after, ...wanted })}`);
+    const last = page.data.at(-1)?.id;
+    const known = new Set(rows.map(({ id }) => id));
+    if (!fresh) rows = rows.concat(page.data);
+    else if (page.data.some(({ id }) => known.has(id))) {
+      rows = page.data.concat(rows.filter(({ id }) => id < last));
+    } else rows = page.data;
+    if (!fresh || rows === page.data) older.hidden = !page.has_more;
+    list.fill(rows);
+    shown.textContent = rows.length ? `${number(rows.length)} shown` : '';
+    const streams = rows.filter(speed).slice(0, 200).reverse();
+    const times = streams.map(({ created }) => clock.format(created * 1000));
+    const one = (title, of) => chart(title, times, [{ name: title, values: streams.map(of) }],
+      title.startsWith('T') && title.endsWith('byte') ? 'ms' : 'mean tokens/s');
+    if (streams.length) {
+      put(speeds, fold('Speed of these streams', one('Time to first byte', (row) => row.ttfb_ms),
+        one('Tokens per second', (row) => Math.round(speed(row)))));
+    }
+  }
+  async function csv() {
+    const pages = [];
+    for (let after, full = true; full && pages.length < 50;) {
+      const answer = await send(`${base}/requests${query({ limit: 200, format: 'csv', after,
+        ...wanted })}`);
+      const lines = (await answer.text()).split(/\r?\n/).filter(Boolean);
+      after = lines.at(-1)?.split(',')[0];
+      full = lines.length > 200;
+      pages.push(...(pages.length ? lines.slice(1) : lines));
+    }
+    const href = URL.createObjectURL(new Blob([pages.map((line) => `${line}\r\n`).join('')],
+      { type: 'text/csv' }));
+    h('a', { download: 'requests.csv', href }).click();
+    setTimeout(() => URL.revokeObjectURL(href), 1000);
+  }
+  const filters = fold('Filter', form('filters', [
+    { name: 'since', label: 'From', type: 'date', value: text('since') },
+    { name: 'until', label: 'To', type: 'date', value: text('until') },
+    { name: 'model', label: 'Model', value: text('model') },
+    { name: 'key', label: 'Key', value: text('key') },
+    { name: 'status', label: 'Status', value: text('status'), inputmode: 'numeric', size: 4 },
+    { name: 'failed', label: 'failed', type: 'checkbox', value: text('failed') === 'true' },
+  ], 'Show', async (fields) => {
+    const hash = link(own(), fields);
+    if (location.hash === hash) await load(true);
+    location.hash = hash;
+  }));
+  filters.open = bounded || innerWidth > 720;
+  view.updates.push((changed) => changed && load(true));
+  return wide(view.id && 'Requests', filters, speeds, list, h('p.actions', shown, older, h('button', {
+    type: 'button', id: 'csv', onclick: () => guard(csv()) }, 'CSV of all these')));
+}
+
+function receipt(row) {
+  const { stream, attempts, upstream } = row;
+  const tokens = [`${number(row.input_tokens)} in`, row.cached_tokens && `${number(row.cached_tokens)}`
+    + ' of them read from a cache', row.written_tokens && `${number(row.written_tokens)} written to one`,
+  `${number(row.output_tokens)} out`].filter(Boolean).join(', ');
+  dialog('Receipt', pairs([
+    ['Outcome', [status(row), ' ', reason(row) || (row.state === 'open' ? '' : 'answered')]],
+    ['When', `${iso(row.created)}`], ['Model', name(row.model || '–')], ['Key', name(row.key || '–')],
+    ['Asked', `/v1/${row.path || ''}${stream ? ', as a stream' : ''}`],
+    ['Answered by', upstream && `${upstream}${attempts > 1 ? `, at attempt ${attempts}` : ''}`],
+    ['Tokens', tokens], ['Images', row.images || null],
+    ['Time', `${duration(row.ttfb_ms)} to the first byte, ${duration(row.duration_ms)} in all`],
+    ['Speed', speed(row) ? `${few(speed(row))} tokens a second` : null],
+    ['Cost', `${number(row.credits)} credits${row.estimated ? ', by an estimate' : ''}`],
+    ['Id', h('code', row.id)]]));
 }
 
 // ---- Keys ------------------------------------------------------------------------------
-function showKeys(keys, more) {
-  fill('keys', keys.map(keyRow), 'This account has no keys.');
-  moreKeys(keys, more);
+const bound = () => session.me.demo || (!session.me.admin && Object.keys(session.me.key).length > 2);
+
+function termFields({ budget, expires, models, limits, metrics } = {}) {
+  const offered = new Set([...view.account.models.map(({ id }) => id), ...(models || [])]);
+  return [
+    { name: 'credits', label: 'Budget, credits', type: 'number', step: 'any', min: 0,
+      value: budget?.credits },
+    { name: 'per', label: 'Budget per', value: budget?.per, options: [['day'], ['month'], ['total']] },
+    { name: 'expires', label: 'Expires', value: expires, placeholder: '2027-01-31',
+      type: expires?.includes('T') ? 'text' : 'date' },
+    { name: 'rate', label: 'Rate', value: limits?.rate, placeholder: '60/minute' },
+    { name: 'concurrent', label: 'At once', type: 'number', min: 1, value: limits?.concurrent },
+    { name: 'models', label: 'Models (none: all)', multiple: true, size: 4, value: models || [],
+      options: [...offered].map((id) => [id]) },
+    session.me.admin && { name: 'metrics', label: 'reads /metrics only', type: 'checkbox',
+      value: Boolean(metrics) },
+  ].filter(Boolean);
 }
 
-function moreKeys(keys, more) {
-  show('keys-more', more);
-  $('keys-more').onclick = () => guard(loadKeys(keys.at(-1).id));
+const keyBody = ({ name: called, admin, credits, per, expires, rate, concurrent, models, metrics }) => ({
+  name: called, admin: admin || undefined, metrics: metrics || (metrics === false ? null : undefined),
+  budget: credits ? { credits: Number(credits), per } : null, expires: expires || null,
+  models: models.length ? models : null, limits: rate || concurrent
+    ? { rate: rate || null, concurrent: concurrent ? Number(concurrent) : null } : null });
+
+function keysCard() {
+  const { base } = view;
+  const path = (key) => `${base}/keys/${encodeURIComponent(key.id)}`;
+  const ours = (key) => key.id === session.me.key?.id;
+  const terms = ({ expires, models, limits, metrics }) => [expires && `until ${expires}`,
+    models && `only ${models.join(', ')}`, limits?.rate,
+    limits?.concurrent && `${limits.concurrent} at once`, metrics && 'metrics'].filter(Boolean);
+  const act = (kind, words, key, onclick) => h(`button.${kind}`, { type: 'button', onclick,
+    'aria-label': `${words} ${key.name}` }, words);
+  const list = table('keys', 'API keys', [
+    ['Name', (key) => h('span', name(key.name), ours(key) && [' ', tag('good', 'signed in')],
+      key.admin && [' ', tag('warn', 'admin')],
+      terms(key).map((words) => [' ', tag('soft', words)]))],
+    ['Key', (key) => h('code', key.hint || '–')],
+    ['Budget', (key) => (key.budget ? budgetGauge(key.budget) : '–')],
+    ['Created', (key) => moment(key.created, calendar)],
+    ['Last used', (key) => moment(key.last_used)], ['Kept in', (key) => key.source],
+    ['Change', (key) => (key.revoked ? h('span.soft', 'revoked')
+      : bound() || (key.admin && !session.me.admin) ? '' : h('span.pair',
+        key.source !== 'keys.json' && act('edit', 'Edit', key, () => edit(key)),
+        act('danger', 'Revoke', key, () => revoke(key))))],
+  ], 'This account has no keys.');
+  let rest = [];
+  const next = more('keys-more', () => guard((async () => {
+    const page = await call(`${base}/keys${query({ after: [...view.account.keys, ...rest].at(-1).id })}`);
+    rest = rest.concat(page.data);
+    next.hidden = !page.has_more;
+    show();
+  })()));
+  const show = () => {
+    if (!rest.length) next.hidden = !view.account.more_keys;
+    list.fill(view.account.keys.concat(rest));
+  };
+  const reload = async () => {
+    view.account = await call(base);
+    show();
+  };
+  function edit(key) {
+    const box = dialog(['Edit ', name(key.name)], form('edit-form', [{ name: 'name', label: 'Name',
+      value: key.name, required: true }, ...termFields(key)], 'Save', async (fields) => {
+      await call(path(key), 'PATCH', keyBody(fields));
+      box.close();
+      await reload();
+    }));
+  }
+  function revoke(key) {
+    const box = dialog('Revoke this key?', h('p', { id: 'ask-text' }, name(key.name), ' ',
+      h('code', key.hint), ' stops working at once, for good.',
+      ours(key) && ' You are signed in with it.'), form('revoke-form', [], 'Revoke', async () => {
+      await call(path(key), 'DELETE');
+      if (ours(key)) return signOut('You were signed out: you revoked the key you were using.');
+      box.close();
+      return reload();
+    }));
+  }
+  async function make(fields) {
+    const made = await call(`${base}/keys`, 'POST', keyBody(fields));
+    maker.reset();
+    const secret = h('code.secret', { id: 'made-key' }, made.key);
+    const box = dialog(['New key ', name(made.name)], h('p', 'Copy it now: it is not shown again.'),
+      secret, copyButton('new key', () => made.key), h('h3', 'Ready to paste'),
+      snippets(made.key, (made.models || view.account.models.map(({ id }) => id))[0] || 'MODEL'));
+    box.id = 'made';
+    await reload();
+  }
+  const maker = form('key-form', [{ name: 'name', label: 'Name of the new key', required: true,
+    maxlength: 300, autocomplete: 'off' }, session.me.admin && { name: 'admin', label: 'admin',
+    type: 'checkbox', value: false }, fold('Budget, expiry, models, limits',
+    h('div.row', termFields().map(field)))].filter(Boolean), 'Make key', make);
+  view.updates.push(show);
+  show();
+  return wide(view.id && 'API keys', !bound() && maker, list, h('p.actions', next));
 }
 
-async function loadKeys(after) {
-  const page = await ask(`/keys${query({ after })}`);
-  rowsOf('keys').append(...page.data.map(keyRow));
-  moreKeys(page.data, page.has_more);
-}
-
-function terms({ budget, expires, models, limits, metrics }) {
-  const left = budget && `${number(budget.available)} of ${number(budget.credits)} left, ` +
-    `${budget.per === 'total' ? 'in' : 'per'} ${budget.per}`;
-  return [left, expires && `until ${expires}`, models && `only ${models.join(', ')}`,
-    limits?.rate, limits?.concurrent && `${limits.concurrent} at once`,
-    metrics && 'metrics'].filter(Boolean);
-}
-
-function keyRow(key) {
-  const own = key.id === session.me.key?.id;
-  const label = el('span', {}, name(key.name));
-  if (own) label.append(' ', tag('good', 'signed in'));
-  if (key.admin) label.append(' ', tag('warn', 'admin'));
-  for (const words of terms(key)) label.append(' ', tag('soft', words));
-  const revoke = key.admin && !session.me.admin ? '' : button('danger',
-    () => guard(revokeKey(key, own)), 'Revoke', { 'aria-label': `Revoke ${key.name}` });
-  return row('keys', [label, el('code', {}, key.hint || '–'), moment(key.created, calendar),
-    moment(key.last_used, clock), key.source,
-    key.revoked ? el('span', { class: 'soft' }, 'revoked') : revoke]);
-}
-
-async function revokeKey(key, own) {
-  const dialog = $('ask');
-  $('ask-text').replaceChildren(el('bdi', {}, key.name), ' ', el('code', {}, key.hint || ''),
-    ' stops working at once, for good.', own ? ' You are signed in with it.' : '');
-  dialog.returnValue = '';
-  dialog.showModal();
-  await new Promise((closed) => { dialog.onclose = closed; });
-  if (dialog.returnValue !== 'yes' || !session) return;
-  await ask(`/keys/${encodeURIComponent(key.id)}`, 'DELETE');
-  if (own) return signOut('You were signed out: you revoked the key you were using.');
-  showAccount(await ask(''));
-}
-
-async function makeKey() {
-  const body = { name: $('key-name').value.trim() };
-  if ($('key-admin').checked) body.admin = true;
-  const made = await ask('/keys', 'POST', body);
-  $('key-form').reset();
-  text('made-name', made.name);
-  text('made-key', made.key);
-  $('made').showModal();
-  guard(ask('').then(showAccount));
+function snippets(key, model) {
+  const base = `${location.origin}/v1`;
+  const ask = { model, messages: [{ role: 'user', content: 'Hello!' }] };
+  const shell = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+  return Object.entries({
+    cURL: `curl ${base}/chat/completions \\\n  -H "Authorization: Bearer ${key}" \\\n`
+      + `  -H "Content-Type: application/json" \\\n  -d ${shell(JSON.stringify(ask))}`,
+    Python: `from openai import OpenAI\n\nclient = OpenAI(api_key="${key}", base_url="${base}")\n`
+      + `answer = client.chat.completions.create(\n    model=${JSON.stringify(model)},\n`
+      + '    messages=[{"role": "user", "content": "Hello!"}],\n)\n'
+      + 'print(answer.choices[0].message.content)',
+    Node: `const response = await fetch("${base}/chat/completions", {\n  method: "POST",\n  headers: {`
+      + ` "Authorization": "Bearer ${key}", "Content-Type": "application/json" },\n`
+      + `  body: JSON.stringify(${JSON.stringify(ask)}),\n});\nconsole.log(await response.json());`,
+    'Environment variables': `export OPENAI_API_KEY="${key}"\nexport OPENAI_BASE_URL="${base}"\n`
+      + `export ANTHROPIC_AUTH_TOKEN="${key}"\nexport ANTHROPIC_BASE_URL="${location.origin}"`,
+  }).map(([title, text]) => fold(title, copyable(title, text)));
 }
 
 // ---- Admin -----------------------------------------------------------------------------
-async function loadAccounts(after) {
-  const page = await call(`accounts${query({ limit: 25, after })}`);
-  const rows = page.data.map(({ id, admin, keys, credits: c }) => {
-    const label = el('span', {}, button('link', () => guard(open(accountPath(id))), name(id)));
-    if (admin) label.append(' ', tag('warn', 'admin'));
-    return row('accounts', [label, ...[c.granted, c.spent, c.held, c.available].map(balance),
-      number(keys)]);
+function adminCards() {
+  const sums_ = h('div', { id: 'totals' });
+  const low = h('div', { id: 'low' });
+  const asleep = h('div', { id: 'upstreams' });
+  const list = table('accounts', 'All accounts', [
+    ['Account', (row) => h('span', h('a', { href: link(['admin', row.id]) }, name(row.id)),
+      row.admin && [' ', tag('warn', 'admin')], row.closed && [' ', tag('soft', 'closed')])],
+    ['Keys', (row) => number(row.keys), 'num'],
+    ...['granted', 'spent', 'held', 'available'].map((part) => [part === 'available' ? 'Left'
+      : part[0].toUpperCase() + part.slice(1), (row) => balance(row.credits[part]), 'num']),
+    ['In 7 days', (row) => few(row.week.credits), 'num'],
+    ['Lasts', (row) => (row.lasts === null ? '–'
+      : h('span', { class: row.lasts < 14 ? 'bad' : '' }, lasts(row.lasts))), 'num'],
+    ['Refused, 7 days', (row) => number(row.week.refused), 'num'],
+  ], 'There are no accounts.');
+  let rows = [];
+  const next = more('accounts-more', () => guard(load(rows.at(-1).id)));
+  const order = { name: () => 0, spent: (a, b) => b.week.credits - a.week.credits,
+    'days left': (a, b) => (a.lasts ?? 1e12) - (b.lasts ?? 1e12),
+    refused: (a, b) => b.week.refused - a.week.refused };
+  const sorter = field({ name: 'order', label: 'Sort by', options: Object.keys(order).map((k) => [k]),
+    onchange: () => show() });
+  const show = () => list.fill([...rows].sort(order[sorter.querySelector('select').value]));
+  async function load(after) {
+    const [page, usage] = await Promise.all([call(`accounts${query({ limit: 500, after })}`),
+      call('usage?days=7&by=account')]);
+    const weeks = new Map(usage.data.map((row) => [row.account, row]));
+    const made = page.data.map((row) => {
+      const week = weeks.get(row.id) || { credits: 0, refused: 0 };
+      const left = row.credits.available;
+      return { ...row, week, lasts: left !== null && week.credits ? (left / week.credits) * 7 : null };
+    });
+    rows = after ? rows.concat(made) : made;
+    next.hidden = !page.has_more;
+    show();
+    const sum = (of) => number(rows.reduce((all, row) => all + (of(row) || 0), 0));
+    put(sums_, pairs([['Accounts', number(rows.length) + (page.has_more ? ' and more' : '')],
+      ['Keys', sum((row) => row.keys)], ['Granted', sum((row) => row.credits.granted)],
+      ['Spent', sum((row) => row.credits.spent)], ['Held', sum((row) => row.credits.held)],
+      ['Left', sum((row) => row.credits.available)], ['Spent in 7 days', sum((row) => row.week.credits)],
+      ['Refused in 7 days', sum((row) => row.week.refused)],
+      ['Failed in 7 days', sum((row) => row.week.failed)]]));
+    const soon = rows.filter((row) => row.lasts !== null && row.lasts < 14)
+      .sort((a, b) => a.lasts - b.lasts).slice(0, 10);
+    put(low, soon.length ? h('ul', soon.map((row) => h('li', h('a', { href: link(['admin', row.id]) },
+      name(row.id)), ` ${number(row.credits.available)} left, lasts ${lasts(row.lasts)}`)))
+      : h('p.soft', 'No account runs out within 14 days at the pace of the last 7.'));
+  }
+  // Of the worker that answers, as Prometheus is told it.
+  async function upstreams() {
+    const text = await (await fetch('/metrics', { signal: view.stop.signal, headers: {
+      Authorization: `Bearer ${session.key}` } })).text();
+    const found = [...text.matchAll(/^proxy_upstream_resting\{upstream=("(?:[^"\\]|\\.)*")\} (\d)$/gm)];
+    put(asleep, h('ul', found.map(([, label, rests]) => h('li', name(JSON.parse(label)), ' ',
+      rests === '1' ? tag('bad', 'rests: it could not be reached') : tag('good', 'in use')))));
+  }
+  view.updates.push((changed) => changed && Promise.all([guard(load()), guard(upstreams())]));
+  return [card('Totals', sums_), h('div', card('Balances running out', low), card('Upstreams', asleep)),
+    wide('All accounts', form('account-form', [{ name: 'id', label: 'Name of the new account',
+      required: true, autocomplete: 'off' }, { name: 'credits', label: 'Credits', type: 'number',
+      step: 'any', min: 0, value: 0 }], 'Make account', async ({ id, credits }) => {
+      await call('accounts', 'POST', { id, credits: Number(credits) });
+      location.hash = link(['admin', id]);
+    }), h('div.row.picks', sorter), list, h('p.actions', next)),
+    spendingCard('usage', ['account', 'model'])];
+}
+
+function accountCards() {
+  const { base, account } = view;
+  const grants = table('grants', 'Grants', [['When', (row) => moment(row.created)],
+    ['Credits', (row) => number(row.credits), 'num'], ['Note', (row) => name(row.note || '')]],
+  'Nothing was granted here.');
+  const older = more('grants-more', () => guard(load(rows.at(-1).id)));
+  let rows = [];
+  async function load(after) {
+    const page = await call(`${base}/grants${query({ limit: 10, after })}`);
+    rows = after ? rows.concat(page.data) : page.data;
+    older.hidden = !page.has_more;
+    grants.fill(rows);
+  }
+  const giver = form('grant-form', [{ name: 'credits', label: 'Grant credits (below 0: take back)',
+    type: 'number', step: 'any', required: true }, { name: 'note', label: 'Note', maxlength: 200 }],
+  'Grant', async ({ credits, note }) => {
+    await call(`${base}/grants`, 'POST', { credits: Number(credits), note });
+    giver.reset();
+    guard(load());
+    schedule(0);
+    return `Granted ${number(Number(credits))}.`;
   });
-  if (after) rowsOf('accounts').append(...rows);
-  else fill('accounts', rows, 'There are no accounts.');
-  show('accounts-more', page.has_more);
-  $('accounts-more').onclick = () => guard(loadAccounts(page.data.at(-1).id));
-}
-
-async function makeAccount() {
-  const id = $('account-name').value.trim();
-  await call('accounts', 'POST', { id, credits: Number($('account-credits').value) });
-  $('account-form').reset();
-  await open(accountPath(id));
-}
-
-async function grant() {
-  const credits = Number($('grant-credits').value);
-  const path = `${accountPath(session.account.id)}/grants`;
-  await call(path, 'POST', { credits, note: $('grant-note').value });
-  $('grant-form').reset();
-  guard(loadAccounts());
-  showAccount(await ask(''));
-  return `Granted ${number(credits)}.`;
+  const closer = h('button.danger', { type: 'button', id: 'close', onclick: () => {
+    const box = dialog('Close this account?', h('p', 'Its keys stop working at once. What it spent '
+      + 'stays on record.'), form('close-form', [], 'Close the account', async () => {
+      await call(base, 'DELETE');
+      box.close();
+      location.hash = link(['admin']);
+    }));
+  } }, 'Close the account');
+  guard(load());
+  return [balanceCard(account.closed && tag('soft', 'closed')), card('Grants and corrections', giver,
+    grants, h('p.actions', older)), spendingCard(), keysCard(), requestsCard(),
+  wide('', h('p.actions', h('a', { href: link(['admin']) }, 'All accounts'), closer))];
 }
 
 // ---- Playground ------------------------------------------------------------------------
-async function play() {
-  const mine = session;
-  const messages = [{ role: 'user', content: $('play-message').value }];
-  const body = { model: $('play-model').value, stream: true, messages };
-  const started = performance.now();
-  mine.playing = new AbortController();
-  for (const id of ['play-answer', 'play-thoughts']) text(id, '');
-  show('play-thoughts', false);
-  $('play-stop').disabled = false;
-  try {
-    const response = await send('chat/completions', 'POST', body, mine.playing.signal);
-    await readStream(response.body);
-    showPicture();
-    const took = duration(performance.now() - started);
-    const receipt = await call(`account/requests/${response.headers.get('x-request-id')}`);
-    return `Done in ${took}: ${number(receipt.input_tokens)} tokens in, ` +
-      `${number(receipt.output_tokens)} out, ${number(receipt.credits)} credits.`;
-  } catch (error) {
-    if (session !== mine) throw new Gone();
-    if (error.name === 'AbortError') return 'Stopped.';
-    throw error;
-  } finally {
-    mine.playing = null;
-    $('play-stop').disabled = true;
-    if (session === mine) schedule(0);
-  }
+const MOST_SHOWN = 200000; // characters of an answer, so that the page stays quick
+const MOST_BLOCKS = 200;
+
+// Writes a text into a node as paragraphs and code blocks while it comes, as text alone.
+function prose(node) {
+  let [block, code, begun, line, shown, blocks] = [null, false, false, '', 0, 0];
+  const add = (made) => { node.append(made); return made; };
+  return (piece) => {
+    if (shown > MOST_SHOWN) return;
+    shown += piece.length;
+    if (shown > MOST_SHOWN) {
+      add(h('p.soft', `Only the first ${number(MOST_SHOWN)} characters are shown; Copy has all.`));
+      piece = piece.slice(0, Math.max(0, MOST_SHOWN - shown + piece.length));
+    }
+    for (const part of piece.split(/(?<=\n)/)) {
+      line += part;
+      const whole = line.endsWith('\n');
+      if (!begun && !whole && line.length < 100 && /^ {0,3}`/.test(line)) continue; // a fence?
+      if (!begun && whole && /^ {0,3}```/.test(line) && (code || blocks < MOST_BLOCKS)) {
+        code = !code;
+        block = code ? h('pre', { tabindex: 0 }) : null;
+        const text = block;
+        if (code) add(h('figure.example', block, copyButton('code', () => text.textContent)));
+        blocks += 1;
+      } else if (!begun && whole && !code && !line.trim()) block = null;
+      else { // where it may break: Chromium takes 20 s to break 200,000 letters in a row
+        (block ??= add(h('p', { dir: 'auto' }))).append(
+          ...line.split(/(\S{100})/).flatMap((run, i) => (i ? [h('wbr'), run] : run)));
+      }
+      begun = !whole && line !== '';
+      line = '';
+    }
+  };
 }
 
 // Server-sent events: one JSON object a data line; an error object or a missing [DONE] means
 // that the answer is not whole.
-async function readStream(body) {
+async function readStream(body, take) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = '';
   for (;;) {
@@ -8687,42 +8996,112 @@ async function readStream(body) {
       if (data === '[DONE]') return;
       const event = JSON.parse(data);
       if (event.error) throw new Error(event.error.message);
-      const delta = event.choices?.[0]?.delta || {};
-      $('play-thoughts').append(delta.reasoning_content || delta.reasoning || '');
-      show('play-thoughts', $('play-thoughts').textContent);
-      $('play-answer').append(delta.content || '');
+      take(event.choices?.[0]?.delta || {});
     }
   }
 }
 
-// An answer that is nothing but an address (an image model's) becomes a link to it.
-function showPicture() {
-  const href = $('play-answer').textContent.trim();
-  const link = el('a', { href, target: '_blank', rel: 'noreferrer noopener' }, href);
-  if (/^https:[/][/][^ ]+$/.test(href)) $('play-answer').replaceChildren(link);
+// An image model answers with addresses and nothing else: they are shown as pictures.
+function pictures(text, model) {
+  const links = text.trim().split(/\s+/);
+  if (!links.every((src) => /^(https:[/][/]|data:image[/])[^ ]+$/.test(src))) return null;
+  return links.map((src) => h('figure', h('img', { src, alt: `Picture by ${model}`,
+    referrerpolicy: 'no-referrer' }), h('figcaption', h('a', { href: src, target: '_blank',
+    rel: 'noreferrer noopener', download: 'picture' }, 'Save the picture'))));
+}
+
+function playgroundCard() {
+  const { models } = session.me;
+  const priced = (model) => session.me.models.find(({ id }) => id === model)?.price;
+  const log = h('div', { id: 'log', role: 'log', 'aria-label': 'Conversation', tabindex: 0 });
+  let history_ = [];
+  const wild = models.some(({ id }) => id.endsWith('*'));
+  const model_ = { id: 'play-model', name: 'model', label: 'Model' };
+  Object.assign(model_, wild ? { list: 'play-models', value: models[0].id, required: true }
+    : { options: models.map(({ id }) => [id]) });
+
+  async function play({ model, message, system, temperature, most, stop }) {
+    if (!message) return '';
+    const said = h('div', { class: 'said' });
+    const [thoughts, answer, told] = [h('div'), h('div.answer'), h('p.soft.told')];
+    const reasoning = h('details.thoughts', { hidden: true }, h('summary', 'Reasoning'), thoughts);
+    prose(said)(message);
+    log.append(h('article.turn', said, reasoning, answer, told));
+    const write = [prose(thoughts), prose(answer)];
+    const draws = priced(model)?.image != null;
+    const asked = { role: 'user', content: message };
+    const started = performance.now();
+    const body = { model, stream: true, messages: [...(system ? [{ role: 'system',
+      content: system }] : []), ...history_, asked] };
+    if (temperature) body.temperature = Number(temperature);
+    if (most) body.max_tokens = Number(most);
+    if (stop) body.stop = [stop];
+    let [text, id] = ['', null];
+    const mine = session;
+    mine.playing = new AbortController();
+    sheet.elements.message.value = '';
+    said.scrollIntoView({ block: 'nearest' });
+    halt.disabled = false;
+    try {
+      const response = await send('chat/completions', 'POST', body, mine.playing.signal);
+      id = response.headers.get('x-request-id');
+      await readStream(response.body, (delta) => {
+        const thought = delta.reasoning_content || delta.reasoning;
+        if (thought) { reasoning.hidden = false; write[0](thought); }
+        if (delta.content) { text += delta.content; if (!draws) write[1](delta.content); }
+      });
+      history_.push(asked, { role: 'assistant', content: text });
+    } catch (error) {
+      if (session !== mine) throw error;
+      const stopped = error.name === 'AbortError';
+      told.append(stopped ? 'Stopped. ' : h('span.bad', `${error.message} `));
+      if (!text) sheet.elements.message.value ||= message;
+      else history_.push(asked, { role: 'assistant', content: text });
+    } finally {
+      mine.playing = null;
+      halt.disabled = true;
+    }
+    const shown = draws && pictures(text, model);
+    if (shown) answer.append(...shown);
+    else if (draws) write[1](text);
+    write[1]('\n');
+    if (text) told.append(copyButton('answer', () => text), ' ');
+    sheet.elements.message.focus({ preventScroll: true });
+    schedule(0);
+    if (!id) return '';
+    const row = await call(`account/requests/${id}`, 'GET', undefined, null);
+    told.append(`${count(row.input_tokens, 'token')} in, ${number(row.output_tokens)} out, `
+      + `${number(row.credits)} credits, ${duration(performance.now() - started)}`
+      + `${speed(row) ? `, ${few(speed(row))} tokens a second` : ''}.`);
+    return '';
+  }
+
+  const halt = h('button', { type: 'button', id: 'play-stop', disabled: true,
+    onclick: () => session.playing?.abort() }, 'Stop');
+  const sheet = form('play-form', [model_, fold('System prompt, temperature, stop', h('div.row', [
+    { name: 'system', label: 'System prompt', rows: 2, class: 'long' },
+    { name: 'temperature', label: 'Temperature', type: 'number', min: 0, max: 2, step: 0.1 },
+    { name: 'most', label: 'Output tokens, at most', type: 'number', min: 1 },
+    { name: 'stop', label: 'Stop at' }].map(field))),
+  { id: 'play-message', name: 'message', label: 'Message (Enter sends, Shift+Enter breaks the line)',
+    rows: 3, required: true, dir: 'auto', class: 'long', onkeydown: (event) => {
+      if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return;
+      event.preventDefault();
+      sheet.requestSubmit();
+    } }], 'Send', play, halt, h('button', { type: 'button', id: 'play-new', onclick: () => {
+    session.playing?.abort();
+    history_ = [];
+    log.replaceChildren();
+  } }, 'New conversation'));
+  return wide('', h('p.soft', 'Talks to a model with the key you signed in with: each turn counts and '
+    + 'costs like any other request.'), log, sheet, wild && h('datalist', { id: 'play-models' },
+    models.map(({ id }) => h('option', { value: id }))));
 }
 
 // ---- Wiring ----------------------------------------------------------------------------
-const FORMS = {
-  'sign-in-form': () => signIn($('key-input').value.trim()), 'key-form': makeKey, period: setPeriod,
-  'account-form': makeAccount, 'grant-form': grant, 'play-form': play,
-};
-for (const [id, work] of Object.entries(FORMS)) {
-  $(id).onsubmit = (event) => { event.preventDefault(); busy($(id), work); };
-}
-$('requests-more').onclick = () => guard(loadRequests(false));
-$('csv').onclick = () => guard(saveCsv());
-$('days').onchange = () => guard(loadUsage());
-$('back').onclick = () => guard(open('account'));
-$('play-stop').onclick = () => session.playing?.abort();
-$('sign-out').onclick = () => signOut();
-$('made').onclose = () => text('made-key', '');
-document.onvisibilitychange = () => session?.account && schedule(0);
-
-const stored = sessionStorage.getItem(STORE);
-show('sign-in', true);
-$('key-input').focus();
-if (stored) busy($('sign-in-form'), () => signIn(stored));
+onhashchange = () => { if (/^(#[/].*)?$/.test(location.hash)) { notice(''); guard(open()); } };
+document.onvisibilitychange = () => schedule(0);
+open();
 """
 
 ASSETS = {

@@ -10723,7 +10723,8 @@ def board(tmp_path_factory):
     folder = tmp_path_factory.mktemp("board")
     limits = {"limits": {"rate": "10000/minute"}}
     accounts = {"demo": limits, "team": limits}
-    keys = keys_file(folder, "http://127.0.0.1:9", accounts=accounts)
+    paint = {"paint": {"upstream": "echo/echo", "price": {"image": 0.01}}}
+    keys = keys_file(folder, "http://127.0.0.1:9", accounts=accounts, models=paint)
     with Gateway(keys, workers=2, threads=64) as server:
         yield server
         gc.collect()  # a connection that is still open delays the server's end
@@ -10826,6 +10827,10 @@ HURRY = """
     const wait = window.setTimeout;
     window.setTimeout = (f, ms, ...more) => wait(f, ms === 5000 ? 1000 : ms, ...more);
 """  # polls five times as often
+READY = {
+    "overview": "#sums tbody tr", "keys": "#keys tbody tr", "playground": "#play-form",
+    "requests": "#requests tbody tr", "admin": "#accounts tbody tr",
+}  # fmt: skip
 POSITIONS = "return [document.documentElement.scrollWidth, innerWidth]"
 
 
@@ -10896,22 +10901,30 @@ class Tab:
         self.js("sessionStorage.clear()")
         self.driver.get(self.server.url + path)
 
-    def sign_in(self, key: str, **look: Any) -> Self:
-        """Sign in as a new visitor and wait for the whole board."""
-        self.open(**look)
+    def sign_in(self, key: str, section: str = "overview", **look: Any) -> Self:
+        """Sign in as a new visitor and wait for what a section shows."""
+        self.open(f"/dashboard#/{section}", **look)
         self.until("#key-input").send_keys(key, "\ue007")
-        for table in ("#requests", "#models", "#keys"):
-            self.until(f"{table} tbody tr")
+        self.until(READY[section])
         return self
+
+    def go(self, section: str) -> None:
+        """Open a section by its link."""
+        self.click(f"#sections a[href='#/{section}']")
+        self.until(READY[section])
 
     def make_key(self, name: str) -> str:
         """Make a key with the form; return what the dialog shows once."""
-        self.type("#key-name", name)
-        self.click("#key-form button")
+        self.type("#key-form [name=name]", name)
+        self.click("#key-form button.main")
         key = self.until("#made-key", "sk-").text
-        self.click("#made .actions button")
-        wait_for(lambda: not self.shown("#made"))
+        self.close_dialog()
         return key
+
+    def close_dialog(self) -> None:
+        """Close the dialog that is open."""
+        self.click("#done")
+        wait_for(lambda: not self.all("dialog"))
 
     def key_row(self, name: str) -> Any:
         """The row of a key."""
@@ -10921,7 +10934,7 @@ class Tab:
     def revoke(self, name: str) -> None:
         """Revoke a key and say yes."""
         self.key_row(name).find_element("css selector", ".danger").click()
-        self.click("#ask .danger")
+        self.click("#revoke-form .danger")
         gone = self.unless_stale(lambda: "revoked" in self.key_row(name).text)
         wait_for(gone, 10, f"{name} is shown as revoked")
 
@@ -10995,9 +11008,9 @@ def test_a_wrong_key_says_so(tab):
     tab.open()
     for key, words in (("sk-wrong", "Wrong key"), ("sk clé", "not an API key")):
         tab.type("#key-input", key)
-        tab.click("#sign-in-form button")
-        tab.until("#sign-in-form output", words)
-        assert not tab.shown("#board")
+        tab.click("#sign-in button")
+        tab.until("#sign-in output", words)
+        assert not tab.shown("#sections")
     assert tab.kept() == 0
 
 
@@ -11014,15 +11027,59 @@ def test_the_key_is_kept_in_session_storage_alone(tab):
     assert tab.kept() == 0
     tab.driver.refresh()
     tab.until("#key-input")
-    assert not tab.shown("#board")
+    assert not tab.shown("#sections")
+
+
+def test_each_section_has_an_address(tab):
+    tab.sign_in(ADMIN_KEY)
+    for section in ("keys", "requests", "playground", "admin"):
+        tab.go(section)
+        assert tab.driver.current_url.endswith(f"/dashboard#/{section}")
+    tab.click("#accounts a[href='#/admin/team']")
+    tab.until("h1", "team")
+    tab.driver.refresh()
+    tab.until("h1", "team")
+    tab.driver.back()
+    tab.until(READY["admin"])
+    tab.driver.get(f"{tab.server.url}/dashboard#/%E0%A4%A/constructor?days=x")
+    tab.until("#overview")
+
+
+def test_the_chart_is_read_by_pointer_and_by_keyboard_and_is_a_table_too(tab, newcomer):
+    assert chat(tab.server.url, newcomer, model="echo").ok
+    tab.sign_in(newcomer)
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    told = f"{today}: 0.000004 credits, echo"
+    tab.until("#chart").send_keys("\ue014")
+    tab.until("#reading", told)
+    assert told == tab.one("#chart").get_attribute("aria-valuetext")
+    tab.one("#chart").send_keys("\ue012")
+    tab.until("#reading", ": 0 credits")
+    tab.js("document.activeElement.blur()")
+    tab.until("#reading", "0.000004 credits in 30 days; most on")
+    from selenium.webdriver import ActionChains
+
+    right = tab.one("#chart").size["width"] // 2 - 3
+    ActionChains(tab.driver).move_to_element_with_offset(
+        tab.one("#chart"), right, 0
+    ).perform()
+    tab.until("#reading", told)
+    tab.click("details summary")
+    assert tab.text("#by-day tbody").split() == [today, "0.000004", "0.000004"]
+    tab.js("""const show = document.querySelector('[name=show]'); show.value = 'tokens';
+        show.dispatchEvent(new Event('change'))""")
+    tab.until("#reading", "4 tokens")
+    tab.driver.refresh()
+    tab.until("#reading", "4 tokens in 30 days")
 
 
 def test_a_key_is_made_used_watched_and_revoked(tab, newcomer):
     openai = pytest.importorskip("openai")
-    tab.sign_in(newcomer)
-    assert "No requests" in tab.text("#requests")
+    tab.sign_in(newcomer, "keys")
     key = tab.make_key("laptop")
     assert key not in tab.js("return document.documentElement.outerHTML")
+    tab.go("requests")
+    assert "No requests" in tab.text("#requests")
     sdk = openai.OpenAI(api_key=key, base_url=f"{tab.server.url}/v1", max_retries=0)
     messages = [{"role": "user", "content": "one two three"}]
     ask = sdk.chat.completions.with_raw_response.create
@@ -11030,39 +11087,74 @@ def test_a_key_is_made_used_watched_and_revoked(tab, newcomer):
     assert answer.parse().choices[0].message.content == "one two three"
     row = tab.until(f"#requests tr[data-id={answer.headers['x-request-id']}]")
     assert all(word in row.text for word in ("200", "echo", "laptop", "3", "0.000006"))
+    row.find_element("css selector", "button").click()
+    tab.until("dialog", "3 in, 3 out")
+    tab.close_dialog()
+    tab.go("overview")
     wait_for(lambda: tab.text("#available") == "0.999994", what="the credits left")
-    tab.until("#models tbody", "0.000006")
+    tab.until("#sums tbody", "0.000006")
+    tab.go("keys")
     tab.revoke("laptop")
     with pytest.raises(openai.AuthenticationError):
         ask(model="echo", messages=messages)
 
 
-def test_failed_requests_and_the_terms_of_a_key_are_told(tab, newcomer):
-    tab.sign_in(newcomer)
-    ask = {"model": "echo", "messages": SAY_HELLO}
-    made = client().post(
-        f"{tab.server.url}/v1/account/keys", headers=bearer(newcomer),
-        json={"name": "bound", "budget": {"credits": 0.5, "per": "month"}},
-    ).json()  # fmt: skip
-    for body in ask, ask | {"n": 0}:
-        client().post(f"{tab.server.url}{CHAT}", headers=bearer(made["key"]), json=body)
-    terms = "0.499996 of 0.5 left, per month"
-    wait_for(lambda: terms in tab.text("#keys"), 8, "the budget")
-    wait_for(lambda: "(no model)" in tab.text("#models"), 8, "the refusal")
-    tab.click("#of-failed")
-    tab.click("#period button")
-    wait_for(lambda: "No requests like these" in tab.text("#requests"), what="no failures")
+def make(tab: Tab, key: str, **body: Any) -> str:
+    """A key that the account of another one makes."""
+    url, headers = f"{tab.server.url}/v1/account/keys", bearer(key)
+    answer = client().post(url, headers=headers, json=body)
+    assert answer.status_code == 201, answer.text
+    return answer.json()["key"]
 
 
-def test_a_copied_key_is_the_whole_key(tab, newcomer):
-    tab.sign_in(newcomer)
+def test_a_budget_runs_out_before_ones_eyes(tab, newcomer):
+    poor = make(tab, newcomer, name="poor", budget={"credits": 0.0006, "per": "day"})
+    tab.sign_in(poor)
+    tab.until("#live", "0.0006 of 0.0006 left, per day")
+    says = [{"role": "user", "content": "a " * 50}]
+    for left in ("0.0005", "0.0004"):
+        assert chat(tab.server.url, poor, model="echo", messages=says, max_tokens=50).ok
+        tab.until("#live", f"{left} of 0.0006 left")
+    while chat(tab.server.url, poor, model="echo", messages=says, max_tokens=50).ok:
+        continue
+    headers = bearer(poor)
+    budget = client().get(f"{tab.server.url}/v1/account", headers=headers).json()["budget"]
+    tab.until("#live", f"{budget['available']:.6f}".rstrip("0") + " of 0.0006 left")
+    tab.go("keys")
+    assert tab.all("#key-form, #keys .edit, #keys .danger") == []
+
+
+def test_a_keys_terms_are_told_and_edited(tab, newcomer):
+    key = make(tab, newcomer, name="bound", budget={"credits": 0.5, "per": "month"})
+    assert chat(tab.server.url, key, model="echo").ok
+    tab.sign_in(newcomer, "keys")
+    tab.until("#keys", "0.499996 of 0.5 left, per month")
+    tab.click("#keys .edit[aria-label='Edit bound']")
+    for name, value in {"name": "renamed", "credits": "", "rate": "5/minute"}.items():
+        tab.type(f"#edit-form [name={name}]", value)
+    tab.click("#edit-form [name=models] option[value=echo]")
+    tab.click("#edit-form .main")
+    tab.until("#keys", "renamed")
+    row = tab.key_row("renamed").text
+    assert "only echo" in row and "5/minute" in row and "left" not in row
+
+
+def test_the_snippets_of_a_new_key_hold_it(tab, newcomer):
+    tab.sign_in(newcomer, "keys")
     tab.allow_clipboard()
-    tab.type("#key-name", "copied")
-    tab.click("#key-form button")
+    tab.type("#key-form [name=name]", "copied")
+    tab.click("#key-form summary")
+    tab.click("#key-form [name=models] option[value=echo]")
+    tab.click("#key-form button.main")
     key = tab.until("#made-key", "sk-").text
     tab.click("#made .copy")
     tab.until("#made .copy", "Copied")
     assert tab.copied() == key
+    texts = tab.js("return [...document.querySelectorAll('#made pre')]"
+                   ".map((pre) => pre.textContent)")  # fmt: skip
+    assert len(texts) == 4 and all(key in text for text in texts)
+    sourced = subprocess.run(["sh", "-ec", texts[0]], capture_output=True, text=True)
+    assert '"object"' in sourced.stdout
 
 
 def test_every_example_is_copied_as_it_is_shown(tab):
@@ -11084,33 +11176,27 @@ def listed(server: Gateway, key: str) -> dict:
     return row
 
 
-def test_revoking_asks_first(tab, newcomer):
-    tab.sign_in(newcomer)
+def test_revoking_asks_first_and_ones_own_key_signs_out(tab, newcomer):
+    tab.sign_in(newcomer, "keys")
     tab.click("#keys .danger")
     tab.until("#ask-text", "You are signed in with it")
-    tab.one("#ask").send_keys("\ue00c")
-    wait_for(lambda: not tab.shown("#ask"))
+    tab.one("dialog").send_keys("\ue00c")
+    wait_for(lambda: not tab.all("dialog"))
     tab.click("#keys .danger")
-    tab.click("#ask button[value=no]")
-    wait_for(lambda: not tab.shown("#ask"))
+    tab.close_dialog()
     assert listed(tab.server, newcomer)["revoked"] is None
-
-
-def test_revoking_ones_own_key_signs_out(tab, newcomer):
-    tab.sign_in(newcomer)
     tab.click("#keys .danger")
-    tab.click("#ask .danger")
+    tab.click("#revoke-form .danger")
     tab.until("#notice", "you revoked the key")
     assert tab.kept() == 0
 
 
 def test_a_key_revoked_elsewhere_ends_its_open_dashboard(tab, newcomer):
-    tab.sign_in(newcomer)
+    tab.sign_in(newcomer, "keys")
     url = f"{tab.server.url}/v1/account/keys/{listed(tab.server, newcomer)['id']}"
     client().delete(url, headers=bearer(newcomer))
-    tab.click("#period button")
-    tab.until("#notice", "not valid any more", timeout=2)
-    assert not tab.shown("#board")
+    tab.until("#notice", "not valid any more")
+    assert not tab.shown("#sections")
     assert tab.kept() == 0
     assert tab.all("#keys tbody tr") == []
 
@@ -11124,7 +11210,7 @@ def test_many_keys_are_shown_in_pages_and_those_of_an_admin_are_not_ones_own(
     with closing(proxy.Ledger(Path(tab.server.log_file).with_name("proxy.db"))) as ledger:
         made = [ledger.make_key(id, f"k{number}") for number in range(proxy.PAGE - 1)]
         ledger.revoke(made[-1][1])
-    tab.sign_in(newcomer)
+    tab.sign_in(newcomer, "keys")
     assert len(tab.all("#keys tbody tr")) == proxy.PAGE
     assert len(tab.key_row("chief").find_elements("css selector", ".danger")) == 0
     assert not tab.key_row("revoked")
@@ -11133,152 +11219,260 @@ def test_many_keys_are_shown_in_pages_and_those_of_an_admin_are_not_ones_own(
     assert tab.key_row("revoked") and not tab.shown("#keys-more")
 
 
-def test_a_demo_key_is_shown_no_keys(tab):
-    tab.open()
-    tab.until("#key-input").send_keys(DEMO_KEY, "\ue007")
+def test_the_demo_key_is_offered_and_is_shown_no_keys(tab):
+    tab.open("/dashboard#/keys")
+    tab.click("#demo")
     tab.until("#account-id", "demo")
-    assert not tab.shown("#own-keys")
-    tab.sign_in(TEAM_KEY)
-    assert tab.shown("#own-keys")
+    assert tab.shown("#overview") and not tab.all("a[href='#/keys']")
 
 
-def test_an_admin_makes_an_account_and_grants_it_credits(tab):
-    tab.sign_in(ADMIN_KEY)
+def test_an_admins_day(tab):
+    tab.sign_in(ADMIN_KEY, "admin")
+    assert "main" in tab.until("#upstreams", "in use").text
     name = f"zz {time.monotonic_ns()}"
-    tab.type("#account-name", name)
-    tab.type("#account-credits", "2.5")
+    tab.type("#account-form [name=id]", name)
+    tab.type("#account-form [name=credits]", "0.001")
     tab.click("#account-form button")
-    tab.until("#account-id", name)
-    assert tab.text("#available") == "2.5"
-    tab.type("#grant-credits", "0.75")
-    tab.type("#grant-note", "for March")
-    tab.click("#grant-form button")
-    tab.until("#grant-form output", "Granted 0.75")
-    tab.until("#available", "3.25")
+    tab.until("h1", name)
     key = tab.make_key("theirs")
-    headers = bearer(key)
-    about = client().get(f"{tab.server.url}/v1/account", headers=headers).json()
-    assert (about["id"], about["credits"]["available"]) == (name, 3.25)
-    tab.click("#back")
-    tab.until("#account-id", "boss")
-    tab.type("#account-name", name)
+    for _ in range(3):
+        assert chat(tab.server.url, key, model="echo").ok
+    tab.go("admin")
+    tab.until("#totals", "Spent in 7 days")
+    tab.click(f"#accounts a[href='#/admin/{quote(name)}']")
+    tab.until("#available", "0.000988")
+    for amount, note, left in (("0.75", "for March", "0.750988"), ("-0.5", "", "0.25")):
+        tab.type("#grant-form [name=credits]", amount)
+        tab.type("#grant-form [name=note]", note)
+        tab.click("#grant-form button")
+        tab.until("#grant-form output", f"Granted {amount}")
+        tab.until("#available", left)
+    assert "for March" in tab.until("#grants", "corrected").text
+    tab.until("#requests tbody", "theirs")
+    tab.click("#close")
+    tab.click("#close-form button")
+    tab.until(READY["admin"])
+    assert chat(tab.server.url, key, model="echo").status_code == 401
+    tab.type("#account-form [name=id]", "team")
     tab.click("#account-form button")
     tab.until("#account-form output", "already")
 
 
-def test_what_was_typed_for_one_account_is_not_left_for_the_next(tab):
-    tab.sign_in(ADMIN_KEY)
-    tab.type("#grant-credits", "0.5")
-    tab.click("#grant-form button")
-    tab.until("#grant-form output", "Granted 0.5")
-    tab.type("#grant-credits", "7")
-    tab.type("#key-name", "theirs")
-    tab.click("#key-admin")
-    name = f"zz {time.monotonic_ns()}"
-    tab.type("#account-name", name)
-    tab.click("#account-form button")
-    tab.until("#account-id", name)
-    typed = "return ['grant-credits', 'key-name'].map((id) => $(id).value).join('')"
-    assert tab.js(typed) == "" and tab.text("#grant-form output") == ""
-    assert tab.js("return $('key-admin').checked") is False
-
-
 def test_only_admins_see_the_admins_part(tab, newcomer):
     tab.sign_in(newcomer)
-    hidden = ["#admin", "#grant-form", "#key-admin-label", "#back"]
-    assert [tab.shown(css) for css in hidden] == [False] * 4
-    tab.sign_in(ADMIN_KEY)
-    assert [tab.shown(css) for css in hidden] == [True] * 3 + [False]
+    assert not tab.all("#sections a[href='#/admin']")
+    tab.driver.get(f"{tab.server.url}/dashboard#/admin/team")
+    tab.until("#overview")
+    tab.go("keys")
+    assert not tab.all("#key-form [name=admin], #key-form [name=metrics]")
 
 
 def test_a_name_is_text_on_the_dashboard(tab, newcomer):
     for name in SHOWN_NAMES:
         account = f"{name[:80]} {time.monotonic_ns() % 10**9}"
         admin_post(tab.server, "/v1/accounts", id=account)
-        body = {"json": {"name": name}, "headers": bearer(newcomer)}
-        made = client().post(f"{tab.server.url}/v1/account/keys", **body).json()
-        assert chat(tab.server.url, made["key"], model="echo").ok
-    tab.sign_in(newcomer)
+        assert chat(tab.server.url, make(tab, newcomer, name=name), model="echo").ok
     found = "return [...document.querySelectorAll(arguments[0])]"
-    for table in ("#keys bdi", "#requests bdi"):
-        assert {*SHOWN_NAMES} <= {*tab.js(f"{found}.map(n => n.textContent)", table)}
-    tab.sign_in(ADMIN_KEY)
-    tab.until("#accounts", TAG)
-    assert tab.all("#board img") == []
-    tab.click("#accounts button[class=link] bdi[title^='<img']")
-    tab.until("#account-id", TAG)
+    for section in ("keys", "requests"):
+        tab.sign_in(newcomer, section)
+        names = tab.js(f"{found}.map(n => n.textContent)", f"#{section} bdi")
+        assert {*SHOWN_NAMES} <= {*names}
+    tab.sign_in(ADMIN_KEY, "admin")
+    assert tab.all("#view img") == []
+    tab.until("#accounts a bdi[title^='<img']").click()
+    tab.until("h1", TAG)
 
 
 def play_with(tab: Tab, model: str, message: str) -> None:
-    """Ask a model in the playground."""
+    """Ask a model in the playground, by keyboard."""
     tab.js(f"document.querySelector('#play-model').value = '{model}'")
     tab.type("#play-message", message)
-    tab.click("#play-form .main")
+    tab.one("#play-message").send_keys("\ue007")
 
 
-def test_the_playground_streams_tells_the_cost_and_what_went_wrong(tab, newcomer):
-    tab.sign_in(newcomer)
-    play_with(tab, "echo", f"{TAG} {{{{7*7}}}} مرحبا")
-    tab.until("#play-form output", "Done in")
-    assert tab.text("#play-answer") == f"{TAG} {{{{7*7}}}} مرحبا"
-    assert "credits" in tab.text("#play-form output")
-    tab.until("#requests tbody tr[data-id]")
+def last_turn(tab: Tab, words: str = "credits") -> Any:
+    """The last turn of the conversation, once it has told its cost."""
+    return tab.until(".turn:last-child .told", words)
+
+
+def test_a_conversation_of_three_turns(tab, newcomer):
+    tab.sign_in(newcomer, "playground")
+    message = f"{TAG} {{{{7*7}}}} مرحبا"
+    for number, words in enumerate((message, "two words", "and three more"), 1):
+        play_with(tab, "echo", words)
+        wait_for(lambda: len(tab.all(".turn")) == number)
+        told = last_turn(tab).text
+        assert tab.text(".turn:last-child .answer") == words
+    assert told.split("Copy ")[-1].startswith("17 tokens in, 3 out, 0.00002 credits")
+    tab.until("#play-message").send_keys("a", "\ue008\ue007\ue000", "b")
+    typed = tab.one("#play-message").get_attribute("value")
+    assert typed == "a\nb" and len(tab.all(".turn")) == 3
+    tab.go("requests")
+    assert len(tab.all("#requests tr[data-id]")) == 3
+    tab.go("playground")
     play_with(tab, "chat", "Hello")
-    tab.until("#play-form output.bad", "temporarily unavailable")
+    tab.until(".turn:last-child .bad", "temporarily unavailable")
+    tab.click("#play-new")
+    assert tab.all(".turn") == []
 
 
-def test_older_requests_come_page_by_page(tab, newcomer):
+PIXEL = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
+
+
+def test_a_picture_of_an_image_model_is_shown_and_of_no_other(tab, newcomer):
+    tab.sign_in(newcomer, "playground")
+    play_with(tab, "echo", PIXEL)
+    last_turn(tab)
+    assert tab.all(".answer img") == []
+    play_with(tab, "paint", PIXEL)
+    wait_for(lambda: tab.js("return document.querySelector('.answer img')?.naturalWidth"))
+
+
+FENCES = "```\n" * 10_000
+HOSTILE = {
+    "html": "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'>",
+    "link": "[here](javascript:window.ran=1) javascript:alert(1)",
+    "bidi": "abc \u202e\u2066 cba \u0000 \ufffd", "fences": FENCES,
+    "long": "x" * (1 << 20),
+}  # fmt: skip
+
+
+ANSWERING = """
+    const events = arguments[0].match(/[^]{1,997}/g).map((content) =>
+        `data: ${JSON.stringify({choices: [{delta: {content}}]})}\\n\\n`);
+    const answer = new Response([...events, 'data: [DONE]\\n\\n'].join(''));
+    const ask = window.fetch;
+    window.fetch = async (url, ...more) =>
+        url.endsWith('completions') ? answer : ask(url, ...more);"""
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_output_is_text_and_the_page_stays_usable(text, tab, newcomer):
+    tab.sign_in(newcomer, "playground")
+    start = time.monotonic()
+    tab.js(ANSWERING, text)
+    play_with(tab, "echo", "Hello")
+    tab.until(".told .copy")
+    shown = tab.js("return document.querySelector('.answer').textContent")
+    tab.go("requests")
+    assert time.monotonic() - start < 5
+    assert tab.js("return window.ran") is None and tab.all(".answer img, .answer a") == []
+    assert shown.strip().startswith(text[:40] if "```" not in text else "Copy")
+
+
+def test_older_requests_come_page_by_page_and_are_filtered_and_saved(tab, newcomer):
+    other = make(tab, newcomer, name="other")
     with ThreadPoolExecutor(8) as pool:
-        ask = lambda _: chat(tab.server.url, newcomer, model="echo").ok
-        assert all(pool.map(ask, range(120)))
-    tab.sign_in(newcomer)
+        ask = lambda key: chat(tab.server.url, key, model="echo").ok
+        assert all(pool.map(ask, [newcomer] * 117 + [other] * 3))
+    assert chat(tab.server.url, other, model="chat").status_code == 503
+    tab.sign_in(newcomer, "requests")
     count = "return document.querySelectorAll('#requests tr[data-id]').length"
     counts = [tab.js(count)]
     for _ in range(2):
         tab.click("#requests-more")
         wait_for(lambda: tab.js(count) > counts[-1])
         counts.append(tab.js(count))
-    assert counts == [50, 100, 120] and not tab.shown("#requests-more")
+    assert counts == [50, 100, 121] and not tab.shown("#requests-more")
     read = "return [...document.querySelectorAll('#requests tr[data-id]')]"
     ids = tab.js(f"{read}.map(row => row.dataset.id)")
     assert ids == sorted({*ids}, reverse=True)
-    assert tab.text("#requests-count") == "120 shown"
+    assert tab.text("#requests-count") == "121 shown"
+    tab.type("#filters [name=key]", "other")
+    tab.click("#filters button")
+    tab.until("#requests-count", "4 shown")
+    assert "key=other" in tab.driver.current_url
+    tab.js("""URL.createObjectURL = (blob) => { window.saved = blob.text(); return '#'; };
+        document.querySelector('#csv').click();""")
+    wait_for(lambda: tab.js("return window.saved !== undefined"))
+    saved = tab.driver.execute_async_script("window.saved.then(arguments[0])")
+    assert [line.count(",other,") for line in saved.splitlines()] == [0, 1, 1, 1, 1]
+    tab.click("#filters [name=failed]")
+    tab.click("#filters button")
+    tab.until("#requests-count", "1 shown")
+    tab.until("#requests", "the provider failed")
+    tab.driver.back()
+    tab.until("#requests-count", "4 shown")
 
 
 def test_an_empty_dashboard_says_so_and_refuses_a_name_too_long(tab, newcomer):
     tab.sign_in(newcomer)
-    tab.type("#key-name", "x" * 300)
-    tab.click("#key-form button")
+    assert "Nothing" in tab.text("#sums") and not tab.all("#chart")
+    tab.until("#reading", "No credits in 30 days")
+    tab.go("keys")
+    tab.type("#key-form [name=name]", "x" * 300)
+    tab.click("#key-form button.main")
     tab.until("#key-form output", "1 to 100 characters")
+    tab.go("requests")
     assert "No requests" in tab.text("#requests")
-    assert "Nothing" in tab.text("#models")
-    assert not tab.shown("#requests-more") and not tab.shown("#chart")
-    assert "No spending" in tab.text("#spending-text")
+    assert not tab.shown("#requests-more")
 
 
-def test_the_dashboard_is_used_by_keyboard_alone(tab, newcomer):
+UNNAMED = """
+    const all = [...document.querySelectorAll('main button, main input, main a,'
+        + ' main select, main textarea')].filter((n) => n.checkVisibility());
+    return all.filter((n) => n.tabIndex < 0 || !(n.labels || []).length
+        && !n.textContent.trim() && !n.ariaLabel).map((n) => n.outerHTML);"""
+
+
+def press(tab: Tab, css: str) -> None:
+    """Go to a control by the Tab key alone and press Enter."""
+    for _ in range(60):
+        focused = tab.driver.switch_to.active_element
+        if tab.js("return arguments[0].matches(arguments[1])", focused, css):
+            return focused.send_keys("\ue007")
+        focused.send_keys("\ue004")
+    raise AssertionError(f"{css} is not reached by the Tab key")
+
+
+def test_every_section_is_used_by_keyboard_alone(tab, newcomer):
     tab.sign_in(newcomer)
-    missing = """
-        const all = [...document.querySelectorAll('#board button, #board input,'
-            + ' #board select, #board textarea')].filter((n) => n.checkVisibility());
-        return all.filter((n) => n.tabIndex < 0 || !(n.labels || []).length
-            && !n.textContent.trim() && !n.ariaLabel).map((n) => n.id);"""
-    assert tab.js(missing) == []
-    tab.js("document.querySelector('#key-name').focus()")
+    for section in ("requests", "playground", "overview", "keys"):
+        press(tab, f"#sections a[href='#/{section}']")
+        tab.until(READY[section])
+        assert tab.js(UNNAMED) == []
+        assert tab.js("return document.activeElement.tagName") == "H1"
+    tab.js("document.querySelector('#key-form [name=name]').focus()")
     tab.driver.switch_to.active_element.send_keys("by keyboard", "\ue007")
     tab.until("#made-key", "sk-")
     tab.driver.switch_to.active_element.send_keys("\ue00c")
-    wait_for(lambda: not tab.shown("#made"))
+    wait_for(lambda: not tab.all("dialog"))
     wait_for(lambda: tab.key_row("by keyboard"))
 
 
-@pytest.mark.parametrize("width", [PHONE, DESK])
-@pytest.mark.parametrize("key", [None, TEAM_KEY, ADMIN_KEY], ids=["/", "team", "admin"])
-def test_a_page_is_no_wider_than_its_screen(key, width, tab):
-    show = {None: lambda: tab.open("/", width)}
-    show.get(key, lambda: tab.sign_in(key, width=width))()
-    wide, screen = tab.js(POSITIONS)
-    assert wide <= screen == width
+ADDRESSES = {"/": None, "keys": TEAM_KEY, "requests": TEAM_KEY, "overview": TEAM_KEY}
+ADDRESSES |= {"playground": TEAM_KEY, "admin": ADMIN_KEY}
+
+
+def show(tab: Tab, address: str, width: int = DESK, dark: bool = False) -> None:
+    """Show the documentation, or a section."""
+    if key := ADDRESSES[address]:
+        tab.sign_in(key, address, width=width, dark=dark)
+    else:
+        tab.open(address, width, dark)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_page_is_no_wider_than_its_screen(address, tab):
+    for size in (PHONE, DESK):
+        show(tab, address, size)
+        wide, screen = tab.js(POSITIONS)
+        assert wide <= screen == size
+
+
+AXE = os.environ.get("AXE_CORE", "")  # the path of axe.min.js, of npm's axe-core
+
+
+@pytest.mark.skipif(not AXE, reason="needs axe-core (AXE_CORE)")
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_axe_finds_no_serious_fault(address, tab):
+    show(tab, address, PHONE, dark=address in ("/", "keys", "admin"))
+    script = {"expression": Path(AXE).read_text()}  # the policy lets no other way
+    tab.driver.execute_cdp_cmd("Runtime.evaluate", script)
+    run = "axe.run().then((found) => arguments[0](found.violations))"
+    faults = tab.driver.execute_async_script(run)
+    serious = [each for each in faults if each["impact"] in ("serious", "critical")]
+    assert [(each["id"], each["nodes"][0]["html"]) for each in serious] == []
 
 
 def test_the_policy_stops_inline_code_and_foreign_addresses(tab):
@@ -11287,7 +11481,7 @@ def test_the_policy_stops_inline_code_and_foreign_addresses(tab):
         const script = document.createElement('script');
         script.textContent = 'window.ran = 1';
         document.body.append(script);
-        const image = '<img src=x onerror="window.ran = 1">';
+        const image = '<img src="http://127.0.0.2:9/" onerror="window.ran = 1">';
         document.body.insertAdjacentHTML('beforeend', image);
         fetch('http://127.0.0.2:9/').catch(() => { window.refused = 1; });""")
     wait_for(lambda: tab.js("return window.refused"))

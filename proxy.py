@@ -6727,25 +6727,25 @@ def picked(ids: list[str], best: str) -> str:
     return best if best in ids or not ids else ids[0]
 
 
-UNITS = {
-    "image": "an image", "request": "a request",
-    "characters": "per million characters to be spoken",
+COLUMNS = ("input", "cached", "output", "image")
+UNITS = {  # of what has no column
+    "request": "a request", "characters": "per million characters to be spoken",
     "written": "per million input tokens written to the cache",
     "reported": "times what the provider itself reports",
 }  # fmt: skip
 
 
-def price_text(entry: dict[str, Any]) -> str:
-    """A price_entry for people: credits per million tokens, per image, per request."""
-    parts = [
-        f"{amount_text(amount)} {UNITS.get(name, f'per million {name} tokens')}"
-        for name, amount in entry.items() if name not in ("utc", "hours")
-    ]  # fmt: skip
-    alike: dict[str, list[str]] = {}
-    for each in entry.get("hours", ()):
-        alike.setdefault(price_text(each), []).append(each["utc"])
-    hours = [f"{' and '.join(utc)} UTC: {text}" for text, utc in alike.items()]
-    return "; ".join([", ".join(parts) or "free", *hours])
+def price_rows(entry: dict[str, Any]) -> list[tuple[str, list[str], str]]:
+    """A price_entry for people: (when, amounts by COLUMNS, the rest in words), first
+    that of the hours that have none of their own."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for each in (entry, *entry.get("hours", ())):
+        amounts = [amount_text(each[name]) if name in each else "" for name in COLUMNS]
+        rest = [f"{amount_text(each[name])} {UNITS[name]}" for name in UNITS if name in each]
+        words = ", ".join(rest) or ("" if any(amounts) else "free")
+        rows.setdefault((*amounts, words), []).append(each.get("utc", ""))
+    told = [(" and ".join(filter(None, utc)), row) for row, utc in rows.items()]
+    return [(f"{utc} UTC" if utc else "", [*row[:-1]], row[-1]) for utc, row in told]
 
 
 def documentation_values(
@@ -6763,18 +6763,24 @@ def documentation_values(
     rows = []
     for each in config.models.values():
         about = f"{each.about} (not set up here)" if each.missing else each.about
-        rows.append((each.id, about, price_text(price_entry(each))))
+        paths = DIALECTS[each.routes[0][0].dialect].paths  # where the dialect knows
+        cap = each.max_output if each.price.output else 0
+        rows.append((each.id, about, paths, cap, price_rows(price_entry(each))))
+    claude = [row[0] for row in rows if "messages" in row[2] and row[0][-1] != "*"]
     return {
         "base_url": root + "v1", "root_url": root.rstrip("/"), "models": rows,
-        "rate": config.limits.rate, "concurrent": config.limits.concurrent,
+        "rate": re.sub(r"^(\d+)/minute$", r"\1 RPM", config.limits.rate),
+        "claude": claude[0] if claude else "", "concurrent": config.limits.concurrent,
         "demo": bool(demo), "key": key, "model": model, "images": bool(images),
         "thinker": model if demo or thinker not in texts else thinker,
         "picture": picture, "image_model": model if demo else picture, "errors": ERRORS,
     }  # fmt: skip
 
 
-def page(text: str, kind: str) -> Response:
-    return Response(text, 200, PAGE_HEADERS, None, f"{kind}; charset=utf-8")
+def page(text: str, kind: str, images: str = "data:") -> Response:
+    """A page or asset; `images` are where its pictures may come from."""
+    headers = PAGE_HEADERS | {"Content-Security-Policy": f"{POLICY}; img-src {images}"}
+    return Response(text, 200, headers, None, f"{kind}; charset=utf-8")
 
 
 def add_pages(app: Flask, services: Services) -> None:
@@ -6792,11 +6798,7 @@ def add_pages(app: Flask, services: Services) -> None:
     def dashboard() -> Response:
         demo = live_demo(services.config, services.ledger)
         html = render_template("dashboard.html", demo=demo[0] if demo else "")
-        shown = page(html, "text/html")
-        policy = shown.headers["Content-Security-Policy"]  # an image model's pictures
-        policy = policy.replace("img-src 'self'", "img-src https:")
-        shown.headers["Content-Security-Policy"] = policy
-        return shown
+        return page(html, "text/html", "https: data:")  # pictures of image models
 
     @app.get("/assets/<name>")
     def asset(name: str) -> Response:
@@ -7621,10 +7623,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 # Pages -------------------------------------------------------------------------------
 
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
+    " form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
 PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self';"
-    " style-src 'self'; img-src 'self' data:; connect-src 'self';"
-    " form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -7665,7 +7668,7 @@ TEMPLATES = {
 <nav class="toc" aria-label="Contents"><ol>
 <li><a href="#start">Start</a></li><li><a href="#authentication">Authentication</a></li>
 <li><a href="#chat">Chat completions</a></li><li><a href="#streaming">Streaming</a></li>
-<li><a href="#models">Models</a></li>
+<li><a href="#clients">Other clients</a></li><li><a href="#models">Models</a></li>
 {% if images %}<li><a href="#images">Image generation</a></li>{% endif %}
 <li><a href="#python">Python</a></li><li><a href="#javascript">JavaScript</a></li>
 <li><a href="#curl">cURL</a></li><li><a href="#receipts">Receipts</a></li>
@@ -7685,7 +7688,9 @@ works here once the base URL and the key are changed.</p>
 <p>Every request carries an API key in the <code>Authorization</code> header. The first key of your
 account comes from whoever runs this server; with it you get more from the <a href="/dashboard">API
 Keys dashboard</a>, each shown once. Keep them secret: never put one in a web page, an app or a
-repository. A key that got out can be revoked there and stops working at once.</p>
+repository. A key that got out can be revoked there and stops working at once. A key may have a budget of its own
+for a day, a month or in all (<code>"budget": {"credits": 5, "per": "month"}</code>), an end, models
+and limits: on the dashboard, or as JSON to <code>POST /v1/account/keys</code>.</p>
 {% call example("Header", "auth-header", "header") %}
 Authorization: Bearer {{ key }}{% endcall %}</section>
 <section id="chat" class="card"><h2>Chat completions</h2>
@@ -7723,11 +7728,32 @@ left cannot pay for so much, the answer is cut to what they can pay.</p>
 <p>A reasoning model puts its chain of thought into <code>reasoning_content</code>, beside
 <code>content</code>. Any other <code>POST /v1/…</code> of the OpenAI API whose JSON body names a
 <code>model</code> (completions, embeddings, responses) goes to the same path of that model's
-provider, if the provider has it; so do <code>/v1/audio/speech</code> and the forms
-(multipart) of <code>/v1/audio/transcriptions</code>, <code>/v1/audio/translations</code> and
+provider, if the provider has it; <code>/v1/audio/speech</code> answers with the sound. Files go as
+forms (<code>multipart/form-data</code> with a part <code>model</code>) to
+<code>/v1/audio/transcriptions</code>, <code>/v1/audio/translations</code> and
 <code>/v1/images/edits</code>. Stored files and batches are not relayed. A picture attached to
-a chat with an image model is what that model works on. Anthropic's SDKs and Claude Code use
-<code>{{ root_url }}</code> and <code>/v1/messages</code>, with models that speak it.</p></section>
+a chat with an image model is what that model works on.</p></section>
+<section id="clients" class="card"><h2>Other clients</h2>
+<p>Whatever speaks OpenAI's, Azure's or Anthropic's API is pointed here by its base URL and key
+alone: the key may come as <code>Authorization: Bearer</code>, <code>api-key</code> or
+<code>x-api-key</code>. Anthropic's SDKs and Claude Code use <code>{{ root_url }}</code> without
+<code>/v1</code>, and <code>/v1/messages</code> with models that speak it.</p>
+{% call example("Environment variables that the SDKs and most tools read", "env", "variables",
+                run="sh") %}
+export OPENAI_API_KEY="{{ key }}" OPENAI_BASE_URL="{{ base_url }}"
+export ANTHROPIC_AUTH_TOKEN="{{ key }}" ANTHROPIC_BASE_URL="{{ root_url }}"
+curl "$OPENAI_BASE_URL/models" -H "api-key: $OPENAI_API_KEY"{% endcall %}
+{% if claude %}{% call example("Anthropic's SDK (<code>pip install anthropic</code>)",
+  "messages-python", "Anthropic's SDK", run="python") %}
+from anthropic import Anthropic
+
+client = Anthropic(auth_token="{{ key }}", base_url="{{ root_url }}")
+message = client.messages.create(
+    model="{{ claude }}",
+    max_tokens=1024,
+    messages=[{"role": "user", "content": "Hello!"}],
+)
+print(message.content[0].text){% endcall %}{% endif %}</section>
 <section id="streaming" class="card"><h2>Streaming</h2>
 <p>With <code>"stream": true</code> the answer comes as server-sent events while it is being
 written: lines of <code>data: </code> with a <code>chat.completion.chunk</code> each, and
@@ -7759,14 +7785,22 @@ for chunk in stream:
         print(chunk.choices[0].delta.content or "", end="", flush=True)
 print(){% endcall %}</section>
 <section id="models" class="card"><h2>Models</h2>
-<p>Prices are in credits, for a million tokens, an image or a request. <code>GET /v1/models</code>
-lists those that your key may use.</p>
+<p>Prices are in credits: for a million tokens, or for an image. <code>GET /v1/models</code> lists
+those that your key may use. Where a model names its paths, it is reached by these alone.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="Models">
-<table id="model-table" class="codes"><thead><tr>
-<th scope="col">Model</th><th scope="col">About</th><th scope="col">Price</th></tr></thead><tbody>
-{% for id, about, price in models -%}
-<tr><td>{{ id }}</td><td>{{ about }}</td><td>{{ price }}</td></tr>
-{% endfor %}</tbody></table></div></section>
+<table id="model-table" class="prices"><thead><tr><th scope="col">Model</th>
+{% for head in ("In", "Cached", "Out", "Image") %}<th scope="col" class="num">{{ head }}</th>
+{% endfor %}</tr></thead>
+{% for id, about, paths, cap, prices in models -%}<tbody>
+{% for when, amounts, rest in prices %}<tr><td>
+{%- if loop.first %}<b>{{ id }}</b><br>{{ about }}
+{%- for path in paths %}<br><code>/v1/{{ path }}</code>{% endfor %}
+{%- if cap %}<br><span class="soft">at most {{ "{:,}".format(cap) }} tokens out</span>{% endif %}
+{%- endif %}{% if when %} <span class="soft">{{ when }}</span>{% endif %}
+{%- if rest %} <span class="soft">{{ rest }}</span>{% endif %}</td>
+{% for amount in amounts %}<td class="num">{{ amount or "–" }}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+{% endfor %}</table></div></section>
 {% if images -%}
 <section id="images" class="card"><h2>Image generation</h2>
 <p class="endpoint"><b>POST</b>/v1/chat/completions</p>
@@ -8006,6 +8040,8 @@ table { width: 100%; margin-bottom: .75rem; border-collapse: collapse; font-size
 th, td { padding: .4rem .6rem; text-align: start; vertical-align: top; }
 th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
 tr + tr > * { border-top: 1px solid var(--line); } tbody th { border-bottom: 0; }
+.prices tbody { border-top: 1px solid var(--line); } .prices b { overflow-wrap: anywhere; }
+.prices tr + tr > * { border: 0; } .prices td.num { white-space: nowrap; }
 th.num, td.num { text-align: right; font-variant-numeric: tabular-nums; }
 td.none { padding: 1.25rem .6rem; color: var(--soft); text-align: center; }
 td > code, .codes td:first-child, td time, .tag { white-space: nowrap; }
@@ -8031,6 +8067,7 @@ td > code, .codes td:first-child, td time, .tag { white-space: nowrap; }
   #requests td::before, #requests .rest { display: none; }
   .codes tbody tr { display: grid; grid-template-columns: max-content 1fr; padding: .4rem 0; }
   .codes tr > :last-child { grid-column: 1 / -1; }
+  .prices th, .prices td { padding: .4rem .2rem; font-size: .8rem; }
 }
 
 /* Controls */

@@ -10501,7 +10501,7 @@ def test_a_command_refuses_an_account_that_is_not_there(words, api, run):
 # -- Documentation -------------------------------------------------------------------
 
 CHROMIUM, CHROMEDRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
-BY_SHELL = ["stream-curl", "image-curl", "curl-chat", "account-curl"]
+BY_SHELL = ["env", "stream-curl", "image-curl", "curl-chat", "account-curl"]
 EXAMPLES = dict.fromkeys(BY_SHELL, "sh")
 EXAMPLES |= {"javascript-fetch": "node"}
 BY_PYTHON = ["stream-python", "python-requests", "python-openai", "receipt-python"]
@@ -10614,8 +10614,8 @@ def test_the_documentation_has_this_servers_values(app):
     assert re.search(r"\D7\D", page.text["limit-table"])
     assert re.search(r"\D3\D", page.text["limit-table"])
     assert "Fast & <b>cheap</b>" in page.text["model-table"]
-    assert "0.125 per million input tokens" in page.text["model-table"]
-    assert "0.04 an image" in page.text["model-table"]
+    assert "0.125" in page.text["model-table"] and "0.04" in page.text["model-table"]
+    assert "/v1/chat/completions" in page.text["model-table"]  # of JiMeng and echo
     assert re.findall(r"@[A-Z_]+@", page.html) == []
     assert "yourdomain" not in page.html
 
@@ -10735,11 +10735,14 @@ def board(tmp_path_factory):
 def whole_board(tmp_path_factory):
     """A gateway without demo, with the contract's models and its examples' key."""
     folder = tmp_path_factory.mktemp("whole")
-    with FakeDeepSeek() as deep, FakeVolcengine() as volc:
+    with FakeDeepSeek() as deep, FakeVolcengine() as volc, FakeAnthropic() as claude:
         volc.states, soon = ("done",), {"JIMENG_FIRST_POLL": 0.1}
         upstreams = {"volc": {"url": volc.url, "key": volc.key}}
+        upstreams["claude"] = {"url": claude.url, "key": claude.key}
         upstreams["main"] = {"url": deep.url, "key": deep.key}
         models = {"jimeng-image": {"upstream": "volc/jimeng_t2i_v40"}}
+        prices = {"price": {"input": 1, "output": 5}}
+        models["claude"] = {"upstream": "claude/claude-id", **prices}
         you = {"credits": 1, "keys": {"docs": "sk-your-api-key"}}
         accounts = {"demo": None, "you": you}
         more = {"upstreams": upstreams, "models": models, "accounts": accounts}
@@ -10751,7 +10754,7 @@ def whole_board(tmp_path_factory):
 
 def run_example(page: Page, id: str, folder: Path) -> str:
     """Run an example of the page as it stands; return what it prints."""
-    kind = EXAMPLES[id]
+    kind = EXAMPLES.get(id, "python")
     suffix = {"sh": "sh", "python": "py", "node": "mjs"}[kind]
     file = folder / f"example.{suffix}"
     file.write_text(page.example(id))
@@ -10763,6 +10766,7 @@ def run_example(page: Page, id: str, folder: Path) -> str:
 
 
 ECHOED = {
+    "env": '"object":"list"',
     "stream-curl": "data: [DONE]",
     "stream-python": "Write a haiku about rain\n",
     "image-curl": '"content":"A futuristic city at sunset, cinematic lighting"',
@@ -10775,6 +10779,7 @@ ECHOED = {
 }
 RELAYED = {
     "image-curl": "https://",
+    "messages-python": "Hello",
     "python-requests": "Hello from the deep.\n",
     "python-openai": "Hello from the deep.\n",
     "javascript-fetch": "Hello from the deep.\n",
@@ -10790,7 +10795,7 @@ def skip_without(program: str, module: str = "json") -> None:
 
 
 NEEDS = {"javascript-fetch": ("node",), "stream-python": ("sh", "openai")}
-NEEDS |= {"python-openai": ("sh", "openai")}
+NEEDS |= {"python-openai": ("sh", "openai"), "messages-python": ("sh", "anthropic")}
 
 
 @pytest.mark.parametrize("id", EXAMPLES)

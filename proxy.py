@@ -247,7 +247,7 @@ class RateLimited(ProxyError):
     status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
     about = (
         "Too many requests, a minute or at once: see"
-        ' <a href="#limits">rate limits</a>.'
+        ' <a href="#rate-limits">rate limits</a>.'
     )
 
     def __init__(self, message: str, wait: float):
@@ -7712,16 +7712,13 @@ TEMPLATES = {
 <figure class="example"><figcaption>{{ caption | safe }}</figcaption><pre id="{{ id }}"
 {%- if run %} data-run="{{ run }}"{% endif %} data-copy="{{ copy }}" tabindex="0">{{ caller() }}</pre></figure>
 {%- endmacro %}
-{% block main %}<main id="main" class="docs">
+{% block main %}<main id="main" class="docs" data-key="{{ key }}" data-model="{{ model }}">
 <nav class="toc" aria-label="Contents"><ol>
-<li><a href="#start">Start</a></li><li><a href="#authentication">Authentication</a></li>
-<li><a href="#chat">Chat completions</a></li><li><a href="#streaming">Streaming</a></li>
-<li><a href="#clients">Other clients</a></li><li><a href="#models">Models</a></li>
-{% if images %}<li><a href="#images">Image generation</a></li>{% endif %}
-<li><a href="#python">Python</a></li><li><a href="#javascript">JavaScript</a></li>
-<li><a href="#curl">cURL</a></li><li><a href="#receipts">Receipts</a></li>
-<li><a href="#charges">What is charged</a></li><li><a href="#errors">Error codes</a></li>
-<li><a href="#limits">Rate limits</a></li></ol></nav>
+{% for each in ("Start", "Authentication", "Chat completions", "Streaming", "Other clients", "Models",
+  "Image generation", "Python", "JavaScript", "cURL", "Receipts", "What is charged", "Error codes",
+  "Rate limits") if images or each != "Image generation" -%}
+<li><a href="#{{ each.lower().replace(" ", "-") }}">{{ each }}</a></li>{% endfor %}
+</ol></nav>
 <div>
 <section id="start" class="card"><h1>API documentation</h1>
 <p>One API for chat, reasoning, code and images. It speaks the OpenAI API: code written for OpenAI
@@ -7741,38 +7738,23 @@ for a day, a month or in all (<code>"budget": {"credits": 5, "per": "month"}</co
 and limits: on the dashboard, or as JSON to <code>POST /v1/account/keys</code>.</p>
 {% call example("Header", "auth-header", "header") %}
 Authorization: Bearer {{ key }}{% endcall %}</section>
-<section id="chat" class="card"><h2>Chat completions</h2>
+<section id="chat-completions" class="card"><h2>Chat completions</h2>
 <p class="endpoint"><b>POST</b>/v1/chat/completions</p>
 <p>Takes a conversation and answers with its next message. The body is JSON, at least a
 <code>model</code> and <code>messages</code>; other fields of OpenAI's format are passed to the
 model. Without <code>max_tokens</code> this server's limit for the model holds; where the credits
 left cannot pay for so much, the answer is cut to what they can pay.</p>
 {% call example("Request body", "chat-request", "request body") %}
-{
-  "model": "{{ model }}",
-  "messages": [
-    {"role": "system", "content": "You are a helpful assistant."},
-    {"role": "user", "content": "Hello! What can you do?"}
-  ],
-  "max_tokens": 1024,
-  "temperature": 0.7,
-  "stream": false
-}{% endcall %}
+{"model": "{{ model }}",
+ "messages": [{"role": "system", "content": "You are a helpful assistant."},
+              {"role": "user", "content": "Hello! What can you do?"}],
+ "max_tokens": 1024, "temperature": 0.7, "stream": false}{% endcall %}
 {% call example("Response", "chat-response", "response") %}
-{
-  "id": "chatcmpl-abc123",
-  "object": "chat.completion",
-  "created": 1740000000,
-  "model": "{{ model }}",
-  "choices": [
-    {
-      "index": 0,
-      "message": {"role": "assistant", "content": "I can help you with many things..."},
-      "finish_reason": "stop"
-    }
-  ],
-  "usage": {"prompt_tokens": 25, "completion_tokens": 142, "total_tokens": 167}
-}{% endcall %}
+{"id": "chatcmpl-abc123", "object": "chat.completion", "created": 1740000000,
+ "model": "{{ model }}",
+ "choices": [{"index": 0, "finish_reason": "stop",
+              "message": {"role": "assistant", "content": "I can help you with..."}}],
+ "usage": {"prompt_tokens": 25, "completion_tokens": 142, "total_tokens": 167}}{% endcall %}
 <p>A reasoning model puts its chain of thought into <code>reasoning_content</code>, beside
 <code>content</code>. Any other <code>POST /v1/…</code> of the OpenAI API whose JSON body names a
 <code>model</code> (completions, embeddings, responses) goes to the same path of that model's
@@ -7781,7 +7763,7 @@ forms (<code>multipart/form-data</code> with a part <code>model</code>) to
 <code>/v1/audio/transcriptions</code>, <code>/v1/audio/translations</code> and
 <code>/v1/images/edits</code>. Stored files and batches are not relayed. A picture attached to
 a chat with an image model is what that model works on.</p></section>
-<section id="clients" class="card"><h2>Other clients</h2>
+<section id="other-clients" class="card"><h2>Other clients</h2>
 <p>Whatever speaks OpenAI's, Azure's or Anthropic's API is pointed here by its base URL and key
 alone: the key may come as <code>Authorization: Bearer</code>, <code>api-key</code> or
 <code>x-api-key</code>. Anthropic's SDKs and Claude Code use <code>{{ root_url }}</code> without
@@ -7813,11 +7795,8 @@ something fails on the way, the last event is <code>data: {"error": {…}}</code
 curl -N {{ base_url }}/chat/completions \
   -H "Authorization: Bearer {{ key }}" \
   -H "Content-Type: application/json" \
-  -d '{
-    "model": "{{ model }}",
-    "messages": [{"role": "user", "content": "Count to five"}],
-    "stream": true
-  }'{% endcall %}
+  -d '{"model": "{{ model }}", "stream": true,
+       "messages": [{"role": "user", "content": "Count to five"}]}'{% endcall %}
 {% call example("Python, OpenAI SDK", "stream-python", "streaming with Python", run="python") %}
 from openai import OpenAI
 
@@ -7850,7 +7829,7 @@ those that your key may use. Where a model names its paths, it is reached by the
 {% endfor %}</tbody>
 {% endfor %}</table></div></section>
 {% if images -%}
-<section id="images" class="card"><h2>Image generation</h2>
+<section id="image-generation" class="card"><h2>Image generation</h2>
 <p class="endpoint"><b>POST</b>/v1/chat/completions</p>
 <p>JiMeng paints through the same call: name the image model (<code>{{ picture }}</code>) and
 describe the picture in the last user message. It takes some seconds. The answer's
@@ -7861,18 +7840,11 @@ own words back: put in <code>{{ picture }}</code> with a key of your own.){% end
 curl {{ base_url }}/chat/completions \
   -H "Authorization: Bearer {{ key }}" \
   -H "Content-Type: application/json" \
-  -d '{
-    "model": "{{ image_model }}",
-    "messages": [
-      {"role": "user", "content": "A futuristic city at sunset, cinematic lighting"}
-    ]
-  }'{% endcall %}
+  -d '{"model": "{{ image_model }}", "messages": [
+        {"role": "user", "content": "A futuristic city at sunset, cinematic lighting"}]}'{% endcall %}
 {% call example("Response, the part that matters", "image-response", "image response") %}
-{
-  "choices": [
-    {"message": {"role": "assistant", "content": "https://cdn.example.com/gen/image-xyz.png"}}
-  ]
-}{% endcall %}</section>
+{"choices": [{"message": {"role": "assistant",
+                          "content": "https://cdn.example.com/gen/image-xyz.png"}}]}{% endcall %}</section>
 {% endif -%}
 <section id="python" class="card"><h2>Python</h2>
 {% call example("With requests (<code>pip install requests</code>)", "python-requests",
@@ -7885,10 +7857,8 @@ BASE_URL = "{{ base_url }}"
 response = requests.post(
     f"{BASE_URL}/chat/completions",
     headers={"Authorization": f"Bearer {API_KEY}"},
-    json={
-        "model": "{{ model }}",
-        "messages": [{"role": "user", "content": "Explain quantum computing simply"}],
-    },
+    json={"model": "{{ model }}",
+          "messages": [{"role": "user", "content": "Explain quantum computing simply"}]},
     timeout=600,
 )
 response.raise_for_status()
@@ -7897,10 +7867,7 @@ print(response.json()["choices"][0]["message"]["content"]){% endcall %}
                 run="python") %}
 from openai import OpenAI
 
-client = OpenAI(
-    api_key="{{ key }}",
-    base_url="{{ base_url }}",
-)
+client = OpenAI(api_key="{{ key }}", base_url="{{ base_url }}")
 completion = client.chat.completions.create(
     model="{{ thinker }}",
     messages=[{"role": "user", "content": "Solve: 2x + 5 = 13"}],
@@ -7915,14 +7882,9 @@ const BASE_URL = "{{ base_url }}";
 
 const response = await fetch(`${BASE_URL}/chat/completions`, {
   method: "POST",
-  headers: {
-    "Authorization": `Bearer ${API_KEY}`,
-    "Content-Type": "application/json",
-  },
-  body: JSON.stringify({
-    model: "{{ model }}",
-    messages: [{ role: "user", content: "What is the capital of France?" }],
-  }),
+  headers: { "Authorization": `Bearer ${API_KEY}`, "Content-Type": "application/json" },
+  body: JSON.stringify({ model: "{{ model }}",
+    messages: [{ role: "user", content: "What is the capital of France?" }] }),
 });
 const data = await response.json();
 if (!response.ok) throw new Error(data.error.message);
@@ -7932,12 +7894,7 @@ console.log(data.choices[0].message.content);{% endcall %}</section>
 curl {{ base_url }}/chat/completions \
   -H "Authorization: Bearer {{ key }}" \
   -H "Content-Type: application/json" \
-  -d '{
-    "model": "{{ model }}",
-    "messages": [
-      {"role": "user", "content": "Hello!"}
-    ]
-  }'{% endcall %}</section>
+  -d '{"model": "{{ model }}", "messages": [{"role": "user", "content": "Hello!"}]}'{% endcall %}</section>
 <section id="receipts" class="card"><h2>Receipts</h2>
 <p>Every answer has an <code>x-request-id</code> header. For a request that was let in,
 <code>GET /v1/account/requests/{id}</code> tells what became of it: status, tokens by class, cost
@@ -7947,24 +7904,10 @@ and times; <code>status</code> 499 says that you left, 503 that the answer faile
 <code>GET /v1/account/usage?days=30</code> sums them by day (UTC) and model;
 <code>GET /v1/account</code> has your credits, limits and keys. The
 <a href="/dashboard">dashboard</a> shows the same. These calls are free.</p>
-{% call example("Python: a request and its receipt", "receipt-python", "receipt with Python",
-                run="python") %}
-import requests
-
-BASE_URL = "{{ base_url }}"
-headers = {"Authorization": "Bearer {{ key }}"}
-
-response = requests.post(f"{BASE_URL}/chat/completions", headers=headers, json={
-    "model": "{{ model }}",
-    "messages": [{"role": "user", "content": "Hello!"}],
-})
-request_id = response.headers["x-request-id"]
-receipt = requests.get(f"{BASE_URL}/account/requests/{request_id}", headers=headers)
-print(receipt.json()){% endcall %}
 {% call example("cURL: credits left", "account-curl", "credits with cURL", run="sh") %}
 curl {{ base_url }}/account \
   -H "Authorization: Bearer {{ key }}"{% endcall %}</section>
-<section id="charges" class="card"><h2>What is charged</h2><ul>
+<section id="what-is-charged" class="card"><h2>What is charged</h2><ul>
 <li>The tokens that the provider reports for the request, at the prices above. Cached input has its
 own, lower price where the model has one, and so may input that is written to a cache. Where hours have
 their own prices, those of the moment count at which the request was let in.</li>
@@ -7976,7 +7919,7 @@ comes back when it ends, and an account never goes below zero.</li>
 your prompt and of what had been relayed to you, or for the image. For a stream that broke off by
 itself the same, but nothing if nothing had been relayed. Such receipts are marked
 <code>estimated</code>.</li></ul></section>
-<section id="errors" class="card"><h2>Error codes</h2>
+<section id="error-codes" class="card"><h2>Error codes</h2>
 <p>Every error is JSON with this one shape; tell them apart by <code>code</code>.</p>
 {% call example("Error", "error-body", "error") %}
 {"error": {"message": "…", "type": "…", "param": null, "code": "rate_limit_exceeded"}}{% endcall %}
@@ -7987,7 +7930,7 @@ itself the same, but nothing if nothing had been relayed. Such receipts are mark
 <tr><td>{{ error.status }}</td><td><code>{{ error.code }}</code></td><td>
 {{- error.about | safe }}</td></tr>
 {% endfor %}</tbody></table></div></section>
-<section id="limits" class="card"><h2>Rate limits</h2>
+<section id="rate-limits" class="card"><h2>Rate limits</h2>
 <div class="scroll"><table id="limit-table"><tbody>
 <tr><th scope="row">Requests (per API key)</th><td>{{ rate }}</td></tr>
 <tr><th scope="row">Concurrent requests</th><td>{{ concurrent }}</td></tr>
@@ -8028,13 +7971,12 @@ PAGES_CSS = r""":root { color-scheme: light dark;
     --bad: #ff9a92; }
 }
 * { box-sizing: border-box; } [hidden] { display: none !important; }
-body { margin: 0; background: var(--page); color: var(--text);
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.55 system-ui,
+  -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 a { color: var(--accent); }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 h1 { margin: 0 0 .5rem; font-size: 1.75rem; line-height: 1.2; } h1:focus { outline: none; }
-h2 { margin: 0 0 .75rem; font-size: 1.25rem; line-height: 1.3; }
-p { margin: 0 0 .75rem; }
+h2 { margin: 0 0 .75rem; font-size: 1.25rem; line-height: 1.3; } p { margin: 0 0 .75rem; }
 .soft, .example figcaption { color: var(--soft); font-size: .875rem; }
 .good { color: var(--good); } .warn { color: var(--warn); } .bad { color: var(--bad); }
 caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
@@ -8043,21 +7985,22 @@ caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-pa
 code, pre, .name, .endpoint, h1, h2, dd, .big, .turn, output, dialog p { overflow-wrap: anywhere; }
 
 /* Frame */
-.top, .head, .actions, .row, .pair, .legend { display: flex; flex-wrap: wrap; align-items: center; }
-.top { gap: .25rem 1.25rem; padding: .6rem 1.25rem; background: var(--card);
-  border-bottom: 1px solid var(--line); }
+.top, .head, .actions, .row, .pair, .legend { display: flex; flex-wrap: wrap; align-items: center;
+  }
+.top { gap: .25rem 1.25rem; padding: .6rem 1.25rem; background: var(--card); border-bottom: 1px
+  solid var(--line); }
 .top strong { margin-right: auto; } .top a { text-decoration: none; }
 a[aria-current] { color: var(--text); font-weight: 600; }
 main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
 main > *, .grid > * { min-width: 0; }
 .card, dialog { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
-.card { margin: 0 0 1.25rem; padding: 1.1rem 1.25rem; }
-.card > :last-child { margin-bottom: 0; }
+.card { margin: 0 0 1.25rem; padding: 1.1rem 1.25rem; } .card > :last-child { margin-bottom: 0; }
 .grid { display: grid; gap: 1.25rem; margin-bottom: 1.25rem; } .grid > .card { margin: 0; }
 .head { gap: .4rem 1rem; margin-bottom: 1rem; border-bottom: 1px solid var(--line); }
 .head a { padding: .4rem 0; text-decoration: none; }
 .head a[aria-current] { box-shadow: 0 2px var(--accent); }
-.head .name { order: 1; margin-left: auto; color: var(--soft); font-size: .875rem; max-width: 16rem; }
+.head .name { order: 1; margin-left: auto; color: var(--soft); font-size: .875rem;
+  max-width: 16rem; }
 .head button { order: 1; padding: .1rem .6rem; }
 #notice { position: sticky; top: .5rem; z-index: 1; border-left: .3rem solid var(--accent); }
 
@@ -8070,7 +8013,7 @@ main > *, .grid > * { min-width: 0; }
   p > code, li > code, td > code { white-space: nowrap; }
   .docs { display: grid; grid-template-columns: 12rem minmax(0, 1fr); gap: 2rem; }
   .toc { position: sticky; top: 1.5rem; align-self: start; } .toc ol { columns: 1; }
-  .grid { grid-template-columns: repeat(2, minmax(0, 1fr)); } .grid > .wide { grid-column: 1 / -1; }
+  .grid { grid-template-columns: repeat(2, minmax(0, 1fr)); } .grid > .wide { grid-column: 1/-1; }
 }
 
 /* Code */
@@ -8103,8 +8046,7 @@ td > code, .codes td:first-child, td time, .tag { white-space: nowrap; }
   .stack thead, .codes thead { position: absolute; height: 1px; overflow: hidden;
     clip-path: inset(50%); }
   .stack tr + tr, .codes tr + tr { border-top: 1px solid var(--line); }
-  .stack td, .codes tr > * { border: 0 !important; }
-  .stack, .stack tbody { display: block; }
+  .stack td, .codes tr > * { border: 0 !important; } .stack, .stack tbody { display: block; }
   .stack tr { display: grid; grid-template-columns: repeat(3, 1fr); gap: .4rem .75rem;
     padding: .7rem 0; }
   .stack td { min-width: 0; padding: 0; text-align: start !important; overflow-wrap: anywhere; }
@@ -8115,7 +8057,8 @@ td > code, .codes td:first-child, td time, .tag { white-space: nowrap; }
   #requests td::before, #requests .rest { display: none; }
   .codes tbody tr { display: grid; grid-template-columns: max-content 1fr; padding: .4rem 0; }
   .codes tr > :last-child { grid-column: 1 / -1; }
-  .prices th, .prices td { padding: .4rem .2rem; font-size: .8rem; }
+  .prices th, .prices td { padding: .4rem .15rem; font-size: .8rem; }
+  .prices .soft, .prices code { font-size: .75rem; white-space: normal; }
 }
 
 /* Controls */
@@ -8132,10 +8075,12 @@ input:not([type=checkbox]), select, textarea { display: block; width: 100%; padd
   background: var(--page); border: 1px solid var(--soft); border-radius: .4rem; }
 label { display: block; min-width: 0; font-size: .875rem; color: var(--soft); }
 .row { align-items: end; gap: .6rem .75rem; margin: .75rem 0; } .pair { gap: .4rem; }
-.row > label { flex: 1 1 9rem; } .row > label.long, .row > details, .row > output { flex: 1 1 100%; }
+.row > label { flex: 1 1 9rem; } .row > label.long, .row > p, .row > details, .row > output { flex: 1 1 100%;
+  }
 .row > label.tick { flex: 0 0 auto; padding-bottom: .5rem; }
 output:empty { position: absolute; } [aria-busy] button:not([type]) { opacity: .55; }
-dialog { max-height: calc(100vh - 2rem); overflow-y: auto; width: min(36rem, calc(100vw - 2rem)); padding: 1.25rem; color: var(--text); }
+dialog { width: min(36rem, calc(100vw - 2rem)); max-height: calc(100vh - 2rem); overflow-y: auto;
+  padding: 1.25rem; color: var(--text); }
 dialog::backdrop { background: rgb(0 0 0 / .5); }
 .actions { justify-content: flex-end; gap: .6rem; margin: 1rem 0 0; }
 .secret { display: block; margin: .5rem 0; padding: .7rem !important; user-select: all; }
@@ -8155,11 +8100,11 @@ meter { display: block; width: 100%; min-width: 6rem; height: 1.1rem; }
 .ends { display: flex; justify-content: space-between; margin: .3rem 0 .3rem 3.5rem; }
 #reading { min-height: 3.1em; margin: 0; }
 .legend { gap: .2rem 1rem; margin: 0; padding: 0; list-style: none; font-size: .875rem; }
-.legend i { display: inline-block; width: .8rem; height: .8rem; margin: .3rem .35rem 0 0; border-radius: .2rem; }
-.c0 { fill: #3b7ddd; background: #3b7ddd; } .c1 { fill: #d9730d; background: #d9730d; }
-.c2 { fill: #16988a; background: #16988a; } .c3 { fill: #c8509b; background: #c8509b; }
-.c4 { fill: #8a6be0; background: #8a6be0; } .c5 { fill: #8a8a1e; background: #8a8a1e; }
-.c6 { fill: #d9534f; background: #d9534f; } .c7 { fill: #7f8a99; background: #7f8a99; }
+.legend i { display: inline-block; width: .8rem; height: .8rem; margin: .3rem .35rem 0 0;
+  border-radius: .2rem; }
+.c0 { color: #3b7ddd; } .c1 { color: #d9730d; } .c2 { color: #16988a; } .c3 { color: #c8509b; }
+.c4 { color: #8a6be0; } .c5 { color: #8a8a1e; } .c6 { color: #d9534f; } .c7 { color: #7f8a99; }
+.chart rect { fill: currentColor; } .legend i { background: currentColor; }
 #log { margin-bottom: 1rem; } .turn { margin-bottom: 1.25rem; }
 .turn p:not(.told) { white-space: pre-wrap; margin-bottom: .6rem; } .turn img { max-width: 100%; }
 .said { width: fit-content; max-width: 85%; margin: 0 0 .6rem auto; padding: .5rem .9rem;
@@ -8172,7 +8117,8 @@ DOCS_JS = r"""'use strict';
 // A button that copies what `read` gives. The clipboard API exists only on https and
 // localhost; elsewhere the text is selected in a field and copied the old way.
 function copyButton(label, read) {
-  const button = document.createElement('button');
+  const button = Object.assign(document.createElement('button'),
+    { type: 'button', className: 'copy', ariaLive: 'polite' });
   const say = (textContent) =>
     Object.assign(button, { textContent, ariaLabel: `${textContent}: ${label}` });
   const copy = async () => {
@@ -8184,7 +8130,6 @@ function copyButton(label, read) {
     field.remove();
     if (!done) throw new Error('refused');
   };
-  Object.assign(button, { type: 'button', className: 'copy', ariaLive: 'polite' });
   button.onclick = () => {
     copy().then(() => say('Copied'), () => say('Not copied'));
     setTimeout(say, 2500, 'Copy');
@@ -8203,20 +8148,16 @@ DASHBOARD_JS = r"""'use strict';
 // what /v1/account and, to admins, /v1/accounts answer. The address says which section is on
 // show (#/requests?model=x). Whatever comes from the API becomes text nodes and nothing else.
 
-const STORE = 'api-key';
+const [STORE, DAY_S, PAGE] = ['api-key', 86400, 50]; // PAGE: requests a page
 const POLL_MS = 5000; // live figures, only while the tab is to be seen
-const PAGE = 50; // requests a page
-const DAY_S = 86400;
-
 // The key signed in, its account (me), its playground; null when signed out. The section on show
-// with its account, what to draw anew when that changes (updates), and what ends its questions.
+// with its account, what to draw anew with it (updates), and what ends its questions (stop).
 let session = null;
 let view = { stop: new AbortController() };
 let timer;
 
 // ---- Parts of a page -------------------------------------------------------------------
 const $ = (id) => document.getElementById(id);
-
 // An element, tag.class.class, with attributes, listeners and switches, and its children.
 function h(tag, ...children) {
   const [name, ...classes] = tag.split('.');
@@ -8231,14 +8172,14 @@ function h(tag, ...children) {
   node.append(...children.flat(9).filter((child) => child != null && child !== false));
   return node;
 }
-
+const press = (kind, words, onclick, more = {}) =>
+  h(`button.${kind}`, { type: 'button', onclick, ...more }, words);
 // Shows nodes in a slot, unless they are there already or in use.
 function put(slot, ...nodes) {
   const same = nodes.length === slot.childNodes.length
     && nodes.every((node, i) => slot.childNodes[i].isEqualNode(node));
   if (!same && !slot.contains(document.activeElement)) slot.replaceChildren(...nodes);
 }
-
 // A part that is drawn anew with each state of the account on show.
 function live(draw) {
   const slot = h('div');
@@ -8247,70 +8188,76 @@ function live(draw) {
   update();
   return slot;
 }
-
-// columns: [heading, cell of a row, class]. Rows, each with an id, are drawn again where they
-// changed, and keep the focus. On a phone each becomes a card with the headings inside.
-function table(id, caption, columns, none) {
+// columns: [heading, cell of a row or its number's name, class]. Rows, each with an id, are drawn
+// again where they changed, and keep the focus. On a phone each becomes a card with the headings inside.
+function table(id, caption, given, none) {
+  const columns = given.map(([head, cell, kind]) => (typeof cell === 'string'
+    ? [head, (row) => number(row[cell]), `num ${kind || ''}`] : [head, cell, kind]));
   const body = h('tbody', { role: 'rowgroup' });
+  const line = (row, cell) => h('tr', { role: 'row', 'data-id': row }, columns.map(cell));
   const node = h('table.stack', { id, role: 'table' }, h('caption', caption),
-    h('thead', { role: 'rowgroup' }, h('tr', { role: 'row' }, columns.map(([head, , kind]) =>
-      h('th', { scope: 'col', role: 'columnheader', class: kind }, head)))), body);
+    h('thead', { role: 'rowgroup' }, line(null, ([head, , kind]) =>
+      h('th', { scope: 'col', role: 'columnheader', class: kind }, head))), body);
+  const controls = (row) => [...row?.tr.querySelectorAll('a, button') || []];
   let drawn = new Map();
   node.fill = (rows) => {
-    const before = drawn;
-    const controls = (tr) => [...tr?.querySelectorAll('a, button') || []];
-    const { id: at } = document.activeElement.closest('tr')?.dataset || {};
-    const place = controls(before.get(at)?.tr).indexOf(document.activeElement);
+    const [before, { activeElement: focused }] = [drawn, document];
+    const at = body.contains(focused) && focused.closest('tr').dataset.id;
+    const place = at && controls(drawn.get(at)).indexOf(focused);
     drawn = new Map(rows.map((row) => {
       const [text, old] = [JSON.stringify(row), before.get(row.id)];
-      if (old?.text === text) return [row.id, old];
-      return [row.id, { text, tr: h('tr', { role: 'row', 'data-id': row.id }, columns.map(
-        ([head, cell, kind]) => h('td', { role: 'cell', class: kind, 'data-label': head },
-          cell(row)))) }];
+      return [row.id, old?.text === text ? old : { text, tr: line(row.id, ([head, cell, kind]) =>
+        h('td', { role: 'cell', class: kind, 'data-label': head }, cell(row))) }];
     }));
-    const shown = [...drawn.values()].map(({ tr }) => tr);
-    if (!rows.length) {
-      shown.push(h('tr', { role: 'row' },
-        h('td.none', { role: 'cell', colspan: columns.length }, none)));
-    }
-    if (shown.length !== body.rows.length || shown.some((tr, i) => tr !== body.rows[i])) {
-      body.replaceChildren(...shown);
-      if (place >= 0) (controls(drawn.get(at)?.tr)[place] || document.querySelector('h1')).focus();
-    }
+    body.replaceChildren(...[...drawn.values()].map(({ tr }) => tr));
+    if (!rows.length) body.append(h('tr', h('td.none', { colspan: columns.length }, none)));
+    if (at) (controls(drawn.get(at))[place] || document.querySelector('h1')).focus();
     return node;
   };
   return node;
 }
-
-function field({ label, options, rows, value, ...more }) {
-  const control = options ? h('select', more, options.map(([of, words = of]) =>
+// A list that comes page by page, a button for the next under it; the first one, asked for again,
+// keeps what was loaded behind it. Gives what loads it, and the paragraph with the button.
+function paged(id, path, show, limit = 100, wanted = {}) {
+  let rows = [];
+  const next = press('', 'More', () => guard(load(rows.at(-1).id)), { id, hidden: true });
+  async function load(after) {
+    const page = await call(`${path}${query({ limit, after, ...wanted })}`);
+    const at = after ? -1 : rows.findIndex((row) => row.id === page.data.at(-1)?.id);
+    const rest = at < 0 ? [] : rows.slice(at + 1);
+    rows = after ? rows.concat(page.data) : page.data.concat(rest);
+    if (!rest.length) next.hidden = !page.has_more;
+    await show(rows);
+  }
+  return [load, h('p.actions', next)];
+}
+// A field of a form; `options` make it a choice, `rows` a text of several lines.
+function field(name, label, value, { type, options, rows, ...more } = {}) {
+  const props = { name, type, ...more };
+  const control = options ? h('select', props, options.map(([of, words = of]) =>
     h('option', { value: of, selected: [value].flat().includes(of) }, words)))
-    : rows ? h('textarea', { rows, ...more }, value)
-      : h('input', typeof value === 'boolean' ? { ...more, checked: value } : { ...more, value });
-  return more.type === 'checkbox' ? h('label.tick', control, ' ', label)
+    : rows ? h('textarea', { rows, ...props }, value)
+      : h('input', type === 'checkbox' ? { ...props, checked: value } : { ...props, value });
+  return type === 'checkbox' ? h('label.tick', control, ' ', label)
     : h('label', { class: more.class }, label, ' ', control);
 }
-
-// What stands in a form, by the names of its fields.
-const typed = (node) => Object.fromEntries([...node.elements].filter((one) => one.name).map(
-  (one) => [one.name, one.type === 'checkbox' ? one.checked : one.multiple
-    ? [...one.selectedOptions].map((option) => option.value) : one.value.trim()]));
-
-// A form of fields (and nodes) whose one button does the work with what is typed; it is busy
-// meanwhile, and what the work returns or fails with stands beneath.
+// A form whose one button does the work with what is typed, by the names of the fields; what the
+// work returns or fails with stands beneath.
 function form(id, fields, action, work, ...more) {
   const output = h('output', { role: 'status' });
   const say = (textContent, className = '') => Object.assign(output, { textContent, className });
-  const node = h('form.row', { id },
-    fields.map((one) => (one.label ? field(one) : one)),
-    h(`button.${/^(Revoke|Close)/.test(action) ? 'danger' : 'main'}`, action), more, output);
+  const main = h(`button.${/^(Revoke|Close)/.test(action) ? 'danger' : 'main'}`, action);
+  const node = h('form.row', { id }, fields, main, more, output);
+  const typed = (one) => (one.type === 'checkbox' ? one.checked : one.multiple
+    ? [...one.selectedOptions].map((option) => option.value) : one.value.trim());
   node.onsubmit = async (event) => {
     event.preventDefault();
     if (node.ariaBusy) return;
     node.ariaBusy = 'true';
     say('');
     try {
-      say((await work(typed(node))) || '');
+      say(await work(Object.fromEntries([...node.elements].filter((one) => one.name)
+        .map((one) => [one.name, typed(one)]))) || '');
     } catch (error) {
       if (error.name !== 'AbortError') say(error.message, 'bad');
     }
@@ -8318,39 +8265,41 @@ function form(id, fields, action, work, ...more) {
   };
   return node;
 }
-
 // Gone from the page when it is closed, with all that it showed.
 function dialog(title, ...children) {
-  const node = h('dialog', { 'aria-labelledby': 'dialog-title' },
-    h('h2', { id: 'dialog-title' }, title), children, h('form', { method: 'dialog' },
-      h('p.actions', h('button', { id: 'done' }, 'Close'))));
+  const node = h('dialog', { 'aria-labelledby': 'dialog-title' }, h('h2', { id: 'dialog-title' },
+    title), children, h('p.actions', press('', 'Close', () => node.close(), { id: 'done' })));
   node.onclose = () => node.remove();
   document.body.append(node);
   node.showModal();
   return node;
 }
+// A form in a dialog, which is closed when the work is done.
+function ask(id, heading, fields, action, work) {
+  const box = dialog(heading, form(id, fields, action, async (typed) => {
+    await work(typed);
+    box.close();
+  }));
+}
 
 const card = (title, ...children) => h('section.card', title && h('h2', title), children);
-const wide = (...parts) => Object.assign(card(...parts), { className: 'card wide' });
-const more = (id, onclick) => h('button', { id, type: 'button', hidden: true, onclick }, 'More');
+const wide = (title, ...children) => h('section.card.wide', title && h('h2', title), children);
 const fold = (summary, ...children) => h('details', h('summary', summary), children);
 const name = (value) => h('bdi.name', { title: value }, value);
-const tag = (kind, ...words) => h(`span.tag.${kind}`, words);
+const tag = (kind, words) => h(`span.tag.${kind}`, words);
+const anchor = (href, words) => h('a', { href }, words);
 const pairs = (rows) => h('dl.pairs', rows.filter(([, value]) => value != null)
   .map(([term, value]) => [h('dt', term), h('dd', value)]));
 const gauge = (label, value, max, used, words) => h('div.gauge', h('meter', { min: 0, value, max,
   low: max * (used ? 0.7 : 0.1), high: max * (used ? 0.9 : 0.3), optimum: used ? 0 : max,
   'aria-label': label }), h('span', words));
-const copyable = (caption, text) => {
-  const pre = h('pre', { tabindex: 0 }, text);
-  return h('figure.example', h('figcaption', caption), pre, copyButton(caption, () => text));
-};
 
 const decimals = new Intl.NumberFormat('en', { maximumFractionDigits: 6 });
 const compact = new Intl.NumberFormat('en', { notation: 'compact', maximumSignificantDigits: 3 });
 const number = (value) => decimals.format(value || 0);
 const few = (value) => number(Number((value || 0).toPrecision(3)));
 const balance = (value) => (value === null ? 'unlimited' : number(value));
+const count = (n, word) => `${number(n)} ${word}${n === 1 ? '' : 's'}`;
 const calendar = new Intl.DateTimeFormat('en', { dateStyle: 'medium' });
 const clock = new Intl.DateTimeFormat('en', { month: 'short', day: 'numeric', hour: '2-digit',
   minute: '2-digit', second: '2-digit', hourCycle: 'h23' });
@@ -8362,11 +8311,9 @@ const duration = (ms) => (ms == null ? '–'
 const count = (n, word) => `${number(n)} ${word}${n === 1 ? '' : 's'}`;
 
 function notice(message, bad = false) {
-  $('notice').textContent = message;
+  Object.assign($('notice'), { textContent: message, hidden: !message });
   $('notice').classList.toggle('bad', bad);
-  $('notice').hidden = !message;
 }
-
 // A load in the background: its failure is told at the top, that of a section left not at all.
 const guard = (promise) => promise.catch((error) => {
   if (error.name !== 'AbortError') notice(error.message, true);
@@ -8379,44 +8326,29 @@ async function send(path, method = 'GET', body, signal = method === 'GET' ? view
   const headers = { Authorization: `Bearer ${mine.key}` };
   if (body) headers['Content-Type'] = 'application/json';
   const options = { method, headers, body: body && JSON.stringify(body), signal, cache: 'no-store' };
-  const response = await fetch(`/v1/${path}`, options).catch((error) => {
+  const response = await fetch(`/${path}`, options).catch((error) => {
     throw error.name === 'AbortError' ? error : new Error('The server cannot be reached.');
   });
-  const answer = response.ok ? null : await response.json().catch(() => null);
-  if (session !== mine) throw new DOMException('signed out', 'AbortError');
-  if (response.ok) return response;
-  if (response.status === 401 && mine.me) {
+  const { status: code, ok } = response;
+  const answer = ok ? null : await response.json().catch(() => null);
+  if (session === mine && ok) return response;
+  if (session === mine && code === 401 && mine.me) {
     signOut('You were signed out: this key is not valid any more.');
-    throw new DOMException('signed out', 'AbortError');
   }
-  const message = answer?.error?.message || `The server answered with status ${response.status}.`;
-  const wait = response.headers.get('Retry-After');
-  throw Object.assign(new Error(message), { status: response.status, wait });
+  if (session !== mine) throw new DOMException('signed out', 'AbortError');
+  const message = answer?.error?.message || `The server answered with status ${code}.`;
+  throw Object.assign(new Error(message), { code, wait: response.headers.get('Retry-After') });
 }
-const call = async (...question) => (await send(...question)).json();
+const call = async (path, ...more) => (await send(`v1/${path}`, ...more)).json();
 
 const query = (fields) => {
-  const set = Object.entries(fields).filter(([, value]) => value != null && value !== '' && value !== false);
+  const set = Object.entries(fields).filter(([, value]) => value || value === 0);
   return set.length ? `?${new URLSearchParams(set)}` : '';
 };
 const link = (path, fields = {}) => `#/${path.map(encodeURIComponent).join('/')}${query(fields)}`;
-const own = () => [view.section, view.id].filter(Boolean);
+const here = () => [view.section, view.id].filter(Boolean);
 
 // ---- Sign-in ---------------------------------------------------------------------------
-async function signIn(key) {
-  if (!/^[!-~]+$/.test(key)) throw new Error('This is not an API key: it has spaces or accents.');
-  session = { key };
-  session.me = await call('account').catch((error) => {
-    session = null;
-    if (error.status !== 401) throw error;
-    sessionStorage.removeItem(STORE);
-    throw new Error('Wrong key: it is unknown or was revoked. Check it and try again.');
-  });
-  sessionStorage.setItem(STORE, key);
-  notice('');
-  await open();
-}
-
 function signOut(message = '') {
   session.playing?.abort();
   session = null;
@@ -8426,15 +8358,28 @@ function signOut(message = '') {
   notice(message);
 }
 
+async function signIn({ key }) {
+  if (!/^[!-~]+$/.test(key)) throw new Error('This is not an API key: it has spaces or accents.');
+  session = { key };
+  session.me = await call('account').catch((error) => {
+    session = null;
+    if (error.code !== 401) throw error;
+    sessionStorage.removeItem(STORE);
+    throw new Error('Wrong key: it is unknown or was revoked. Check it and try again.');
+  });
+  sessionStorage.setItem(STORE, key);
+  notice('');
+  await open();
+}
+
 function signInCard() {
-  const { demo } = $('main').dataset;
+  const enter = (key) => { sheet.elements.key.value = key; sheet.requestSubmit(); };
+  const sheet = form('sign-in', [field('key', 'API key', '', { id: 'key-input', type: 'password',
+    autocomplete: 'off', spellcheck: 'false', required: true, placeholder: 'sk-…' })], 'Sign in', signIn,
+  $('main').dataset.demo && press('', 'Try the demo key', () => enter($('main').dataset.demo),
+    { id: 'demo' }));
   const stored = sessionStorage.getItem(STORE);
-  const sheet = form('sign-in', [{ id: 'key-input', name: 'key', label: 'API key', type: 'password',
-    autocomplete: 'off', spellcheck: 'false', required: true, placeholder: 'sk-…', value: stored }],
-  'Sign in', ({ key }) => signIn(key), demo && h('button', { type: 'button', id: 'demo',
-    onclick: () => { sheet.elements.key.value = demo; sheet.requestSubmit(); } },
-  'Try the demo key'));
-  if (stored) setTimeout(() => sheet.requestSubmit());
+  if (stored) setTimeout(enter, 0, stored);
   return h('section.card', h('h1', 'API Keys dashboard'), h('p', 'Sign in with an API key of your '
     + 'account. It stays in this browser tab until you sign out or close the tab.'), sheet);
 }
@@ -8442,41 +8387,33 @@ function signInCard() {
 // ---- Sections and their addresses --------------------------------------------------------
 const SECTIONS = new Map([
   ['overview', ['Overview', () => [balanceCard(), limitsCard(), spendingCard()]]],
-  ['keys', ['Keys', () => [keysCard()]]],
-  ['requests', ['Requests', () => [requestsCard()]]],
-  ['playground', ['Playground', () => [session.playground ??= playgroundCard()]]],
+  ['keys', ['Keys', () => keysCard()]], ['requests', ['Requests', () => requestsCard()]],
+  ['playground', ['Playground', () => session.playground ??= playgroundCard()]],
   ['admin', ['Admin', () => (view.id ? accountCards() : adminCards())]],
 ]);
 const hidden = (section) => (section === 'keys' && session.me.demo)
   || (section === 'admin' && !session.me.admin);
-
-// The section, account and query string that the address names; Overview for any other.
-function address() {
-  const [path, search = ''] = location.hash.slice(2).split('?');
-  let [section, id] = path.split('/');
-  try { id = section === 'admin' && id ? decodeURIComponent(id) : ''; } catch { id = ''; }
-  if (!SECTIONS.has(section) || hidden(section)) section = 'overview';
-  return { section, id, query: new URLSearchParams(search) };
-}
-
+// Shows what the address names, Overview for what it cannot.
 async function open() {
   clearTimeout(timer);
   view.stop.abort();
+  view = { stop: new AbortController() };
   $('sections').hidden = !session;
   if (!session) {
-    view = { stop: new AbortController() };
     $('view').replaceChildren(signInCard());
-    $('key-input').focus();
-    return;
+    return $('key-input').focus();
   }
-  const { section, id, query: asked } = address();
+  const [path, search = ''] = location.hash.slice(2).split('?');
+  let [section, id] = path.split('/');
+  try { id = section === 'admin' && id ? decodeURIComponent(id) : ''; } catch { id = ''; }
+  if (!SECTIONS.has(section) || hidden(section)) [section, id] = ['overview', ''];
   const base = id ? `accounts/${encodeURIComponent(id)}` : 'account';
-  view = { section, id, query: asked, base, updates: [], stop: new AbortController() };
-  const mine = view;
+  const mine = Object.assign(view, { section, id, base, query: new URLSearchParams(search),
+    updates: [] });
   $('sections').replaceChildren(h('bdi.name', { id: 'account-id' }, session.me.id),
     ...[...SECTIONS].filter(([each]) => !hidden(each)).map(([each, [title]]) => h('a', {
       href: link([each]), 'aria-current': each === section ? 'page' : null }, title)),
-    h('button', { type: 'button', id: 'sign-out', onclick: () => signOut() }, 'Sign out'));
+    press('', 'Sign out', () => signOut(), { id: 'sign-out' }));
   mine.account = id ? await call(base) : session.me;
   const [title, draw] = SECTIONS.get(section);
   const heading = h('h1', { tabindex: -1 }, id ? ['Account ', name(id)] : title);
@@ -8500,8 +8437,7 @@ async function poll() {
     if (!mine.id) session.me = mine.account;
     if (mine.polled === false) notice('');
     mine.polled = true;
-    const changed = figures() !== before;
-    await Promise.all(mine.updates.map((update) => update(changed)));
+    await Promise.all(mine.updates.map((update) => update(figures() !== before)));
   } catch (error) {
     if (error.name === 'AbortError' || mine !== view) return;
     mine.polled = false;
@@ -8512,201 +8448,157 @@ async function poll() {
 }
 
 // ---- Overview --------------------------------------------------------------------------
-const balanceCard = (...children) => card('Credits left', live(({ credits }) => h('p.big', {
-  id: 'available' }, balance(credits.available))), h('p.soft', { id: 'pace' }),
-live(({ credits }) => pairs([['Granted', balance(credits.granted)],
-  ['Spent', number(credits.spent)], ['Held by running requests', number(credits.held)]])), children);
-
+const balanceCard = (...children) => card('Credits left',
+  live(({ credits }) => h('p.big', { id: 'available' }, balance(credits.available))),
+  h('p.soft', { id: 'pace' }), live(({ credits }) => pairs([['Granted', balance(credits.granted)],
+    ['Spent', number(credits.spent)], ['Held by running requests', number(credits.held)]])), children);
 const budgetGauge = ({ credits, available, per }) => gauge('Budget left', available, credits, false,
   `${number(available)} of ${number(credits)} left, ${per === 'total' ? 'in' : 'per'} ${per}`);
-
 const limitsCard = () => card('Limits of this key, live', live(({ budget, limits, live: now }) => {
   const { requests_limit: most, requests_remaining: left, concurrent } = now;
-  return h('div', { id: 'live' },
-    h('p', 'Requests, limit ', h('b', limits.rate)),
+  return h('div', { id: 'live' }, h('p', 'Requests, limit ', h('b', limits.rate)),
     gauge('Requests', most - left, most, true, `${number(most - left)} used, ${number(left)} left`),
     h('p', 'Requests in progress, at most ', h('b', number(limits.concurrent))),
     gauge('In progress', concurrent, limits.concurrent, true, `${number(concurrent)} now`),
     budget && [h('p', 'Budget'), budgetGauge(budget)]);
 }));
-
-const MEASURES = new Map([
-  ['credits', ['Credits', (row) => row.credits]],
-  ['tokens', ['Tokens', (row) => row.input_tokens + row.output_tokens]],
-  ['requests', ['Requests', (row) => row.requests]],
-  ['failures', ['Failures and refusals', (row) => row.failed + row.refused]],
-]);
-const COUNTS = [['Requests', 'requests'], ['Failed', 'failed'], ['Refused', 'refused'],
-  ['Input tokens', 'input_tokens'], ['of these cached', 'cached_tokens'],
-  ['Output tokens', 'output_tokens'], ['Images', 'images'], ['Credits', 'credits']];
+const MEASURES = { credits: (row) => row.credits, requests: (row) => row.requests,
+  tokens: (row) => row.input_tokens + row.output_tokens, failures: (row) => row.failed + row.refused };
+const COUNTS = ['requests', 'failed', 'refused', 'input_tokens', 'cached_tokens', 'output_tokens',
+  'images', 'credits'];
 const SHADES = 7; // colours of groups; what is beyond them is one group
-
-// Rows of usage summed by the values of a field, the dearest first.
-function sums(rows, by) {
+const title = (text) => (text[0].toUpperCase() + text.slice(1)).replaceAll('_', ' ');
+const group = (row, by) => String(row[`${by}_id`] ?? row[by] ?? '');
+// Rows of usage summed by the values of a field, the highest first.
+function sums(rows, by, measure) {
   const groups = new Map();
   for (const row of rows) {
-    const id = String(row[`${by}_id`] ?? row[by] ?? '');
+    const id = group(row, by);
     const sum = groups.get(id) || { id, name: row[by] };
+    for (const each of COUNTS) sum[each] = (sum[each] || 0) + row[each];
     groups.set(id, sum);
-    for (const [, field] of COUNTS) sum[field] = (sum[field] || 0) + row[field];
   }
-  return [...groups.values()].sort((a, b) => b.credits - a.credits || b.requests - a.requests);
+  return [...groups.values()].sort((a, b) => measure(b) - measure(a) || b.requests - a.requests);
 }
-
 // Spending by day; which days, groups and figures stands in the address.
 function spendingCard(usage = `${view.base}/usage`, groups = ['model', 'key']) {
-  const { query: asked } = view;
-  const asks = { days: asked.get('days') || '30', by: asked.get('by') || groups[0],
-    show: MEASURES.has(asked.get('show')) ? asked.get('show') : 'credits' };
-  const pick = (field_, label, options) => field({ name: field_, label, options,
-    value: asks[field_], onchange: ({ target }) => {
-      asks[field_] = target.value;
-      history.replaceState(null, '', link(own(), asks));
-      guard(load());
-    } });
-  const [picture, beneath, days] = [h('div', { id: 'picture' }), h('div'), h('div')];
-  let latest;
+  const asked = { days: '30', by: groups[0], show: 'credits', ...Object.fromEntries(view.query) };
+  if (!Object.hasOwn(MEASURES, asked.show)) asked.show = 'credits';
+  const [picture, beneath, days] = [h('div'), h('div'), h('div')];
   async function load() {
-    const mine = latest = {};
-    const { by, show } = asks;
-    const { data, days: length } = await call(`${usage}?days=${encodeURIComponent(asks.days)}`
-      + `&by=day,${encodeURIComponent(by)}`);
-    if (mine !== latest) return;
+    const mine = { ...asked };
+    const { by, show } = mine;
+    const { data, days: length } = await call(`${usage}${query({ days: mine.days, by: `day,${by}` })}`);
+    if (JSON.stringify(mine) !== JSON.stringify(asked)) return;
     const today = Math.max(Date.now(), ...data.slice(0, 1).map((row) => Date.parse(row.day))) / 1000;
-    const dates = Array.from({ length: Number(asks.days) }, (_, i, all = Number(asks.days)) =>
-      iso(today - (all - 1 - i) * DAY_S).slice(0, 10));
+    const dates = Array.from({ length }, (_, i) => iso(today - (length - 1 - i) * DAY_S).slice(0, 10));
+    if ($('pace')) $('pace').textContent = pace(view.account.credits, dates, data);
+    const all = sums(data, by, MEASURES[show]);
+    const ranked = all.filter(MEASURES[show]);
+    const called = (sum) => sum.name || `(no ${by})`;
+    const stacks = ranked.slice(0, SHADES + 1).map((sum, i) => ({ values: dates.map(() => 0),
+      name: i < SHADES ? called(sum) : count(ranked.length - SHADES, 'other') }));
+    const places = new Map(ranked.map(({ id }, i) => [id, Math.min(i, SHADES)]));
     const at = new Map(dates.map((day, i) => [day, i]));
-    if ($('pace')) $('pace').textContent = view.account.credits && usage.startsWith(view.base)
-      ? pace(view.account.credits, dates, data) : '';
-    const [title, measure] = MEASURES.get(show);
-    const all = sums(data, by);
-    const ranked = [...all].sort((a, b) => measure(b) - measure(a)).filter(measure);
-    const place = new Map(ranked.map(({ id }, i) => [id, Math.min(i, SHADES)]));
-    const stacks = ranked.slice(0, SHADES + 1).map((sum, i) => ({ name: i < SHADES ? title_(sum, by)
-      : `${count(ranked.length - SHADES, 'other')}`, values: dates.map(() => 0) }));
-    for (const row of data) {
-      const stack = stacks[place.get(String(row[`${by}_id`] ?? row[by] ?? ''))];
-      if (stack) stack.values[at.get(row.day)] += measure(row);
+    for (const row of data.filter(MEASURES[show])) {
+      stacks[places.get(group(row, by))].values[at.get(row.day)] += MEASURES[show](row);
     }
-    const unit = title.toLowerCase();
-    put(picture, chart(`${title} by day`, dates, stacks, unit));
-    put(beneath, table('sums', `By ${by}`, [[by[0].toUpperCase() + by.slice(1),
-      (sum) => linked(sum, by)], ...COUNTS.map(([head, field_]) =>
-      [head, (sum) => number(sum[field_]), 'num'])], 'Nothing was used.').fill(all));
-    put(days, table('by-day', `${title} by day`, [['Day (UTC)', ({ id }) => id],
+    const linked = (sum) => (!sum.name || usage === 'usage' && by !== 'account' ? name(called(sum))
+      : anchor(by === 'account' ? link(['admin', sum.id])
+        : link(view.id ? here() : ['requests'], { [by]: sum.id }), name(sum.name)));
+    put(picture, chart(`${title(show)} by day`, dates, stacks, show));
+    put(beneath, table('sums', `By ${by}`, [[title(by), linked],
+      ...COUNTS.map((each) => [title(each), each])], 'Nothing was used.').fill(all));
+    put(days, table('by-day', `${title(show)} by day`, [['Day (UTC)', (row) => row.id],
       ...stacks.map((stack, i) => [stack.name, ({ values }) => number(values[i]), 'num']),
-      ['All', ({ values }) => number(values.reduce((a, b) => a + b, 0)), 'num']], 'Nothing.').fill(
-      dates.map((id, i) => ({ id, values: stacks.map((stack) => stack.values[i]) }))
+      ['All', ({ values }) => number(values.reduce((a, b) => a + b, 0)), 'num']], 'Nothing.')
+      .fill(dates.map((id, i) => ({ id, values: stacks.map((stack) => stack.values[i]) }))
         .filter(({ values }) => values.some(Boolean)).reverse()));
   }
+  const pick = (of, label, options) => field(of, label, asked[of], { options,
+    onchange: ({ target }) => {
+      asked[of] = target.value;
+      history.replaceState(null, '', link(here(), asked));
+      guard(load());
+    } });
   view.updates.push((changed) => changed && guard(load()));
   return wide('Spending', h('div.row.picks',
     pick('days', 'Period', [['7', '7 days'], ['30', '30 days'], ['90', '90 days'], ['366', 'A year']]),
     pick('by', 'By', groups.map((each) => [each])),
-    pick('show', 'Show', [...MEASURES].map(([id, [title]]) => [id, title]))),
+    pick('show', 'Show', Object.keys(MEASURES).map((each) => [each]))),
   picture, beneath, fold('The chart as a table', days));
 }
-
-const title_ = (sum, by) => sum.name || `(no ${by})`;
-const linked = (sum, by) => (!sum.name || view.section === 'admin' && by !== 'account' && !view.id
-  ? name(title_(sum, by)) : h('a', { href: by === 'account' ? link(['admin', sum.name])
-    : link(view.id ? own() : ['requests'], { [by]: sum.id }) }, name(sum.name)));
-
 // The pace is the last seven days', or the days since the first request if they are fewer.
 function pace(credits, dates, data) {
   const week = data.filter(({ day }) => dates.slice(-7).includes(day));
   const spent = week.reduce((sum, row) => sum + row.credits, 0);
   if (!spent) return 'Nothing was spent in the last 7 days.';
-  const first = week.at(-1).day; // rows come newest first
-  const days = credits.spent - spent > 1e-6 ? 7 : dates.length - dates.indexOf(first);
-  const daily = `${few(spent / days)} credits a day`;
-  if (credits.available === null) return `${daily} in the last ${days} days.`;
-  return `Lasts ${lasts(credits.available / spent * days)} at the pace of `
-    + `${days > 1 ? `the last ${days} days` : 'today'}: ${daily}.`;
+  const older = credits.spent - spent > 1e-6; // rows come newest first
+  const days = older ? 7 : dates.length - dates.indexOf(week.at(-1).day);
+  const at = `${days > 1 ? `the last ${days} days` : 'today'}: ${few(spent / days)} credits a day.`;
+  return credits.available === null ? `Spent ${at}`
+    : `Lasts ${lasts((credits.available / spent) * days)} at the pace of ${at}`;
 }
 const lasts = (days) => (days < 1 ? 'less than a day' : days > 3650 ? 'more than ten years'
   : `about ${count(Math.floor(days), 'day')}`);
 
 // ---- Chart -----------------------------------------------------------------------------
 // Stacked bars over `labels`; a line follows the pointer or the arrow keys and reads them out.
-function chart(title, labels, stacks, unit) {
+function chart(heading, labels, stacks, unit) {
   const totals = labels.map((_, i) => stacks.reduce((sum, { values }) => sum + values[i], 0));
-  const peak = Math.max(...totals);
-  const all = totals.reduce((a, b) => a + b, 0);
-  const [first, last] = [labels[0], labels.at(-1)];
-  const summary = all && unit.startsWith('m') ? `${labels.length} streams.`
-    : all ? `${number(all)} ${unit} in ${labels.length} days; most on `
-      + `${labels[totals.indexOf(peak)]}: ${number(peak)}.`
-      : `No ${unit} in ${labels.length} days.`;
-  if (!all) return h('p', { id: 'reading' }, summary);
+  const [peak, all] = [Math.max(...totals), totals.reduce((a, b) => a + b, 0)];
+  const summary = `${all ? number(all) : 'No'} ${unit} in ${labels.length} days`
+    + `${all ? `; most on ${labels[totals.indexOf(peak)]}: ${number(peak)}` : ''}.`;
+  const reading = h('p', { id: 'reading' }, summary);
+  if (!all) return reading;
   const scale = 10 ** Math.floor(Math.log10(peak));
   const top = scale * [1, 2, 4, 5, 8, 10].find((n) => n * scale >= peak * 0.9999);
-  const [step, high] = [100 / labels.length, (value) => (value / top) * 100];
-  const bars = [];
+  const step = 100 / labels.length;
   const line = h('line', { class: 'cursor', y1: 0, y2: '100%', visibility: 'hidden' });
-  labels.forEach((_, i) => stacks.reduce((below, { values }, shade) => {
-    if (!values[i]) return below;
-    const height = Math.max(high(values[i]), 0.5);
-    bars.push(h('rect', { class: `c${shade}`, x: `${(i + 0.1) * step}%`, width: `${step * 0.8}%`,
-      y: `${100 - below - height}%`, height: `${height}%` }));
-    return below + height;
-  }, 0));
-  const reading = h('p', { id: 'reading' }, summary);
+  const bars = labels.map((_, i) => {
+    let y = 100;
+    return stacks.map(({ values }, shade) => {
+      const height = values[i] && Math.max((values[i] / top) * 100, 0.5);
+      y -= height;
+      return height > 0 && h('rect', { class: `c${shade}`, x: `${(i + 0.1) * step}%`, y: `${y}%`,
+        width: `${step * 0.8}%`, height: `${height}%` });
+    });
+  });
   let place = labels.length - 1;
   const read = (i) => {
     place = Math.max(0, Math.min(labels.length - 1, i));
-    const x = `${(place + 0.5) * step}%`;
-    for (const [key, value] of Object.entries({ x1: x, x2: x, visibility: 'visible' })) {
-      line.setAttribute(key, value);
-    }
+    for (const end of ['x1', 'x2']) line.setAttribute(end, `${(place + 0.5) * step}%`);
+    line.setAttribute('visibility', 'visible');
     const parts = stacks.filter(({ values }) => values[place])
-      .map((stack) => `${stack.name} ${number(stack.values[place])}`);
-    const words = `${labels[place]}: ${number(totals[place])} ${unit}`
-      + `${parts.length > 1 ? ` (${parts.join(', ')})` : parts.length ? `, ${stacks.find(
-        ({ values }) => values[place]).name}` : ''}`;
-    reading.textContent = words;
+      .map(({ name: of, values }, _, { length }) => (length > 1 ? `${of} ${number(values[place])}` : of));
+    reading.textContent = `${labels[place]}: ${[`${number(totals[place])} ${unit}`, ...parts].join(', ')}`;
     plot.setAttribute('aria-valuenow', place);
-    plot.setAttribute('aria-valuetext', words);
+    plot.setAttribute('aria-valuetext', reading.textContent);
   };
   const leave = () => { reading.textContent = summary; line.setAttribute('visibility', 'hidden'); };
-  const keys = { ArrowLeft: () => place - 1, ArrowRight: () => place + 1, Home: () => 0,
-    End: () => labels.length - 1 };
-  const plot = h('div.plot', { id: 'chart', role: 'slider', tabindex: 0, 'aria-label': title,
-    'aria-valuemin': 0, 'aria-valuemax': labels.length - 1, 'aria-valuenow': place,
-    'aria-valuetext': summary,
-    onfocus: () => read(place), onblur: leave, onpointerleave: leave,
-    onpointermove: (event) => {
+  const steps = { ArrowLeft: -1, ArrowRight: 1, Home: -labels.length, End: labels.length };
+  const svg = h('svg', { 'aria-hidden': 'true' }, [0, 25, 50, 75, 100].map((at) => [
+    h('line', { class: 'rule', x2: '100%', y1: `${at}%`, y2: `${at}%` }),
+    h('text', { x: -6, y: `${at}%`, dy: '.32em' }, compact.format(top * (1 - at / 100)))]), bars, line);
+  const plot = h('div.plot', { id: 'chart', role: 'slider', tabindex: 0, 'aria-label': heading,
+    'aria-valuemin': 0, 'aria-valuemax': place, 'aria-valuenow': place, 'aria-valuetext': summary,
+    onfocus: () => read(place), onblur: leave, onpointerleave: leave, onpointermove: ({ clientX }) => {
       const { left, width } = svg.getBoundingClientRect();
-      read(Math.floor(((event.clientX - left) / width) * labels.length));
-    },
-    onkeydown: (event) => {
-      if (!Object.hasOwn(keys, event.key)) return;
+      read(Math.floor(((clientX - left) / width) * labels.length));
+    }, onkeydown: (event) => {
+      if (!Object.hasOwn(steps, event.key)) return;
       event.preventDefault();
-      read(keys[event.key]());
-    } });
-  const svg = h('svg', { 'aria-hidden': 'true' }, [0, 1, 2, 3, 4].flatMap((n) => [
-    h('line', { class: 'rule', x2: '100%', y1: `${n * 25}%`, y2: `${n * 25}%` }),
-    n < 4 && h('text', { x: -6, y: `${n * 25}%`, dy: '.32em' }, compact.format(top * (1 - n / 4)))]),
-  bars, line);
-  plot.append(svg);
-  return h('figure.chart', h('figcaption.soft', `${title}, in ${unit}`), plot,
-    h('p.ends.soft', { 'aria-hidden': 'true' }, h('span', first), h('span', last)), reading,
-    h('ul.legend', stacks.map((stack, i) => h('li', h(`i.c${i}`), name(stack.name)))));
+      read(place + steps[event.key]);
+    } }, svg);
+  return h('figure.chart', h('figcaption.soft', `${heading}, in ${unit}`), plot, h('p.ends.soft',
+    { 'aria-hidden': 'true' }, h('span', labels[0]), h('span', labels.at(-1))), reading,
+  h('ul.legend', stacks.map((stack, i) => h('li', h(`i.c${i}`), name(stack.name)))));
 }
 
 // ---- Requests --------------------------------------------------------------------------
-const REASONS = {
-  invalid_request: 'the request was not valid', content_policy_violation: 'refused by moderation',
-  insufficient_credits: 'too few credits', model_not_found: 'no such model',
-  not_found: 'nothing at this address', request_too_large: 'too large',
-  rate_limit_exceeded: 'too many requests', provider_unavailable: 'the provider failed',
-  overloaded: 'no room on this server', ledger_unavailable: 'the ledger could not be written',
-  internal_error: 'a fault of this server', client: 'you left before the end',
-  failed: 'the provider failed at the end', cut: 'the provider broke off', timeout: 'took too long',
-  drain: 'cut by a restart', lost: 'this server ended',
-};
-const reason = ({ code }) => code && (Object.hasOwn(REASONS, code) ? REASONS[code]
-  : code.replaceAll('_', ' '));
+const ENDINGS = new Map(Object.entries({ client: 'you left before the end', timeout: 'took too long',
+  failed: 'the provider failed at the end', cut: 'the provider broke off', drain: 'cut by a restart' }));
+const reason = ({ code }) => code && (ENDINGS.get(code) || code.replaceAll('_', ' '));
 const status = ({ state, status: code }) => (state === 'open' ? tag('soft', 'running')
   : tag(code < 400 ? 'good' : code < 500 ? 'warn' : 'bad', String(code || state)));
 const speed = (row) => (row.stream && row.output_tokens && row.duration_ms > row.ttfb_ms
@@ -8721,85 +8613,46 @@ function requestsCard() {
     key: text('key'), status: text('status'), failed: text('failed') };
   const bounded = Object.values(wanted).some(Boolean);
   const list = table('requests', 'Requests', [
-    ['Time', (row) => h('button.link', { type: 'button', onclick: () => receipt(row) },
-      moment(row.created))],
+    ['Time', (row) => press('link', moment(row.created), () => receipt(row))],
     ['Status', (row) => [status(row), ' ', h('span.soft', reason(row))]],
     ['Model', (row) => name(row.model || '–')], ['Key', (row) => name(row.key || '–')],
-    ['Tokens in', (row) => number(row.input_tokens), 'num rest'],
-    ['Tokens out', (row) => number(row.output_tokens), 'num rest'],
+    ['Tokens in', 'input_tokens', 'rest'], ['Tokens out', 'output_tokens', 'rest'],
     ['Credits', (row) => (row.estimated ? '≈ ' : '') + number(row.credits), 'num'],
     ['Duration', (row) => duration(row.duration_ms), 'num rest'],
   ], `No requests ${bounded ? 'like these' : 'yet'}.`);
   const shown = h('span.soft', { id: 'requests-count', role: 'status' });
-  const speeds = h('div', { id: 'speeds' });
-  const older = more('requests-more', () => guard(load(false)));
-  let rows = [];
-  // The newest page merged into the rows on show, or the page after the last of them.
-  async function load(fresh) {
-    const after = fresh ? null : rows.at(-1).id;
-    const page = await call(`${base}/requests${query({ limit: PAGE, after, ...wanted })}`);
-    const last = page.data.at(-1)?.id;
-    const known = new Set(rows.map(({ id }) => id));
-    if (!fresh) rows = rows.concat(page.data);
-    else if (page.data.some(({ id }) => known.has(id))) {
-      rows = page.data.concat(rows.filter(({ id }) => id < last));
-    } else rows = page.data;
-    if (!fresh || rows === page.data) older.hidden = !page.has_more;
+  const [load, more] = paged('requests-more', `${base}/requests`, (rows) => {
     list.fill(rows);
     shown.textContent = rows.length ? `${number(rows.length)} shown` : '';
-    const streams = rows.filter(speed).slice(0, 200).reverse();
-    const times = streams.map(({ created }) => clock.format(created * 1000));
-    const one = (title, of) => chart(title, times, [{ name: title, values: streams.map(of) }],
-      title.startsWith('T') && title.endsWith('byte') ? 'ms' : 'mean tokens/s');
-    if (streams.length) {
-      put(speeds, fold('Speed of these streams', one('Time to first byte', (row) => row.ttfb_ms),
-        one('Tokens per second', (row) => Math.round(speed(row)))));
-    }
-  }
+  }, PAGE, wanted);
+  more.prepend(shown);
+  more.append(press('', 'CSV, newest 200', () => guard(csv()), { id: 'csv' }));
   async function csv() {
-    const pages = [];
-    for (let after, full = true; full && pages.length < 50;) {
-      const answer = await send(`${base}/requests${query({ limit: 200, format: 'csv', after,
-        ...wanted })}`);
-      const lines = (await answer.text()).split(/\r?\n/).filter(Boolean);
-      after = lines.at(-1)?.split(',')[0];
-      full = lines.length > 200;
-      pages.push(...(pages.length ? lines.slice(1) : lines));
-    }
-    const href = URL.createObjectURL(new Blob([pages.map((line) => `${line}\r\n`).join('')],
-      { type: 'text/csv' }));
+    const answer = await send(`v1/${base}/requests${query({ limit: 200, format: 'csv', ...wanted })}`);
+    const href = URL.createObjectURL(await answer.blob());
     h('a', { download: 'requests.csv', href }).click();
     setTimeout(() => URL.revokeObjectURL(href), 1000);
   }
-  const filters = fold('Filter', form('filters', [
-    { name: 'since', label: 'From', type: 'date', value: text('since') },
-    { name: 'until', label: 'To', type: 'date', value: text('until') },
-    { name: 'model', label: 'Model', value: text('model') },
-    { name: 'key', label: 'Key', value: text('key') },
-    { name: 'status', label: 'Status', value: text('status'), inputmode: 'numeric', size: 4 },
-    { name: 'failed', label: 'failed', type: 'checkbox', value: text('failed') === 'true' },
-  ], 'Show', async (fields) => {
-    const hash = link(own(), fields);
-    if (location.hash === hash) await load(true);
-    location.hash = hash;
+  const own = (of, label, more) => field(of, label, text(of), more);
+  const filters = fold('Filter', form('filters', [own('since', 'From', { type: 'date' }),
+    own('until', 'To', { type: 'date' }), own('model', 'Model'), own('key', 'Key'),
+    own('status', 'Status', { inputmode: 'numeric', size: 4 }),
+    field('failed', 'failed', text('failed') === 'true', { type: 'checkbox' })], 'Show', (fields) => {
+    location.hash = link(here(), fields);
   }));
   filters.open = bounded || innerWidth > 720;
-  view.updates.push((changed) => changed && load(true));
-  return wide(view.id && 'Requests', filters, speeds, list, h('p.actions', shown, older, h('button', {
-    type: 'button', id: 'csv', onclick: () => guard(csv()) }, 'CSV of all these')));
+  view.updates.push((changed) => changed && load());
+  return wide(view.id && 'Requests', filters, list, more);
 }
 
 function receipt(row) {
-  const { stream, attempts, upstream } = row;
-  const tokens = [`${number(row.input_tokens)} in`, row.cached_tokens && `${number(row.cached_tokens)}`
-    + ' of them read from a cache', row.written_tokens && `${number(row.written_tokens)} written to one`,
-  `${number(row.output_tokens)} out`].filter(Boolean).join(', ');
   dialog('Receipt', pairs([
     ['Outcome', [status(row), ' ', reason(row) || (row.state === 'open' ? '' : 'answered')]],
-    ['When', `${iso(row.created)}`], ['Model', name(row.model || '–')], ['Key', name(row.key || '–')],
-    ['Asked', `/v1/${row.path || ''}${stream ? ', as a stream' : ''}`],
-    ['Answered by', upstream && `${upstream}${attempts > 1 ? `, at attempt ${attempts}` : ''}`],
-    ['Tokens', tokens], ['Images', row.images || null],
+    ['When', iso(row.created)], ['Model', name(row.model || '–')], ['Key', name(row.key || '–')],
+    ['Asked', `/v1/${row.path || ''}${row.stream ? ', as a stream' : ''}`],
+    ['Answered by', row.upstream && `${row.upstream}, at attempt ${row.attempts}`],
+    ['Tokens', `${number(row.input_tokens)} in${row.cached_tokens ? ` (${number(row.cached_tokens)
+    } of them from a cache)` : ''}, ${number(row.output_tokens)} out`], ['Images', row.images || null],
     ['Time', `${duration(row.ttfb_ms)} to the first byte, ${duration(row.duration_ms)} in all`],
     ['Speed', speed(row) ? `${few(speed(row))} tokens a second` : null],
     ['Cost', `${number(row.credits)} credits${row.estimated ? ', by an estimate' : ''}`],
@@ -8811,26 +8664,23 @@ const bound = () => session.me.demo || (!session.me.admin && Object.keys(session
 
 function termFields({ budget, expires, models, limits, metrics } = {}) {
   const offered = new Set([...view.account.models.map(({ id }) => id), ...(models || [])]);
-  return [
-    { name: 'credits', label: 'Budget, credits', type: 'number', step: 'any', min: 0,
-      value: budget?.credits },
-    { name: 'per', label: 'Budget per', value: budget?.per, options: [['day'], ['month'], ['total']] },
-    { name: 'expires', label: 'Expires', value: expires, placeholder: '2027-01-31',
-      type: expires?.includes('T') ? 'text' : 'date' },
-    { name: 'rate', label: 'Rate', value: limits?.rate, placeholder: '60/minute' },
-    { name: 'concurrent', label: 'At once', type: 'number', min: 1, value: limits?.concurrent },
-    { name: 'models', label: 'Models (none: all)', multiple: true, size: 4, value: models || [],
-      options: [...offered].map((id) => [id]) },
-    session.me.admin && { name: 'metrics', label: 'reads /metrics only', type: 'checkbox',
-      value: Boolean(metrics) },
-  ].filter(Boolean);
+  const amount = { type: 'number', step: 'any', min: 0 };
+  return [field('credits', 'Budget, credits', budget?.credits, amount),
+    field('per', 'Budget per', budget?.per, { options: [['day'], ['month'], ['total']] }),
+    field('expires', 'Expires', expires, { type: expires?.includes('T') ? 'text' : 'date' }),
+    field('rate', 'Rate', limits?.rate, { placeholder: '60/minute' }),
+    field('concurrent', 'At once', limits?.concurrent, { type: 'number', min: 1 }),
+    field('models', 'Models (none: all)', models || [], { multiple: true, size: 4,
+      options: [...offered].map((id) => [id]) }),
+    session.me.admin && field('metrics', 'reads /metrics only', Boolean(metrics),
+      { type: 'checkbox' })];
 }
 
 const keyBody = ({ name: called, admin, credits, per, expires, rate, concurrent, models, metrics }) => ({
-  name: called, admin: admin || undefined, metrics: metrics || (metrics === false ? null : undefined),
+  name: called, admin: admin || undefined, metrics: session.me.admin ? metrics || null : undefined,
   budget: credits ? { credits: Number(credits), per } : null, expires: expires || null,
   models: models.length ? models : null, limits: rate || concurrent
-    ? { rate: rate || null, concurrent: concurrent ? Number(concurrent) : null } : null });
+    ? { rate: rate || null, concurrent: Number(concurrent) || null } : null });
 
 function keysCard() {
   const { base } = view;
@@ -8839,175 +8689,116 @@ function keysCard() {
   const terms = ({ expires, models, limits, metrics }) => [expires && `until ${expires}`,
     models && `only ${models.join(', ')}`, limits?.rate,
     limits?.concurrent && `${limits.concurrent} at once`, metrics && 'metrics'].filter(Boolean);
-  const act = (kind, words, key, onclick) => h(`button.${kind}`, { type: 'button', onclick,
-    'aria-label': `${words} ${key.name}` }, words);
+  const act = (kind, words, key, work) => press(kind, words, () => work(key),
+    { 'aria-label': `${words} ${key.name}` });
   const list = table('keys', 'API keys', [
     ['Name', (key) => h('span', name(key.name), ours(key) && [' ', tag('good', 'signed in')],
-      key.admin && [' ', tag('warn', 'admin')],
-      terms(key).map((words) => [' ', tag('soft', words)]))],
+      key.admin && [' ', tag('warn', 'admin')], terms(key).map((words) => [' ', tag('soft', words)]))],
     ['Key', (key) => h('code', key.hint || '–')],
     ['Budget', (key) => (key.budget ? budgetGauge(key.budget) : '–')],
     ['Created', (key) => moment(key.created, calendar)],
     ['Last used', (key) => moment(key.last_used)], ['Kept in', (key) => key.source],
     ['Change', (key) => (key.revoked ? h('span.soft', 'revoked')
       : bound() || (key.admin && !session.me.admin) ? '' : h('span.pair',
-        key.source !== 'keys.json' && act('edit', 'Edit', key, () => edit(key)),
-        act('danger', 'Revoke', key, () => revoke(key))))],
+        key.source !== 'keys.json' && act('edit', 'Edit', key, edit),
+        act('danger', 'Revoke', key, revoke)))],
   ], 'This account has no keys.');
-  let rest = [];
-  const next = more('keys-more', () => guard((async () => {
-    const page = await call(`${base}/keys${query({ after: [...view.account.keys, ...rest].at(-1).id })}`);
-    rest = rest.concat(page.data);
-    next.hidden = !page.has_more;
-    show();
-  })()));
-  const show = () => {
-    if (!rest.length) next.hidden = !view.account.more_keys;
-    list.fill(view.account.keys.concat(rest));
-  };
-  const reload = async () => {
-    view.account = await call(base);
-    show();
-  };
-  function edit(key) {
-    const box = dialog(['Edit ', name(key.name)], form('edit-form', [{ name: 'name', label: 'Name',
-      value: key.name, required: true }, ...termFields(key)], 'Save', async (fields) => {
-      await call(path(key), 'PATCH', keyBody(fields));
-      box.close();
-      await reload();
-    }));
-  }
-  function revoke(key) {
-    const box = dialog('Revoke this key?', h('p', { id: 'ask-text' }, name(key.name), ' ',
-      h('code', key.hint), ' stops working at once, for good.',
-      ours(key) && ' You are signed in with it.'), form('revoke-form', [], 'Revoke', async () => {
-      await call(path(key), 'DELETE');
-      if (ours(key)) return signOut('You were signed out: you revoked the key you were using.');
-      box.close();
-      return reload();
-    }));
-  }
-  async function make(fields) {
+  const [load, more] = paged('keys-more', `${base}/keys`, list.fill);
+  const edit = (key) => ask('edit-form', ['Edit ', name(key.name)], [field('name', 'Name', key.name,
+    { required: true }), termFields(key)], 'Save', async (fields) => {
+    await call(path(key), 'PATCH', keyBody(fields));
+    await open();
+  });
+  const revoke = (key) => ask('revoke-form', 'Revoke this key?', h('p', { id: 'ask-text' },
+    name(key.name), ' ', h('code', key.hint), ' stops working at once, for good.',
+    ours(key) && ' You are signed in with it.'), 'Revoke', async () => {
+    await call(path(key), 'DELETE');
+    if (ours(key)) signOut('You were signed out: you revoked the key you were using.');
+    else await open();
+  });
+  const maker = form('key-form', [field('name', 'Name of the new key', '', { required: true,
+    maxlength: 300, autocomplete: 'off' }), session.me.admin && field('admin', 'admin', false,
+    { type: 'checkbox' }), fold('Budget, expiry, models, limits', h('div.row', termFields()))],
+  'Make key', async (fields) => {
     const made = await call(`${base}/keys`, 'POST', keyBody(fields));
-    maker.reset();
-    const secret = h('code.secret', { id: 'made-key' }, made.key);
-    const box = dialog(['New key ', name(made.name)], h('p', 'Copy it now: it is not shown again.'),
-      secret, copyButton('new key', () => made.key), h('h3', 'Ready to paste'),
-      snippets(made.key, (made.models || view.account.models.map(({ id }) => id))[0] || 'MODEL'));
-    box.id = 'made';
-    await reload();
-  }
-  const maker = form('key-form', [{ name: 'name', label: 'Name of the new key', required: true,
-    maxlength: 300, autocomplete: 'off' }, session.me.admin && { name: 'admin', label: 'admin',
-    type: 'checkbox', value: false }, fold('Budget, expiry, models, limits',
-    h('div.row', termFields().map(field)))].filter(Boolean), 'Make key', make);
-  view.updates.push(show);
-  show();
-  return wide(view.id && 'API keys', !bound() && maker, list, h('p.actions', next));
+    await open();
+    const ready = h('div', h('h3', 'Ready to paste'));
+    dialog(['New key ', name(made.name)], h('p', 'Copy it now: it is not shown again.'), h('code.secret',
+      { id: 'made-key' }, made.key), copyButton('new key', () => made.key), ready);
+    ready.append(...await snippets(made.key, made.models?.[0] || view.account.models[0]?.id));
+  });
+  view.updates.push(() => guard(load()));
+  return wide(view.id && 'API keys', !bound() && maker, list, more);
 }
-
-function snippets(key, model) {
-  const base = `${location.origin}/v1`;
-  const ask = { model, messages: [{ role: 'user', content: 'Hello!' }] };
-  const shell = (text) => `'${text.replaceAll("'", "'\\''")}'`;
-  return Object.entries({
-    cURL: `curl ${base}/chat/completions \\\n  -H "Authorization: Bearer ${key}" \\\n`
-      + `  -H "Content-Type: application/json" \\\n  -d ${shell(JSON.stringify(ask))}`,
-    Python: `from openai import OpenAI\n\nclient = OpenAI(api_key="${key}", base_url="${base}")\n`
-      + `answer = client.chat.completions.create(\n    model=${JSON.stringify(model)},\n`
-      + '    messages=[{"role": "user", "content": "Hello!"}],\n)\n'
-      + 'print(answer.choices[0].message.content)',
-    Node: `const response = await fetch("${base}/chat/completions", {\n  method: "POST",\n  headers: {`
-      + ` "Authorization": "Bearer ${key}", "Content-Type": "application/json" },\n`
-      + `  body: JSON.stringify(${JSON.stringify(ask)}),\n});\nconsole.log(await response.json());`,
-    'Environment variables': `export OPENAI_API_KEY="${key}"\nexport OPENAI_BASE_URL="${base}"\n`
-      + `export ANTHROPIC_AUTH_TOKEN="${key}"\nexport ANTHROPIC_BASE_URL="${location.origin}"`,
-  }).map(([title, text]) => fold(title, copyable(title, text)));
+// The documentation's own examples, with this key in them and a model that it may use.
+async function snippets(key, model) {
+  const page = new DOMParser().parseFromString(await (await fetch('/')).text(), 'text/html');
+  const of = page.querySelector('main').dataset;
+  return ['curl-chat', 'python-requests', 'javascript-fetch', 'env'].map((id) => {
+    const text = page.getElementById(id).textContent.replaceAll(of.key, key)
+      .replaceAll(`"${of.model}"`, JSON.stringify(model)).trim();
+    return fold(id.split('-')[0], h('figure.example', h('pre', { tabindex: 0 }, text),
+      copyButton(id, () => text)));
+  });
 }
 
 // ---- Admin -----------------------------------------------------------------------------
 function adminCards() {
-  const sums_ = h('div', { id: 'totals' });
-  const low = h('div', { id: 'low' });
-  const asleep = h('div', { id: 'upstreams' });
+  const [totals, low, asleep] = ['totals', 'low', 'upstreams'].map((id) => h('div', { id }));
+  const opened = ({ id }) => anchor(link(['admin', id]), name(id));
   const list = table('accounts', 'All accounts', [
-    ['Account', (row) => h('span', h('a', { href: link(['admin', row.id]) }, name(row.id)),
-      row.admin && [' ', tag('warn', 'admin')], row.closed && [' ', tag('soft', 'closed')])],
-    ['Keys', (row) => number(row.keys), 'num'],
+    ['Account', (row) => h('span', opened(row), row.admin && [' ', tag('warn', 'admin')],
+      row.closed && [' ', tag('soft', 'closed')])], ['Keys', 'keys'],
     ...['granted', 'spent', 'held', 'available'].map((part) => [part === 'available' ? 'Left'
-      : part[0].toUpperCase() + part.slice(1), (row) => balance(row.credits[part]), 'num']),
-    ['In 7 days', (row) => few(row.week.credits), 'num'],
-    ['Lasts', (row) => (row.lasts === null ? '–'
+      : title(part), (row) => balance(row.credits[part]), 'num']),
+    ['In 7 days', (row) => few(row.week.credits), 'num'], ['Lasts', (row) => (row.lasts === null ? '–'
       : h('span', { class: row.lasts < 14 ? 'bad' : '' }, lasts(row.lasts))), 'num'],
     ['Refused, 7 days', (row) => number(row.week.refused), 'num'],
   ], 'There are no accounts.');
-  let rows = [];
-  const next = more('accounts-more', () => guard(load(rows.at(-1).id)));
-  const order = { name: () => 0, spent: (a, b) => b.week.credits - a.week.credits,
-    'days left': (a, b) => (a.lasts ?? 1e12) - (b.lasts ?? 1e12),
-    refused: (a, b) => b.week.refused - a.week.refused };
-  const sorter = field({ name: 'order', label: 'Sort by', options: Object.keys(order).map((k) => [k]),
-    onchange: () => show() });
-  const show = () => list.fill([...rows].sort(order[sorter.querySelector('select').value]));
-  async function load(after) {
-    const [page, usage] = await Promise.all([call(`accounts${query({ limit: 500, after })}`),
-      call('usage?days=7&by=account')]);
-    const weeks = new Map(usage.data.map((row) => [row.account, row]));
-    const made = page.data.map((row) => {
-      const week = weeks.get(row.id) || { credits: 0, refused: 0 };
+  const [load, more] = paged('accounts-more', 'accounts', async (entries) => {
+    const weeks = new Map((await call('usage?days=7&by=account')).data.map((row) => [row.account, row]));
+    const rows = entries.map((row) => {
+      const week = weeks.get(row.id) || { credits: 0, refused: 0, failed: 0 };
       const left = row.credits.available;
       return { ...row, week, lasts: left !== null && week.credits ? (left / week.credits) * 7 : null };
     });
-    rows = after ? rows.concat(made) : made;
-    next.hidden = !page.has_more;
-    show();
+    list.fill(rows);
     const sum = (of) => number(rows.reduce((all, row) => all + (of(row) || 0), 0));
-    put(sums_, pairs([['Accounts', number(rows.length) + (page.has_more ? ' and more' : '')],
-      ['Keys', sum((row) => row.keys)], ['Granted', sum((row) => row.credits.granted)],
-      ['Spent', sum((row) => row.credits.spent)], ['Held', sum((row) => row.credits.held)],
-      ['Left', sum((row) => row.credits.available)], ['Spent in 7 days', sum((row) => row.week.credits)],
-      ['Refused in 7 days', sum((row) => row.week.refused)],
-      ['Failed in 7 days', sum((row) => row.week.failed)]]));
-    const soon = rows.filter((row) => row.lasts !== null && row.lasts < 14)
+    put(totals, pairs([['Accounts', number(rows.length)], ['Keys', sum((row) => row.keys)],
+      ...['granted', 'spent', 'held', 'available'].map((part) =>
+        [title(part), sum((row) => row.credits[part])]), ...['credits', 'refused', 'failed'].map(
+        (part) => [`${title(part)} in 7 days`, sum((row) => row.week[part])])]));
+    const soon = rows.filter(({ lasts: left }) => left !== null && left < 14)
       .sort((a, b) => a.lasts - b.lasts).slice(0, 10);
-    put(low, soon.length ? h('ul', soon.map((row) => h('li', h('a', { href: link(['admin', row.id]) },
-      name(row.id)), ` ${number(row.credits.available)} left, lasts ${lasts(row.lasts)}`)))
+    put(low, soon.length ? h('ul', soon.map((row) => h('li', opened(row),
+      ` ${number(row.credits.available)} left, lasts ${lasts(row.lasts)}`)))
       : h('p.soft', 'No account runs out within 14 days at the pace of the last 7.'));
-  }
-  // Of the worker that answers, as Prometheus is told it.
+  }, 500);
+  // As Prometheus is told it, by the worker that answers.
   async function upstreams() {
-    const text = await (await fetch('/metrics', { signal: view.stop.signal, headers: {
-      Authorization: `Bearer ${session.key}` } })).text();
-    const found = [...text.matchAll(/^proxy_upstream_resting\{upstream=("(?:[^"\\]|\\.)*")\} (\d)$/gm)];
-    put(asleep, h('ul', found.map(([, label, rests]) => h('li', name(JSON.parse(label)), ' ',
+    const text = await (await send('metrics')).text();
+    const found = text.matchAll(/^proxy_upstream_resting\{upstream=("(?:[^"\\]|\\.)*")\} (\d)$/gm);
+    put(asleep, h('ul', [...found].map(([, label, rests]) => h('li', name(JSON.parse(label)), ' ',
       rests === '1' ? tag('bad', 'rests: it could not be reached') : tag('good', 'in use')))));
   }
-  view.updates.push((changed) => changed && Promise.all([guard(load()), guard(upstreams())]));
-  return [card('Totals', sums_), h('div', card('Balances running out', low), card('Upstreams', asleep)),
-    wide('All accounts', form('account-form', [{ name: 'id', label: 'Name of the new account',
-      required: true, autocomplete: 'off' }, { name: 'credits', label: 'Credits', type: 'number',
-      step: 'any', min: 0, value: 0 }], 'Make account', async ({ id, credits }) => {
-      await call('accounts', 'POST', { id, credits: Number(credits) });
-      location.hash = link(['admin', id]);
-    }), h('div.row.picks', sorter), list, h('p.actions', next)),
-    spendingCard('usage', ['account', 'model'])];
+  view.updates.push((changed) => changed && guard(Promise.all([load(), upstreams()])));
+  const maker = form('account-form', [field('id', 'Name of the new account', '', { required: true,
+    autocomplete: 'off' }), field('credits', 'Credits', 0, { type: 'number', step: 'any', min: 0 })],
+  'Make account', async ({ id, credits }) => {
+    await call('accounts', 'POST', { id, credits: Number(credits) });
+    location.hash = link(['admin', id]);
+  });
+  return [card('Totals', totals), h('div', card('Balances running out', low), card('Upstreams', asleep)),
+    wide('All accounts', maker, list, more), spendingCard('usage', ['account', 'model'])];
 }
 
 function accountCards() {
-  const { base, account } = view;
+  const { base } = view;
   const grants = table('grants', 'Grants', [['When', (row) => moment(row.created)],
-    ['Credits', (row) => number(row.credits), 'num'], ['Note', (row) => name(row.note || '')]],
-  'Nothing was granted here.');
-  const older = more('grants-more', () => guard(load(rows.at(-1).id)));
-  let rows = [];
-  async function load(after) {
-    const page = await call(`${base}/grants${query({ limit: 10, after })}`);
-    rows = after ? rows.concat(page.data) : page.data;
-    older.hidden = !page.has_more;
-    grants.fill(rows);
-  }
-  const giver = form('grant-form', [{ name: 'credits', label: 'Grant credits (below 0: take back)',
-    type: 'number', step: 'any', required: true }, { name: 'note', label: 'Note', maxlength: 200 }],
+    ['Credits', 'credits'], ['Note', (row) => name(row.note || '')]], 'Nothing was granted here.');
+  const [load, more] = paged('grants-more', `${base}/grants`, grants.fill, 10);
+  const giver = form('grant-form', [field('credits', 'Grant credits (below 0: take back)', '',
+    { type: 'number', step: 'any', required: true }), field('note', 'Note', '', { maxlength: 200 })],
   'Grant', async ({ credits, note }) => {
     await call(`${base}/grants`, 'POST', { credits: Number(credits), note });
     giver.reset();
@@ -9015,45 +8806,40 @@ function accountCards() {
     schedule(0);
     return `Granted ${number(Number(credits))}.`;
   });
-  const closer = h('button.danger', { type: 'button', id: 'close', onclick: () => {
-    const box = dialog('Close this account?', h('p', 'Its keys stop working at once. What it spent '
-      + 'stays on record.'), form('close-form', [], 'Close the account', async () => {
-      await call(base, 'DELETE');
-      box.close();
-      location.hash = link(['admin']);
-    }));
-  } }, 'Close the account');
+  const close = () => ask('close-form', 'Close this account?', h('p',
+    'Its keys stop working at once. What it spent stays on record.'), 'Close the account', async () => {
+    await call(base, 'DELETE');
+    location.hash = link(['admin']);
+  });
   guard(load());
-  return [balanceCard(account.closed && tag('soft', 'closed')), card('Grants and corrections', giver,
-    grants, h('p.actions', older)), spendingCard(), keysCard(), requestsCard(),
-  wide('', h('p.actions', h('a', { href: link(['admin']) }, 'All accounts'), closer))];
+  return [balanceCard(view.account.closed && tag('soft', 'closed')), card('Grants and corrections',
+    giver, grants, more), spendingCard(), keysCard(), requestsCard(),
+  wide('', h('p.actions', anchor(link(['admin']), 'All accounts'),
+    press('danger', 'Close the account', close, { id: 'close' })))];
 }
 
 // ---- Playground ------------------------------------------------------------------------
-const MOST_SHOWN = 200000; // characters of an answer, so that the page stays quick
-const MOST_BLOCKS = 200;
-
+const MOST_SHOWN = 100000; // characters of an answer: the page stays quick
 // Writes a text into a node as paragraphs and code blocks while it comes, as text alone.
 function prose(node) {
-  let [block, code, begun, line, shown, blocks] = [null, false, false, '', 0, 0];
+  let [block, code, begun, line, shown] = [null, false, false, '', 0];
   const add = (made) => { node.append(made); return made; };
   return (piece) => {
     if (shown > MOST_SHOWN) return;
     shown += piece.length;
     if (shown > MOST_SHOWN) {
       add(h('p.soft', `Only the first ${number(MOST_SHOWN)} characters are shown; Copy has all.`));
-      piece = piece.slice(0, Math.max(0, MOST_SHOWN - shown + piece.length));
+      piece = piece.slice(0, MOST_SHOWN - shown);
     }
     for (const part of piece.split(/(?<=\n)/)) {
       line += part;
       const whole = line.endsWith('\n');
       if (!begun && !whole && line.length < 100 && /^ {0,3}`/.test(line)) continue; // a fence?
-      if (!begun && whole && /^ {0,3}```/.test(line) && (code || blocks < MOST_BLOCKS)) {
+      if (!begun && whole && /^ {0,3}```/.test(line)) {
         code = !code;
-        block = code ? h('pre', { tabindex: 0 }) : null;
-        const text = block;
-        if (code) add(h('figure.example', block, copyButton('code', () => text.textContent)));
-        blocks += 1;
+        const pre = code && h('pre', { tabindex: 0 });
+        block = pre || null;
+        if (pre) add(h('figure.example', pre, copyButton('code', () => pre.textContent)));
       } else if (!begun && whole && !code && !line.trim()) block = null;
       else { // where it may break: Chromium takes 20 s to break 200,000 letters in a row
         (block ??= add(h('p', { dir: 'auto' }))).append(
@@ -9064,7 +8850,6 @@ function prose(node) {
     }
   };
 }
-
 // Server-sent events: one JSON object a data line; an error object or a missing [DONE] means
 // that the answer is not whole.
 async function readStream(body, take) {
@@ -9075,8 +8860,7 @@ async function readStream(body, take) {
     if (done) throw new Error('The answer broke off.');
     const lines = (rest + value).split('\n');
     rest = lines.pop();
-    for (const line of lines) {
-      if (!line.startsWith('data:')) continue;
+    for (const line of lines.filter((each) => each.startsWith('data:'))) {
       const data = line.slice(5).trim();
       if (data === '[DONE]') return;
       const event = JSON.parse(data);
@@ -9085,102 +8869,79 @@ async function readStream(body, take) {
     }
   }
 }
-
-// An image model answers with addresses and nothing else: they are shown as pictures.
-function pictures(text, model) {
-  const links = text.trim().split(/\s+/);
-  if (!links.every((src) => /^(https:[/][/]|data:image[/])[^ ]+$/.test(src))) return null;
-  return links.map((src) => h('figure', h('img', { src, alt: `Picture by ${model}`,
-    referrerpolicy: 'no-referrer' }), h('figcaption', h('a', { href: src, target: '_blank',
-    rel: 'noreferrer noopener', download: 'picture' }, 'Save the picture'))));
-}
-
 function playgroundCard() {
   const { models } = session.me;
-  const priced = (model) => session.me.models.find(({ id }) => id === model)?.price;
   const log = h('div', { id: 'log', role: 'log', 'aria-label': 'Conversation', tabindex: 0 });
-  let history_ = [];
-  const wild = models.some(({ id }) => id.endsWith('*'));
-  const model_ = { id: 'play-model', name: 'model', label: 'Model' };
-  Object.assign(model_, wild ? { list: 'play-models', value: models[0].id, required: true }
-    : { options: models.map(({ id }) => [id]) });
-
+  let past = [];
   async function play({ model, message, system, temperature, most, stop }) {
-    if (!message) return '';
-    const said = h('div', { class: 'said' });
-    const [thoughts, answer, told] = [h('div'), h('div.answer'), h('p.soft.told')];
+    if (!message) return;
+    const [mine, started, asked] = [session, performance.now(), { role: 'user', content: message }];
+    const [said, thoughts, answer] = [h('div.said'), h('div'), h('div.answer')];
     const reasoning = h('details.thoughts', { hidden: true }, h('summary', 'Reasoning'), thoughts);
-    prose(said)(message);
+    const told = h('p.soft.told');
     log.append(h('article.turn', said, reasoning, answer, told));
-    const write = [prose(thoughts), prose(answer)];
-    const draws = priced(model)?.image != null;
-    const asked = { role: 'user', content: message };
-    const started = performance.now();
-    const body = { model, stream: true, messages: [...(system ? [{ role: 'system',
-      content: system }] : []), ...history_, asked] };
-    if (temperature) body.temperature = Number(temperature);
-    if (most) body.max_tokens = Number(most);
-    if (stop) body.stop = [stop];
+    prose(said)(message);
+    const [think, write] = [prose(thoughts), prose(answer)];
+    const draws = models.find(({ id }) => id === model)?.price.image != null;
+    const messages = [...(system ? [{ role: 'system', content: system }] : []), ...past, asked];
+    const body = { model, stream: true, messages, temperature: temperature ? Number(temperature)
+      : undefined, max_tokens: Number(most) || undefined, stop: stop ? [stop] : undefined };
     let [text, id] = ['', null];
-    const mine = session;
     mine.playing = new AbortController();
     sheet.elements.message.value = '';
-    said.scrollIntoView({ block: 'nearest' });
     halt.disabled = false;
+    said.scrollIntoView({ block: 'nearest' });
     try {
-      const response = await send('chat/completions', 'POST', body, mine.playing.signal);
+      const response = await send('v1/chat/completions', 'POST', body, mine.playing.signal);
       id = response.headers.get('x-request-id');
-      await readStream(response.body, (delta) => {
-        const thought = delta.reasoning_content || delta.reasoning;
-        if (thought) { reasoning.hidden = false; write[0](thought); }
-        if (delta.content) { text += delta.content; if (!draws) write[1](delta.content); }
+      await readStream(response.body, ({ content, reasoning_content: deep, reasoning: other }) => {
+        if (deep || other) reasoning.hidden = Boolean(think(deep || other));
+        text += content || '';
+        if (content && !draws) write(content);
       });
-      history_.push(asked, { role: 'assistant', content: text });
     } catch (error) {
       if (session !== mine) throw error;
-      const stopped = error.name === 'AbortError';
-      told.append(stopped ? 'Stopped. ' : h('span.bad', `${error.message} `));
+      told.append(error.name === 'AbortError' ? 'Stopped. ' : h('span.bad', `${error.message} `));
       if (!text) sheet.elements.message.value ||= message;
-      else history_.push(asked, { role: 'assistant', content: text });
     } finally {
       mine.playing = null;
       halt.disabled = true;
     }
-    const shown = draws && pictures(text, model);
-    if (shown) answer.append(...shown);
-    else if (draws) write[1](text);
-    write[1]('\n');
+    if (text) past.push(asked, { role: 'assistant', content: text });
+    // An image model answers with an address and nothing else: it is shown as a picture.
+    const src = draws && /^(https:[/][/]|data:image[/])\S+$/.exec(text.trim())?.[0];
+    if (src) answer.append(h('img', { src, alt: `Picture by ${model}`, referrerpolicy: 'no-referrer' }),
+      h('p', h('a', { href: src, download: 'picture', rel: 'noreferrer' }, 'Save the picture')));
+    else write(draws ? text : '\n');
     if (text) told.append(copyButton('answer', () => text), ' ');
     sheet.elements.message.focus({ preventScroll: true });
     schedule(0);
-    if (!id) return '';
-    const row = await call(`account/requests/${id}`, 'GET', undefined, null);
-    told.append(`${count(row.input_tokens, 'token')} in, ${number(row.output_tokens)} out, `
+    const row = id && await call(`account/requests/${id}`, 'GET', undefined, null);
+    if (row) told.append(`${count(row.input_tokens, 'token')} in, ${number(row.output_tokens)} out, `
       + `${number(row.credits)} credits, ${duration(performance.now() - started)}`
       + `${speed(row) ? `, ${few(speed(row))} tokens a second` : ''}.`);
-    return '';
   }
-
-  const halt = h('button', { type: 'button', id: 'play-stop', disabled: true,
-    onclick: () => session.playing?.abort() }, 'Stop');
-  const sheet = form('play-form', [model_, fold('System prompt, temperature, stop', h('div.row', [
-    { name: 'system', label: 'System prompt', rows: 2, class: 'long' },
-    { name: 'temperature', label: 'Temperature', type: 'number', min: 0, max: 2, step: 0.1 },
-    { name: 'most', label: 'Output tokens, at most', type: 'number', min: 1 },
-    { name: 'stop', label: 'Stop at' }].map(field))),
-  { id: 'play-message', name: 'message', label: 'Message (Enter sends, Shift+Enter breaks the line)',
+  const halt = press('', 'Stop', () => session.playing?.abort(), { id: 'play-stop', disabled: true });
+  const wild = models.some(({ id }) => id.endsWith('*'));
+  const sheet = form('play-form', [field('model', 'Model', models[0]?.id, { id: 'play-model', ...(wild
+    ? { list: 'play-models', required: true } : { options: models.map(({ id }) => [id]) }) }),
+  fold('System prompt, temperature, stop', h('div.row',
+    field('system', 'System prompt', '', { rows: 2, class: 'long' }),
+    field('temperature', 'Temperature', '', { type: 'number', min: 0, max: 2, step: 0.1 }),
+    field('most', 'Output tokens, at most', '', { type: 'number', min: 1 }), field('stop', 'Stop at'))),
+  field('message', 'Message (Enter sends, Shift+Enter breaks the line)', '', { id: 'play-message',
     rows: 3, required: true, dir: 'auto', class: 'long', onkeydown: (event) => {
       if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return;
       event.preventDefault();
       sheet.requestSubmit();
-    } }], 'Send', play, halt, h('button', { type: 'button', id: 'play-new', onclick: () => {
+    } })], 'Send', play, halt, press('', 'New conversation', () => {
     session.playing?.abort();
-    history_ = [];
+    past = [];
     log.replaceChildren();
-  } }, 'New conversation'));
+  }, { id: 'play-new' }));
   return wide('', h('p.soft', 'Talks to a model with the key you signed in with: each turn counts and '
-    + 'costs like any other request.'), log, sheet, wild && h('datalist', { id: 'play-models' },
-    models.map(({ id }) => h('option', { value: id }))));
+    + 'costs like any other request.'), log, sheet, h('datalist', { id: 'play-models' },
+    wild && models.map(({ id }) => h('option', { value: id }))));
 }
 
 // ---- Wiring ----------------------------------------------------------------------------

@@ -7982,7 +7982,7 @@ h2 { margin: 0 0 .75rem; font-size: 1.25rem; line-height: 1.3; } p { margin: 0 0
 caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .skip { position: absolute; left: -99rem; padding: .5rem 1rem; background: var(--card); }
 .skip:focus { left: 0; }
-code, pre, .name, .endpoint, h1, h2, dd, .big, .turn, output, dialog p { overflow-wrap: anywhere; }
+code, pre, .name, .endpoint, h1, h2, .big, .turn, output, dialog p { overflow-wrap: anywhere; }
 
 /* Frame */
 .top, .head, .actions, .row, .pair, .legend { display: flex; flex-wrap: wrap; align-items: center;
@@ -8052,9 +8052,9 @@ td > code, .codes td:first-child, td time, .tag { white-space: nowrap; }
   .stack td { min-width: 0; padding: 0; text-align: start !important; overflow-wrap: anywhere; }
   .stack td[data-label]::before { content: attr(data-label); display: block; color: var(--soft);
     font-size: .75rem; }
-  .stack time { white-space: normal; }
   .stack td:only-child, .stack:not(#requests) td:first-child { grid-column: 1 / -1; }
-  #requests td::before, #requests .rest { display: none; }
+  #requests td::before, .stack .rest { display: none; } #requests .name { max-height: 1.5em; }
+  #requests tr { grid-template-columns: max-content 1fr 1fr; }
   .codes tbody tr { display: grid; grid-template-columns: max-content 1fr; padding: .4rem 0; }
   .codes tr > :last-child { grid-column: 1 / -1; }
   .prices th, .prices td { padding: .4rem .15rem; font-size: .8rem; }
@@ -8295,8 +8295,9 @@ const gauge = (label, value, max, used, words) => h('div.gauge', h('meter', { mi
   'aria-label': label }), h('span', words));
 
 const decimals = new Intl.NumberFormat('en', { maximumFractionDigits: 6 });
+const whole = new Intl.NumberFormat('en', { maximumFractionDigits: 1 });
 const compact = new Intl.NumberFormat('en', { notation: 'compact', maximumSignificantDigits: 3 });
-const number = (value) => decimals.format(value || 0);
+const number = (value) => (value > 9999 ? whole : decimals).format(value || 0);
 const few = (value) => number(Number((value || 0).toPrecision(3)));
 const balance = (value) => (value === null ? 'unlimited' : number(value));
 const count = (n, word) => `${number(n)} ${word}${n === 1 ? '' : 's'}`;
@@ -8308,7 +8309,6 @@ const moment = (seconds, format = clock) => (seconds == null ? '–'
   : h('time', { datetime: iso(seconds), title: iso(seconds) }, format.format(seconds * 1000)));
 const duration = (ms) => (ms == null ? '–'
   : ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);
-const count = (n, word) => `${number(n)} ${word}${n === 1 ? '' : 's'}`;
 
 function notice(message, bad = false) {
   Object.assign($('notice'), { textContent: message, hidden: !message });
@@ -8508,7 +8508,7 @@ function spendingCard(usage = `${view.base}/usage`, groups = ['model', 'key']) {
         : link(view.id ? here() : ['requests'], { [by]: sum.id }), name(sum.name)));
     put(picture, chart(`${title(show)} by day`, dates, stacks, show));
     put(beneath, table('sums', `By ${by}`, [[title(by), linked],
-      ...COUNTS.map((each) => [title(each), each])], 'Nothing was used.').fill(all));
+      ...COUNTS.map((each) => [title(each), each, /cached|images/.test(each) ? 'rest' : ''])], 'Nothing was used.').fill(all));
     put(days, table('by-day', `${title(show)} by day`, [['Day (UTC)', (row) => row.id],
       ...stacks.map((stack, i) => [stack.name, ({ values }) => number(values[i]), 'num']),
       ['All', ({ values }) => number(values.reduce((a, b) => a + b, 0)), 'num']], 'Nothing.')
@@ -8552,7 +8552,7 @@ function chart(heading, labels, stacks, unit) {
   const reading = h('p', { id: 'reading' }, summary);
   if (!all) return reading;
   const scale = 10 ** Math.floor(Math.log10(peak));
-  const top = scale * [1, 2, 4, 5, 8, 10].find((n) => n * scale >= peak * 0.9999);
+  const top = scale * [1, 1.2, 1.6, 2, 2.4, 3.2, 4, 5, 6, 8, 10].find((n) => n * scale >= peak * 0.9999);
   const step = 100 / labels.length;
   const line = h('line', { class: 'cursor', y1: 0, y2: '100%', visibility: 'hidden' });
   const bars = labels.map((_, i) => {

@@ -4039,10 +4039,15 @@ class Exchange:
 
     def __iter__(self) -> Iterator[bytes]:
         try:
-            while data := self._reply.read():
-                yield data
+            begin = self._reply.read()
+            pieces = itertools.chain([begin], iter(self._reply.read, b"")) if begin else ()
+            # Some servers send gzip unasked, some say that it is where it is not.
+            packed = begin.startswith(b"\x1f")
+            yield from filter(None, unpacked(pieces, "gzip")) if packed else pieces
         except (OSError, ValueError) as error:
             raise self._failure(error) from None
+        except BadRequest:
+            raise UpstreamFailed("no valid gzip") from None
         self._watch.check()  # the end may be the watcher's
 
     def close(self) -> None:
@@ -4450,7 +4455,8 @@ class OpenAI(Dialect):
             return UpstreamFailed(f"status {answer.status}, {kind}")
         error: dict[str, Any] = {}
         with contextlib.suppress(UpstreamFailed, ValueError, RecursionError):
-            error = unwrapped(json.loads(read_all(answer, 1 << 20).decode()))
+            text = read_all(answer, 1 << 20).decode()
+            error = unwrapped(text if answer.kind == "text/plain" else json.loads(text))
         return failure_of(answer.status, error, self.upstream.secrets, answer.retry_after)
 
 

@@ -3974,6 +3974,9 @@ def begun(answer: Iterable[bytes]) -> tuple[bool, Iterator[bytes]]:
     return bool(STREAM_BEGIN.match(begin)), itertools.chain([begin], pieces)
 
 
+GZIP = b"\x1f\x8b\x08"  # how it begins (RFC 1952 §2.3.1)
+
+
 class Exchange:
     """One request on a connection, and its answer: an Answer by its form.
 
@@ -4039,11 +4042,11 @@ class Exchange:
 
     def __iter__(self) -> Iterator[bytes]:
         try:
-            begin = self._reply.read()
-            pieces = itertools.chain([begin], iter(self._reply.read, b"")) if begin else ()
-            # Some servers send gzip unasked, some say that it is where it is not.
-            packed = begin.startswith(b"\x1f")
-            yield from filter(None, unpacked(pieces, "gzip")) if packed else pieces
+            if begin := self._reply.read():
+                pieces = itertools.chain([begin], iter(self._reply.read, b""))
+                # Some servers send gzip unasked, some say that it is where it is not.
+                packed = GZIP.startswith(begin[:3])
+                yield from filter(None, unpacked(pieces, "gzip")) if packed else pieces
         except (OSError, ValueError) as error:
             raise self._failure(error) from None
         except BadRequest:

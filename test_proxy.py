@@ -6892,9 +6892,12 @@ def test_an_answer_that_is_packed_unasked_is_unpacked(stage, coding):
     assert documents(response.data)[-1] == "DONE"
     assert stage.row(response)["output"] == 3
     assert error_of(stage.chat())["message"] == "Too hot"
+    stage.main.script = [packed(b"\x1f\x8b\x09\x00" * 99, coding, "audio/pcm")]
+    ask = {"model": "voice", "voice": "a", "input": "Hi", "response_format": "pcm"}
+    assert stage.post("audio/speech", ask).data == b"\x1f\x8b\x09\x00" * 99
 
 
-@pytest.mark.parametrize("data", [gzip.compress(FORM_JSON)[:-9], b"\x1f" + FORM_JSON])
+@pytest.mark.parametrize("data", [gzip.compress(FORM_JSON)[:-9], b"\x1f\x8b\x08{"])
 def test_an_answer_that_cannot_be_unpacked_is_the_providers_fault(stage, data):
     stage.main.script = [packed(data, "gzip")]
     response = stage.chat()

@@ -6561,6 +6561,8 @@ REASONS = {  # as an upstream tells it: status, body; the message and param that
     "flagged": (403, {"error": {"message": "It is flagged"}}, "It is flagged", None),
     "in a 200": (200, {"choices": None, **of_openai("no", 400)}, "no", None),
     "of a type": (200, {"type": "error", "error": TOO_LONG}, "too long", None),
+    "llama.cpp": (501, {"error": {"code": 501, "message": "no embeddings here"}},
+                  "no embeddings here", None),
     "none": (400, {}, "The provider refused this.", None),
     "no JSON": (400, "no object", "no object", None),
 }  # fmt: skip
@@ -13701,10 +13703,10 @@ UPSTREAMS = {  # what comes, of a stream or not, how that ends, micro-credits
     "trickles a stream": (trickle(b"data: " * 99, 0.05, STREAM), True, GAVE_UP, NOTHING),
     "stalls": (stall(False), True, GAVE_UP, NOTHING),
     "stalls after text": (SILENT, True, ENDED, ESTIMATE),
-    "gzip bomb": (BOMB, False, GAVE_UP, NOTHING),
     "300 MB line": (repeated(LINE, MB, 300), True, GAVE_UP, NOTHING),
     "300 MB chunk": (repeated(HUGE_CHUNK, MB, 300), True, GAVE_UP, NOTHING),
     "300 MB answer": (repeated(PLAIN + b'{"x":"', MB, 300), False, GAVE_UP, NOTHING),
+    "gzip bomb": (BOMB, False, GAVE_UP, NOTHING),
     "300 MB chunk size": (
         repeated(head(200, JSON, CHUNKED), b"0" * 4096, 76800), False, GAVE_UP, NOTHING
     ),

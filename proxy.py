@@ -2489,6 +2489,7 @@ STREAM_TYPE = "text/event-stream"
 MAX_BODY = 32 << 20  # bytes of a request, unpacked: a few inlined pictures
 MAX_VALUES = 2_000_000  # of a body's JSON
 PIECE = 64 << 10  # bytes of one read of a body
+UNPACKED = 16 << 10  # bytes of a piece of it that was packed: larger ones stay in the heap
 # Seconds of CPU that the reading of a chunked body may take, and for each byte: small
 # chunks cost 2 us each, 19 s for 60 MB of the smallest.
 CHUNKED_CPU, CHUNKED_CPU_BYTE = 0.1, 50e-9
@@ -2656,7 +2657,7 @@ def unpacked(pieces: Iterable[bytes], coding: str) -> Iterator[bytes]:
     try:
         for piece in pieces:
             while piece:
-                yield inflate.decompress(piece, PIECE)
+                yield inflate.decompress(piece, UNPACKED)
                 piece = inflate.unconsumed_tail
             if inflate.unused_data:
                 break
@@ -4108,7 +4109,7 @@ class Exchange:
 BUSY_STATUS = {408, 429, 503, 529}
 # It, or the proxy before it, refuses the operator, who alone can mend it.
 REFUSED_STATUS = {401, 402, 403, 407}
-CLIENT_STATUS = {400, 404, 413, 422, 424}  # the client's own mistakes: passed on
+CLIENT_STATUS = {400, 404, 413, 422, 424, 501}  # the client's own mistakes: passed on
 FLAGGED = re.compile("flagged|moderat|safety|sensitive|(content|usage) polic", re.I)
 # How providers say, by codes or in words, that the operator's account cannot pay or
 # that its key is wrong, whatever status they give it.

@@ -6469,7 +6469,7 @@ def test_the_providers_own_cost_is_charged_where_the_price_says_so(
 AWAY = ("Location", "/v1/chat/completions")  # where it would be asked once more
 AFTER_7, AFTER_A_DAY = ("Retry-After", "7"), ("Retry-After", "86400")
 AT_A_DATE = ("Retry-After", "Fri, 01 Jan 2027 00:00:00")
-GZIP, HTML = ("Content-Encoding", "gzip"), ("Content-Type", "text/html")
+HTML = ("Content-Type", "text/html")
 TOLD_SECRET = {"error": {"message": f"Bad key {SECRET}"}}
 DEEP_JSON, UTF_16 = typed(b"[" * 100_000), json.dumps(chat_json("hi")).encode("utf-16")
 UNTYPED = raw(head(200, CLOSE, ("Content-Length", "2")) + b"hi")
@@ -6586,6 +6586,8 @@ REASONS = {  # as an upstream tells it: status, body; the message and param that
     "flagged": (403, {"error": {"message": "It is flagged"}}, "It is flagged", None),
     "in a 200": (200, {"choices": None, **of_openai("no", 400)}, "no", None),
     "of a type": (200, {"type": "error", "error": TOO_LONG}, "too long", None),
+    "llama.cpp": (501, {"error": {"code": 501, "message": "no embeddings here"}},
+                  "no embeddings here", None),
     "none": (400, {}, "The provider refused this.", None),
     "no JSON": (400, "no object", "no object", None),
 }  # fmt: skip
@@ -6924,7 +6926,11 @@ def test_an_answer_that_is_packed_unasked_is_unpacked(stage, coding):
     assert stage.post("audio/speech", ask).data == b"\x1f\x8b\x09\x00" * 99
 
 
-@pytest.mark.parametrize("data", [gzip.compress(FORM_JSON)[:-9], b"\x1f\x8b\x08{"])
+ZIPPED = gzip.compress(FORM_JSON)
+BOMB = gzip.compress(b'{"x": "' + bytes(100 << 20))
+
+
+@pytest.mark.parametrize("data", [ZIPPED[:-9], b"\x1f\x8b\x08{", BOMB])
 def test_an_answer_that_cannot_be_unpacked_is_the_providers_fault(stage, data):
     stage.main.script = [packed(data, "gzip")]
     response = stage.chat()
@@ -13971,7 +13977,6 @@ LINE = STREAM + b'data: {"choices":[{"delta":{"content":"'
 FAST = sse_bytes([text_event("more ")] * 500, done=False)
 HUGE_CHUNK = head(200, EVENTS, CHUNKED) + b"12c00000\r\n"
 TRAILERS = head(200, JSON, CHUNKED) + b"2\r\n{}\r\n0\r\n"
-BOMB = raw(head(200, JSON, GZIP, CLOSE) + gzip.compress(bytes(100 << 20)))
 SILENT = sse([text_event("one two three")] * 2, gate=threading.Event())
 GAVE_UP, ENDED = (503, "provider_unavailable"), (200, "provider_unavailable")
 NOTHING, ESTIMATE = range(1), range(11, 12)  # 9 bytes asked, 13 bytes answered
@@ -13983,7 +13988,6 @@ UPSTREAMS = {  # what comes, of a stream or not, how that ends, micro-credits
     "trickles a stream": (trickle(b"data: " * 99, 0.05, STREAM), True, GAVE_UP, NOTHING),
     "stalls": (stall(False), True, GAVE_UP, NOTHING),
     "stalls after text": (SILENT, True, ENDED, ESTIMATE),
-    "gzip bomb": (BOMB, False, GAVE_UP, NOTHING),
     "300 MB line": (repeated(LINE, MB, 300), True, GAVE_UP, NOTHING),
     "300 MB chunk": (repeated(HUGE_CHUNK, MB, 300), True, GAVE_UP, NOTHING),
     "300 MB answer": (repeated(PLAIN + b'{"x":"', MB, 300), False, GAVE_UP, NOTHING),

@@ -3102,6 +3102,16 @@ def test_a_model_is_named_in_what_a_terminal_can_show(model):
         make_call(model=model)
 
 
+@pytest.mark.parametrize("digits, status", [(640, 200), (641, 400)])
+def test_a_number_has_no_more_digits_than_are_quickly_read(stage, digits, status):
+    stage.main.script = [json_answer(chat_json("hi"))]
+    body = json.dumps({"model": "chat", "messages": SAY_HELLO})[:-1] + ', "seed": '
+    send = functools.partial(stage.app.test_client().post, headers=bearer(TEAM_KEY))
+    data = body + "1" * digits + "}"
+    answer = send(f"/v1/{CHATS}", data=data, content_type="application/json")
+    assert answer.status_code == status
+
+
 @pytest.mark.parametrize("value", ["yes", [0], 1])
 def test_whether_usage_is_wanted_is_true_or_false(value):
     with pytest.raises(proxy.BadRequest):
@@ -8315,6 +8325,7 @@ FOLDED = {
         "/v1//v1/v1/chat/completions", "/chat/completions", "//chat//completions/",
     ),
     "/v1/messages": ("/messages", "/v1/v1/messages", "/v1//messages"),
+    "/v1/embeddings": ("/openai/deployments/o1/embeddings", "/v1/deployments/o/embeddings"),
     "/v1/responses/compact": ("/responses/compact", "/v1/responses/compact/"),
     "/v1/models": ("/models", "/models/", "/v1/models/", "/v1/v1/models", "//models"),
     "/v1/models/a/b": ("/models/a/b", "/v1/v1/models/a/b", "//v1//models/a/b"),
@@ -12470,6 +12481,19 @@ def test_a_connection_that_never_spoke_or_trickles_gets_seconds_and_no_thread(ga
 )
 def test_a_head_that_is_too_long_is_told_so(head, one):
     assert raw_http(one.port, head, 8).startswith(b"HTTP/1.1 431")
+
+
+def test_who_asks_again_without_reading_gets_no_thread(gateway):
+    constants = {"SPARE_THREADS": 1, "PAGE_TIMEOUT": 60}
+    server = gateway(threads=1, constants=constants)
+    with ExitStack() as crowd:
+        for _ in range(3):
+            sock = crowd.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", server.port))
+            sock.sendall(b"GET /dashboard HTTP/1.1\r\nHost: x\r\n\r\n" * 600)
+            wait_for(lambda: proxy.has_left(sock), what="the connection's end")
+        assert requests.get(f"{server.url}/healthz", timeout=5).ok
 
 
 def test_a_reader_that_stops_reading_is_given_up_and_settled(one):

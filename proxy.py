@@ -2550,44 +2550,54 @@ BODY_ROOM = 416 << 20  # bytes of all bodies in a worker, as their parsing takes
 SMALL_SHARES = 32 << 20  # of it, kept for bodies that take less than SMALL_SHARE
 SMALL_SHARE = 1 << 20
 PARSING = 352 << 20  # of it, kept for bodies that have arrived: two large ones arrive
+MOST_ARRIVING = (BODY_ROOM - PARSING) // 2  # of one account
 ROOM_PATIENCE = 2.0  # seconds that a body waits for room
 
 
 class Room:
-    """The memory of a worker that bodies may take at once, in bytes."""
+    """The memory of a worker that bodies may take at once, in bytes; `arriving`: what of
+    it each account's large bodies take that are still to come."""
 
     def __init__(self, size: int):
         self.free, self.changed = size, threading.Condition()
+        self.arriving: Counter[str] = Counter()
 
 
 class Share:
     """What one request takes of the room: the bytes that it has received, then what
     their parsing takes."""
 
-    def __init__(self, room: Room):
-        self._room, self.size = room, 0
+    def __init__(self, room: Room, account: str = ""):
+        self._room, self._account, self.size, self._arriving = room, account, 0, 0
 
     def hold(self, size: int, spare: int = 0) -> None:
         """Makes it `size` bytes, nothing of them twice; Overloaded if the room had no
-        such share for ROOM_PATIENCE. A share that is not small leaves `spare` bytes."""
+        such share for ROOM_PATIENCE. One that is not small leaves `spare` bytes; what
+        leaves PARSING is still arriving: of such one account has MOST_ARRIVING."""
         room, spare = self._room, spare if size > SMALL_SHARE else 0
+        arriving = size if spare == PARSING else 0
+        more, coming = size - self.size, arriving - self._arriving
+
+        def fits() -> bool:
+            theirs = room.arriving[self._account] + coming
+            return room.free - more >= spare and (coming <= 0 or theirs <= MOST_ARRIVING)
+
         with room.changed:
-            more = size - self.size
-            if more > 0 and not room.changed.wait_for(
-                lambda: room.free - more >= spare, ROOM_PATIENCE
-            ):
+            if more > 0 and not room.changed.wait_for(fits, ROOM_PATIENCE):
                 raise Overloaded("The server has no room for this body.", wait=2)
-            self._set(size)
+            self._set(size, arriving)
 
     def keep(self, size: int) -> None:
         """Makes it `size` bytes at once: what is here already only others wait for."""
         with self._room.changed:
-            self._set(size)
+            self._set(size, 0)
 
-    def _set(self, size: int) -> None:
-        if size < self.size:
+    def _set(self, size: int, arriving: int) -> None:
+        if size < self.size or arriving < self._arriving:
             self._room.changed.notify_all()
         self._room.free, self.size = self._room.free + self.size - size, size
+        self._room.arriving[self._account] += arriving - self._arriving
+        self._arriving = arriving
 
 
 def parsing_memory(data: bytearray) -> int:
@@ -5989,7 +5999,7 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
 def start_relay(services: Services, path: str) -> Response:
     """Everything between the key and the upstream's answer, on one of the places."""
     watch = Watch(request.environ.get("gunicorn.socket"), g.account.id)
-    share = Share(services.room)
+    share = Share(services.room, g.account.id)
     if not services.watcher.add(watch, services.capacity):
         count_request(services, windows_of(True))
         raise Overloaded("The server has no room at the moment.", wait=1)
@@ -6412,7 +6422,7 @@ def add_account_routes(app: Flask, services: Services) -> None:
 def small_body(services: Services, known: str) -> dict[str, Any]:
     """A small JSON object with these members only."""
     watch = Watch(request.environ.get("gunicorn.socket"), g.account.id)
-    share = Share(services.room)
+    share = Share(services.room, g.account.id)
     if not services.watcher.add(watch, services.capacity):
         raise Overloaded("The server has no room at the moment.", wait=1)
     try:

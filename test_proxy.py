@@ -3258,6 +3258,21 @@ def test_a_share_counts_what_came_and_is_given_back_once(monkeypatch):
         one.hold(2 << 20, spare=1 << 20)
 
 
+def test_one_account_leaves_others_half_of_the_room_for_large_bodies(monkeypatch):
+    monkeypatch.setattr(proxy, "ROOM_PATIENCE", 0.01)
+    room, most = proxy.Room(proxy.BODY_ROOM), proxy.MOST_ARRIVING
+    one, other = (proxy.Share(room, "team") for _ in range(2))
+    one.hold(most, proxy.PARSING)
+    with pytest.raises(proxy.Overloaded):
+        other.hold(2 << 20, proxy.PARSING)
+    proxy.Share(room, "other").hold(most, proxy.PARSING)
+    one.hold(most, proxy.SMALL_SHARES)  # it has arrived, and is parsed
+    room.free += most
+    other.hold(most, proxy.PARSING)
+    one.keep(0), other.keep(0)
+    assert room.arriving == {"team": 0, "other": most}
+
+
 def test_a_body_in_tiny_chunks_is_refused_early(monkeypatch):
     monkeypatch.setattr(proxy, "PIECE", 10)
     clock = itertools.count()
@@ -12355,9 +12370,10 @@ def test_two_large_bodies_that_stall_leave_their_room_within_seconds(name, gatew
     line, data = STALLS[name]
     large = {"model": "unknown", "pad": "x" * (20 << 20)}  # 404 once it was read
     with ExitStack() as crowd:
-        for _ in range(2):
+        for key in TEAM_KEY, OTHER_KEY:
             sock = socket.create_connection(("127.0.0.1", server.port), 8)
-            crowd.enter_context(sock).sendall(posted("/v1/chat/completions", line) + data)
+            said = posted("/v1/chat/completions", line) + data
+            crowd.enter_context(sock).sendall(said.replace(TEAM_KEY.encode(), key.encode()))
         started = time.monotonic()
         wait_for(lambda: status(server, **large) == 404, 5, "room")
         assert time.monotonic() - started < 4

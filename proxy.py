@@ -1028,7 +1028,9 @@ PRICED = {
     "web_search_options": (),
     "search_parameters": (),  # xAI
     "enable_search": (False,),  # Qwen
-    "plugins": (),  # OpenRouter, as the next two: who answers, and for what price
+    "fallbacks": (),  # LiteLLM: other models
+    "plugins": (),  # OpenRouter, as the next three: who answers, and for what price
+    "preset": (),
     "models": (),
     "provider": (),
 }
@@ -5971,7 +5973,8 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
     try:
         with watch.receiving() as arrived:
             kinds = ("application/json", FORM) if path in FORMS else ("application/json",)
-            data = read_body(environ, MAX_BODY, share, arrived, kinds)
+            limit = MAX_ECHO if here.account.demo else MAX_BODY  # whoever has that key
+            data = read_body(environ, limit, share, arrived, kinds)
         form = environ["CONTENT_TYPE"] if media_type(environ) == FORM else ""
         call = parse_call(path, data, passed_headers(path, environ), form)
         del data

@@ -3102,6 +3102,12 @@ def test_a_model_is_named_in_what_a_terminal_can_show(model):
         make_call(model=model)
 
 
+@pytest.mark.parametrize("key, status", [(DEMO_KEY, 413), (TEAM_KEY, 404)])
+def test_a_public_key_sends_no_more_than_an_echo_takes(stage, key, status):
+    ask = {"model": "unknown", "messages": SAY_HELLO, "pad": "x" * proxy.MAX_ECHO}
+    assert stage.post(CHATS, ask, key).status_code == status
+
+
 @pytest.mark.parametrize("digits, status", [(640, 200), (641, 400)])
 def test_a_number_has_no_more_digits_than_are_quickly_read(stage, digits, status):
     stage.main.script = [json_answer(chat_json("hi"))]
@@ -3492,7 +3498,7 @@ DEAR = [
     {"web_search_options": {}}, {"search_parameters": {"mode": "on"}},
     {"enable_search": True}, {"plugins": [{"id": "web"}]}, {"models": ["other/dear"]},
     {"provider": {"only": ["dear"]}}, {"deferred": True}, {"n_cmpl": 8},
-    {"extra_body": {"n": 8}},
+    {"extra_body": {"n": 8}}, {"preset": "dear"}, {"fallbacks": [{"model": "dear"}]},
 ]  # fmt: skip
 DEAR_IMAGES = [
     {"quality": "high"}, {"quality": "hd"}, {"quality": "medium"}, {"size": "4K"},

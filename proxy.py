@@ -6947,7 +6947,7 @@ def has_head(conn: Any) -> bool:
     buffer = conn.parser.unreader.buf
     try:
         if not is_head(buffer.getvalue()):  # of what was sent together with the last
-            data = conn.sock.recv(RECEIVE, socket.MSG_DONTWAIT)
+            data = conn.sock.recv(RECEIVE)
             buffer.seek(0, os.SEEK_END)
             buffer.write(data)
             return not data or is_head(buffer.getvalue())
@@ -7020,6 +7020,7 @@ class Worker(gthread.ThreadWorker):
         """A thread is for those whose head is here, and who read what they get: others
         could keep it for as long as they like. gunicorn gives it to all that connect."""
         conn.init()  # the parser, whose buffer the head waits in
+        conn.sock.setblocking(False)
         if not has_head(conn):
             conn.timeout = time.monotonic() + FIRST_WORD
             self.pending_conns.append(conn)

@@ -12849,6 +12849,7 @@ def test_a_connection_that_ends_is_counted_once(monkeypatch):
     with theirs:
         theirs.close()
         conn = proxy.gthread.TConn(None, ours, None, None)
+        conn.parser = SimpleNamespace(unreader=SimpleNamespace(buf=io.BytesIO()))
         answered.set_result(worker.handle(conn))
         worker.finish_request(conn, answered)
     assert (worker.nr_conns, ours.fileno()) == (0, -1)

@@ -7934,7 +7934,7 @@ h2 { margin: 0 0 .75rem; font-size: 1.25rem; line-height: 1.3; } p { margin: 0 0
 caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .skip { position: absolute; left: -99rem; padding: .5rem 1rem; background: var(--card); }
 .skip:focus { left: 0; }
-code, pre, .name, .endpoint, h1, h2, dd, .big, .turn, output, dialog p { overflow-wrap: anywhere; }
+code, pre, .name, .endpoint, h1, h2, .big, .turn, output, dialog p { overflow-wrap: anywhere; }
 
 /* Frame */
 .top, .head, .actions, .row, .pair, .legend { display: flex; flex-wrap: wrap; align-items: center;
@@ -8004,9 +8004,10 @@ td > code, .codes td:first-child, td time, .tag { white-space: nowrap; }
   .stack td { min-width: 0; padding: 0; text-align: start !important; overflow-wrap: anywhere; }
   .stack td[data-label]::before { content: attr(data-label); display: block; color: var(--soft);
     font-size: .75rem; }
-  .stack time { white-space: normal; }
   .stack td:only-child, .stack:not(#requests) td:first-child { grid-column: 1 / -1; }
-  #requests td::before, #requests .rest { display: none; }
+  #requests td::before, .stack .rest { display: none; } #requests .name { max-height: 1.5em; }
+  #requests tr { grid-template-columns: 8.5rem minmax(0, 1fr) minmax(0, 1fr); }
+  .stack:not(#requests) time { white-space: normal; }
   .codes tbody tr { display: grid; grid-template-columns: max-content 1fr; padding: .4rem 0; }
   .codes tr > :last-child { grid-column: 1 / -1; }
   .prices th, .prices td { padding: .4rem .15rem; font-size: .8rem; }
@@ -8057,7 +8058,7 @@ meter { display: block; width: 100%; min-width: 6rem; height: 1.1rem; }
 .c0 { color: #3b7ddd; } .c1 { color: #d9730d; } .c2 { color: #16988a; } .c3 { color: #c8509b; }
 .c4 { color: #8a6be0; } .c5 { color: #8a8a1e; } .c6 { color: #d9534f; } .c7 { color: #7f8a99; }
 .chart rect { fill: currentColor; } .legend i { background: currentColor; }
-#log { margin-bottom: 1rem; } .turn { margin-bottom: 1.25rem; }
+#log { margin-bottom: 1rem; } .said .copy { display: none; } .turn { margin-bottom: 1.25rem; }
 .turn p:not(.told) { white-space: pre-wrap; margin-bottom: .6rem; } .turn img { max-width: 100%; }
 .said { width: fit-content; max-width: 85%; margin: 0 0 .6rem auto; padding: .5rem .9rem;
   background: var(--code); border-radius: .6rem; } .said > :last-child { margin: 0 !important; }
@@ -8247,8 +8248,9 @@ const gauge = (label, value, max, used, words) => h('div.gauge', h('meter', { mi
   'aria-label': label }), h('span', words));
 
 const decimals = new Intl.NumberFormat('en', { maximumFractionDigits: 6 });
+const whole = new Intl.NumberFormat('en', { maximumFractionDigits: 1 });
 const compact = new Intl.NumberFormat('en', { notation: 'compact', maximumSignificantDigits: 3 });
-const number = (value) => decimals.format(value || 0);
+const number = (value) => (value > 9999 ? whole : decimals).format(value || 0);
 const few = (value) => number(Number((value || 0).toPrecision(3)));
 const balance = (value) => (value === null ? 'unlimited' : number(value));
 const count = (n, word) => `${number(n)} ${word}${n === 1 ? '' : 's'}`;
@@ -8261,10 +8263,8 @@ const moment = (seconds, format = clock) => (seconds == null ? '–'
 const duration = (ms) => (ms == null ? '–'
   : ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);
 
-function notice(message, bad = false) {
-  Object.assign($('notice'), { textContent: message, hidden: !message });
-  $('notice').classList.toggle('bad', bad);
-}
+const notice = (message, bad = false) => Object.assign($('notice'), { textContent: message,
+  hidden: !message, className: bad ? 'card bad' : 'card' });
 // A load in the background: its failure is told at the top, that of a section left not at all.
 const guard = (promise) => promise.catch((error) => {
   if (error.name !== 'AbortError') notice(error.message, true);
@@ -8342,8 +8342,7 @@ const SECTIONS = new Map([
   ['playground', ['Playground', () => session.playground ??= playgroundCard()]],
   ['admin', ['Admin', () => (view.id ? accountCards() : adminCards())]],
 ]);
-const hidden = (section) => (section === 'keys' && session.me.demo)
-  || (section === 'admin' && !session.me.admin);
+const hidden = (section) => ({ keys: session.me.demo, admin: !session.me.admin })[section];
 // Shows what the address names, Overview for what it cannot.
 async function open() {
   clearTimeout(timer);
@@ -8459,7 +8458,8 @@ function spendingCard(usage = `${view.base}/usage`, groups = ['model', 'key']) {
         : link(view.id ? here() : ['requests'], { [by]: sum.id }), name(sum.name)));
     put(picture, chart(`${title(show)} by day`, dates, stacks, show));
     put(beneath, table('sums', `By ${by}`, [[title(by), linked],
-      ...COUNTS.map((each) => [title(each), each])], 'Nothing was used.').fill(all));
+      ...COUNTS.map((each) => [title(each), each, /cached|images/.test(each) ? 'rest' : ''])],
+    'Nothing was used.').fill(all));
     put(days, table('by-day', `${title(show)} by day`, [['Day (UTC)', (row) => row.id],
       ...stacks.map((stack, i) => [stack.name, ({ values }) => number(values[i]), 'num']),
       ['All', ({ values }) => number(values.reduce((a, b) => a + b, 0)), 'num']], 'Nothing.')
@@ -8503,7 +8503,7 @@ function chart(heading, labels, stacks, unit) {
   const reading = h('p', { id: 'reading' }, summary);
   if (!all) return reading;
   const scale = 10 ** Math.floor(Math.log10(peak));
-  const top = scale * [1, 2, 4, 5, 8, 10].find((n) => n * scale >= peak * 0.9999);
+  const top = scale * [1, 1.2, 1.6, 2, 2.4, 3.2, 4, 5, 6, 8, 10].find((n) => n * scale >= peak * 0.9999);
   const step = 100 / labels.length;
   const line = h('line', { class: 'cursor', y1: 0, y2: '100%', visibility: 'hidden' });
   const bars = labels.map((_, i) => {
@@ -8697,9 +8697,8 @@ async function snippets(key, model) {
 function adminCards() {
   const [totals, low, asleep] = ['totals', 'low', 'upstreams'].map((id) => h('div', { id }));
   const opened = ({ id }) => anchor(link(['admin', id]), name(id));
-  const list = table('accounts', 'All accounts', [
-    ['Account', (row) => h('span', opened(row), row.admin && [' ', tag('warn', 'admin')],
-      row.closed && [' ', tag('soft', 'closed')])], ['Keys', 'keys'],
+  const list = table('accounts', 'All accounts', [['Account', (row) => h('span', opened(row),
+    row.admin && [' ', tag('warn', 'admin')], row.closed && [' ', tag('soft', 'closed')])], ['Keys', 'keys'],
     ...['granted', 'spent', 'held', 'available'].map((part) => [part === 'available' ? 'Left'
       : title(part), (row) => balance(row.credits[part]), 'num']),
     ['In 7 days', (row) => few(row.week.credits), 'num'], ['Lasts', (row) => (row.lasts === null ? '–'

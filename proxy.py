@@ -7962,7 +7962,7 @@ main > *, .grid > * { min-width: 0; }
 .endpoint { font-family: var(--mono); font-size: .95rem; }
 .endpoint b { margin-right: .5rem; color: var(--good); }
 @media (min-width: 60rem) {
-  p > code, li > code, td > code { white-space: nowrap; }
+  p > code, li > code, td > code { white-space: nowrap; } td .pair { flex-wrap: nowrap; }
   .docs { display: grid; grid-template-columns: 12rem minmax(0, 1fr); gap: 2rem; }
   .toc { position: sticky; top: 1.5rem; align-self: start; } .toc ol { columns: 1; }
   .grid { grid-template-columns: repeat(2, minmax(0, 1fr)); } .grid > .wide { grid-column: 1/-1; }
@@ -8005,7 +8005,7 @@ td > code, .codes td:first-child, td time, .tag { white-space: nowrap; }
   .stack td[data-label]::before { content: attr(data-label); display: block; color: var(--soft);
     font-size: .75rem; }
   .stack td:only-child, .stack:not(#requests) td:first-child { grid-column: 1 / -1; }
-  #requests td::before, .stack .rest { display: none; } #requests .name { max-height: 1.5em; }
+  #requests td::before, .stack .rest { display: none; } #requests .name { max-height: 3.1em; }
   #requests tr { grid-template-columns: 8.5rem minmax(0, 1fr) minmax(0, 1fr); }
   .stack:not(#requests) time { white-space: normal; }
   .codes tbody tr { display: grid; grid-template-columns: max-content 1fr; padding: .4rem 0; }
@@ -8044,13 +8044,13 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
 .pairs dt { color: var(--soft); } .pairs dd { margin: 0; font-variant-numeric: tabular-nums; }
 meter { display: block; width: 100%; min-width: 6rem; height: 1.1rem; }
 .gauge { margin-bottom: .6rem; } .gauge span { color: var(--soft); font-size: .875rem; }
-.picks label { flex: 0 1 10rem; } td .pair { flex-wrap: nowrap; }
+.picks label { flex: 0 1 10rem; } button { white-space: nowrap; }
 .actions:not(:has(> :not([hidden], :empty))) { display: none; }
-.chart { margin: 0 0 1rem; } .plot { margin: .5rem 0 0 3.5rem; touch-action: pan-y; }
+.chart { margin: 0 0 1rem; } .plot { margin: .5rem 0 0 4rem; touch-action: pan-y; }
 .chart svg { display: block; width: 100%; height: 12rem; overflow: visible; }
 .chart text { fill: var(--soft); font-size: .75rem; text-anchor: end; }
 .rule { stroke: var(--line); } .cursor { stroke: var(--text); stroke-dasharray: 4 3; }
-.ends { display: flex; justify-content: space-between; margin: .3rem 0 .3rem 3.5rem; }
+.ends { display: flex; justify-content: space-between; margin: .3rem 0 .3rem 4rem; }
 #reading { min-height: 3.1em; margin: 0; }
 .legend { gap: .2rem 1rem; margin: 0; padding: 0; list-style: none; font-size: .875rem; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; margin: .3rem .35rem 0 0;
@@ -8599,7 +8599,8 @@ function requestsCard() {
 function receipt(row) {
   dialog('Receipt', pairs([
     ['Outcome', [status(row), ' ', reason(row) || (row.state === 'open' ? '' : 'answered')]],
-    ['When', iso(row.created)], ['Model', name(row.model || '–')], ['Key', name(row.key || '–')],
+    ['When', `${iso(row.created).slice(0, 19).replace('T', ' ')} UTC`],
+    ['Model', name(row.model || '–')], ['Key', name(row.key || '–')],
     ['Asked', `/v1/${row.path || ''}${row.stream ? ', as a stream' : ''}`],
     ['Answered by', row.upstream && `${row.upstream}, at attempt ${row.attempts}`],
     ['Tokens', `${number(row.input_tokens)} in${row.cached_tokens ? ` (${number(row.cached_tokens)
@@ -8688,7 +8689,7 @@ async function snippets(key, model) {
   return ['curl-chat', 'python-requests', 'javascript-fetch', 'env'].map((id) => {
     const text = page.getElementById(id).textContent.replaceAll(of.key, key)
       .replaceAll(`"${of.model}"`, JSON.stringify(model)).trim();
-    return fold(id.split('-')[0], h('figure.example', h('pre', { tabindex: 0 }, text),
+    return fold(title(id.split('-')[0]), h('figure.example', h('pre', { tabindex: 0 }, text),
       copyButton(id, () => text)));
   });
 }

@@ -8106,8 +8106,7 @@ const POLL_MS = 5000; // live figures, only while the tab is to be seen
 // The key signed in, its account (me), its playground; null when signed out. The section on show
 // with its account, what to draw anew with it (updates), and what ends its questions (stop).
 let session = null;
-let view = { stop: new AbortController() };
-let timer;
+let [view, timer] = [{ stop: new AbortController() }, null];
 
 // ---- Parts of a page -------------------------------------------------------------------
 const $ = (id) => document.getElementById(id);
@@ -8863,7 +8862,8 @@ function playgroundCard() {
     const src = draws && /^(https:[/][/]|data:image[/])\S+$/.exec(text.trim())?.[0];
     if (src) answer.append(h('img', { src, alt: `Picture by ${model}`, referrerpolicy: 'no-referrer' }),
       h('p', h('a', { href: src, download: 'picture', rel: 'noreferrer' }, 'Save the picture')));
-    else write(draws ? text : '\n');
+    else if (draws) write(text);
+    for (const end of [think, write]) end('\n');
     if (text) told.append(copyButton('answer', () => text), ' ');
     sheet.elements.message.focus({ preventScroll: true });
     schedule(0);

@@ -11345,17 +11345,20 @@ HOSTILE = {
     "bidi": "abc \u202e\u2066 cba \u0000 \ufffd", "fences": "```\n" * 10_000,
     "long": "x" * (1 << 20),
 }  # fmt: skip
-LATER = [pytest.param(HOSTILE[id], id=id, marks=pytest.mark.long) for id in HOSTILE]
+SEVERAL = [  # of which one is enough for every day
+    pytest.param(text, id=id, marks=[pytest.mark.long] * (id != "html"))
+    for id, text in HOSTILE.items()
+]
 ANSWERING = """
     const events = arguments[0].match(/[^]{1,997}/g).map((content) =>
-        `data: ${JSON.stringify({choices: [{delta: {content}}]})}\\n\\n`);
+        `data: ${JSON.stringify({choices: [{delta: {content, reasoning: content}}]})}\\n\\n`);
     const answer = new Response([...events, 'data: [DONE]\\n\\n'].join(''));
     const ask = window.fetch;
     window.fetch = async (url, ...more) =>
         url.endsWith('completions') ? answer : ask(url, ...more);"""
 
 
-@pytest.mark.parametrize("text", [HOSTILE["html"], *LATER[1:]])
+@pytest.mark.parametrize("text", SEVERAL)
 def test_hostile_output_is_text_and_the_page_stays_usable(text, tab, newcomer):
     tab.sign_in(newcomer, "playground")
     start = time.monotonic()
@@ -11363,6 +11366,7 @@ def test_hostile_output_is_text_and_the_page_stays_usable(text, tab, newcomer):
     play_with(tab, "echo", "Hello")
     tab.until(".told .copy")
     shown = tab.js("return document.querySelector('.answer').textContent")
+    assert tab.text(".thoughts") == "Reasoning"  # and is folded
     tab.go("requests")
     assert time.monotonic() - start < 5
     assert tab.js("return window.ran") is None and tab.all(".answer img, .answer a") == []

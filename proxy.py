@@ -8012,7 +8012,7 @@ main > *, .grid > * { min-width: 0; }
 .endpoint { font-family: var(--mono); font-size: .95rem; }
 .endpoint b { margin-right: .5rem; color: var(--good); }
 @media (min-width: 60rem) {
-  p > code, li > code, td > code { white-space: nowrap; }
+  p > code, li > code, td > code { white-space: nowrap; } td .pair { flex-wrap: nowrap; }
   .docs { display: grid; grid-template-columns: 12rem minmax(0, 1fr); gap: 2rem; }
   .toc { position: sticky; top: 1.5rem; align-self: start; } .toc ol { columns: 1; }
   .grid { grid-template-columns: repeat(2, minmax(0, 1fr)); } .grid > .wide { grid-column: 1/-1; }
@@ -8055,8 +8055,9 @@ td > code, .codes td:first-child, td time, .tag { white-space: nowrap; }
   .stack td[data-label]::before { content: attr(data-label); display: block; color: var(--soft);
     font-size: .75rem; }
   .stack td:only-child, .stack:not(#requests) td:first-child { grid-column: 1 / -1; }
-  #requests td::before, .stack .rest { display: none; } #requests .name { max-height: 1.5em; }
-  #requests tr { grid-template-columns: max-content 1fr 1fr; }
+  #requests td::before, .stack .rest { display: none; } #requests .name { max-height: 3.1em; }
+  #requests tr { grid-template-columns: 8.5rem minmax(0, 1fr) minmax(0, 1fr); }
+  .stack:not(#requests) time { white-space: normal; }
   .codes tbody tr { display: grid; grid-template-columns: max-content 1fr; padding: .4rem 0; }
   .codes tr > :last-child { grid-column: 1 / -1; }
   .prices th, .prices td { padding: .4rem .15rem; font-size: .8rem; }
@@ -8093,13 +8094,13 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
 .pairs dt { color: var(--soft); } .pairs dd { margin: 0; font-variant-numeric: tabular-nums; }
 meter { display: block; width: 100%; min-width: 6rem; height: 1.1rem; }
 .gauge { margin-bottom: .6rem; } .gauge span { color: var(--soft); font-size: .875rem; }
-.picks label { flex: 0 1 10rem; } td .pair { flex-wrap: nowrap; }
+.picks label { flex: 0 1 10rem; } button { white-space: nowrap; }
 .actions:not(:has(> :not([hidden], :empty))) { display: none; }
-.chart { margin: 0 0 1rem; } .plot { margin: .5rem 0 0 3.5rem; touch-action: pan-y; }
+.chart { margin: 0 0 1rem; } .plot { margin: .5rem 0 0 4rem; touch-action: pan-y; }
 .chart svg { display: block; width: 100%; height: 12rem; overflow: visible; }
 .chart text { fill: var(--soft); font-size: .75rem; text-anchor: end; }
 .rule { stroke: var(--line); } .cursor { stroke: var(--text); stroke-dasharray: 4 3; }
-.ends { display: flex; justify-content: space-between; margin: .3rem 0 .3rem 3.5rem; }
+.ends { display: flex; justify-content: space-between; margin: .3rem 0 .3rem 4rem; }
 #reading { min-height: 3.1em; margin: 0; }
 .legend { gap: .2rem 1rem; margin: 0; padding: 0; list-style: none; font-size: .875rem; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; margin: .3rem .35rem 0 0;
@@ -8107,7 +8108,7 @@ meter { display: block; width: 100%; min-width: 6rem; height: 1.1rem; }
 .c0 { color: #3b7ddd; } .c1 { color: #d9730d; } .c2 { color: #16988a; } .c3 { color: #c8509b; }
 .c4 { color: #8a6be0; } .c5 { color: #8a8a1e; } .c6 { color: #d9534f; } .c7 { color: #7f8a99; }
 .chart rect { fill: currentColor; } .legend i { background: currentColor; }
-#log { margin-bottom: 1rem; } .turn { margin-bottom: 1.25rem; }
+#log { margin-bottom: 1rem; } .said .copy { display: none; } .turn { margin-bottom: 1.25rem; }
 .turn p:not(.told) { white-space: pre-wrap; margin-bottom: .6rem; } .turn img { max-width: 100%; }
 .said { width: fit-content; max-width: 85%; margin: 0 0 .6rem auto; padding: .5rem .9rem;
   background: var(--code); border-radius: .6rem; } .said > :last-child { margin: 0 !important; }
@@ -8155,8 +8156,7 @@ const POLL_MS = 5000; // live figures, only while the tab is to be seen
 // The key signed in, its account (me), its playground; null when signed out. The section on show
 // with its account, what to draw anew with it (updates), and what ends its questions (stop).
 let session = null;
-let view = { stop: new AbortController() };
-let timer;
+let [view, timer] = [{ stop: new AbortController() }, null];
 
 // ---- Parts of a page -------------------------------------------------------------------
 const $ = (id) => document.getElementById(id);
@@ -8312,10 +8312,8 @@ const moment = (seconds, format = clock) => (seconds == null ? '–'
 const duration = (ms) => (ms == null ? '–'
   : ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);
 
-function notice(message, bad = false) {
-  Object.assign($('notice'), { textContent: message, hidden: !message });
-  $('notice').classList.toggle('bad', bad);
-}
+const notice = (message, bad = false) => Object.assign($('notice'), { textContent: message,
+  hidden: !message, className: bad ? 'card bad' : 'card' });
 // A load in the background: its failure is told at the top, that of a section left not at all.
 const guard = (promise) => promise.catch((error) => {
   if (error.name !== 'AbortError') notice(error.message, true);
@@ -8393,8 +8391,7 @@ const SECTIONS = new Map([
   ['playground', ['Playground', () => session.playground ??= playgroundCard()]],
   ['admin', ['Admin', () => (view.id ? accountCards() : adminCards())]],
 ]);
-const hidden = (section) => (section === 'keys' && session.me.demo)
-  || (section === 'admin' && !session.me.admin);
+const hidden = (section) => ({ keys: session.me.demo, admin: !session.me.admin })[section];
 // Shows what the address names, Overview for what it cannot.
 async function open() {
   clearTimeout(timer);
@@ -8510,7 +8507,8 @@ function spendingCard(usage = `${view.base}/usage`, groups = ['model', 'key']) {
         : link(view.id ? here() : ['requests'], { [by]: sum.id }), name(sum.name)));
     put(picture, chart(`${title(show)} by day`, dates, stacks, show));
     put(beneath, table('sums', `By ${by}`, [[title(by), linked],
-      ...COUNTS.map((each) => [title(each), each, /cached|images/.test(each) ? 'rest' : ''])], 'Nothing was used.').fill(all));
+      ...COUNTS.map((each) => [title(each), each, /cached|images/.test(each) ? 'rest' : ''])],
+    'Nothing was used.').fill(all));
     put(days, table('by-day', `${title(show)} by day`, [['Day (UTC)', (row) => row.id],
       ...stacks.map((stack, i) => [stack.name, ({ values }) => number(values[i]), 'num']),
       ['All', ({ values }) => number(values.reduce((a, b) => a + b, 0)), 'num']], 'Nothing.')
@@ -8650,7 +8648,8 @@ function requestsCard() {
 function receipt(row) {
   dialog('Receipt', pairs([
     ['Outcome', [status(row), ' ', reason(row) || (row.state === 'open' ? '' : 'answered')]],
-    ['When', iso(row.created)], ['Model', name(row.model || '–')], ['Key', name(row.key || '–')],
+    ['When', `${iso(row.created).slice(0, 19).replace('T', ' ')} UTC`],
+    ['Model', name(row.model || '–')], ['Key', name(row.key || '–')],
     ['Asked', `/v1/${row.path || ''}${row.stream ? ', as a stream' : ''}`],
     ['Answered by', row.upstream && `${row.upstream}, at attempt ${row.attempts}`],
     ['Tokens', `${number(row.input_tokens)} in${row.cached_tokens ? ` (${number(row.cached_tokens)
@@ -8739,7 +8738,7 @@ async function snippets(key, model) {
   return ['curl-chat', 'python-requests', 'javascript-fetch', 'env'].map((id) => {
     const text = page.getElementById(id).textContent.replaceAll(of.key, key)
       .replaceAll(`"${of.model}"`, JSON.stringify(model)).trim();
-    return fold(id.split('-')[0], h('figure.example', h('pre', { tabindex: 0 }, text),
+    return fold(title(id.split('-')[0]), h('figure.example', h('pre', { tabindex: 0 }, text),
       copyButton(id, () => text)));
   });
 }
@@ -8748,9 +8747,8 @@ async function snippets(key, model) {
 function adminCards() {
   const [totals, low, asleep] = ['totals', 'low', 'upstreams'].map((id) => h('div', { id }));
   const opened = ({ id }) => anchor(link(['admin', id]), name(id));
-  const list = table('accounts', 'All accounts', [
-    ['Account', (row) => h('span', opened(row), row.admin && [' ', tag('warn', 'admin')],
-      row.closed && [' ', tag('soft', 'closed')])], ['Keys', 'keys'],
+  const list = table('accounts', 'All accounts', [['Account', (row) => h('span', opened(row),
+    row.admin && [' ', tag('warn', 'admin')], row.closed && [' ', tag('soft', 'closed')])], ['Keys', 'keys'],
     ...['granted', 'spent', 'held', 'available'].map((part) => [part === 'available' ? 'Left'
       : title(part), (row) => balance(row.credits[part]), 'num']),
     ['In 7 days', (row) => few(row.week.credits), 'num'], ['Lasts', (row) => (row.lasts === null ? '–'
@@ -8914,7 +8912,8 @@ function playgroundCard() {
     const src = draws && /^(https:[/][/]|data:image[/])\S+$/.exec(text.trim())?.[0];
     if (src) answer.append(h('img', { src, alt: `Picture by ${model}`, referrerpolicy: 'no-referrer' }),
       h('p', h('a', { href: src, download: 'picture', rel: 'noreferrer' }, 'Save the picture')));
-    else write(draws ? text : '\n');
+    else if (draws) write(text);
+    for (const end of [think, write]) end('\n');
     if (text) told.append(copyButton('answer', () => text), ' ');
     sheet.elements.message.focus({ preventScroll: true });
     schedule(0);

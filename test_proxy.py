@@ -10926,9 +10926,8 @@ def test_an_example_of_the_contracts_models_runs_as_it_stands(
 
 
 def test_no_example_is_left_out(shared):
-    html = documentation(shared).html
-    shown = dict(re.findall(r'<pre id="([\w-]+)"\s+data-run="(\w+)"', html))
-    assert shown == EXAMPLES | {"messages-python": "python"}
+    found = re.findall(r'<pre id="([\w-]+)"\s+data-run="(\w+)"', documentation(shared).html)
+    assert dict(found) == EXAMPLES | {"messages-python": "python"}  # here is a Claude
 
 
 # -- Browser -------------------------------------------------------------------------
@@ -11224,6 +11223,7 @@ def make(tab: Tab, key: str, **body: Any) -> str:
     return answer.json()["key"]
 
 
+@pytest.mark.long
 def test_a_budget_runs_out_before_ones_eyes(tab, newcomer):
     poor = make(tab, newcomer, name="poor", budget={"credits": 0.0006, "per": "day"})
     tab.sign_in(poor)
@@ -11241,6 +11241,7 @@ def test_a_budget_runs_out_before_ones_eyes(tab, newcomer):
     assert tab.all("#key-form, #keys .edit, #keys .danger") == []
 
 
+@pytest.mark.long
 def test_a_keys_terms_are_told_and_edited(tab, newcomer):
     key = make(tab, newcomer, name="bound", budget={"credits": 0.5, "per": "month"})
     assert chat(tab.server.url, key, model="echo").ok
@@ -11256,6 +11257,7 @@ def test_a_keys_terms_are_told_and_edited(tab, newcomer):
     assert "only echo" in row and "5/minute" in row and "left" not in row
 
 
+@pytest.mark.long
 def test_the_snippets_of_a_new_key_hold_it(tab, newcomer):
     tab.sign_in(newcomer, "keys")
     tab.allow_clipboard()
@@ -11274,6 +11276,7 @@ def test_the_snippets_of_a_new_key_hold_it(tab, newcomer):
     assert '"object"' in sourced.stdout
 
 
+@pytest.mark.long
 def test_every_example_is_copied_as_it_is_shown(tab):
     tab.open("/")
     tab.allow_clipboard()
@@ -11308,6 +11311,7 @@ def test_revoking_asks_first_and_ones_own_key_signs_out(tab, newcomer):
     assert tab.kept() == 0
 
 
+@pytest.mark.long
 def test_a_key_revoked_elsewhere_ends_its_open_dashboard(tab, newcomer):
     tab.sign_in(newcomer, "keys")
     url = f"{tab.server.url}/v1/account/keys/{listed(tab.server, newcomer)['id']}"
@@ -11318,6 +11322,7 @@ def test_a_key_revoked_elsewhere_ends_its_open_dashboard(tab, newcomer):
     assert tab.all("#keys tbody tr") == []
 
 
+@pytest.mark.long
 def test_many_keys_are_shown_in_pages_and_those_of_an_admin_are_not_ones_own(
     tab, newcomer
 ):
@@ -11343,6 +11348,7 @@ def test_the_demo_key_is_offered_and_is_shown_no_keys(tab):
     assert tab.shown("#overview") and not tab.all("a[href='#/keys']")
 
 
+@pytest.mark.long
 def test_an_admins_day(tab):
     tab.sign_in(ADMIN_KEY, "admin")
     assert "main" in tab.until("#upstreams", "in use").text
@@ -11445,25 +11451,26 @@ def test_a_picture_of_an_image_model_is_shown_and_of_no_other(tab, newcomer):
     wait_for(lambda: tab.js("return document.querySelector('.answer img')?.naturalWidth"))
 
 
-FENCES = "```\n" * 10_000
 HOSTILE = {
     "html": "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'>",
     "link": "[here](javascript:window.ran=1) javascript:alert(1)",
-    "bidi": "abc \u202e\u2066 cba \u0000 \ufffd", "fences": FENCES,
+    "bidi": "abc \u202e\u2066 cba \u0000 \ufffd", "fences": "```\n" * 10_000,
     "long": "x" * (1 << 20),
 }  # fmt: skip
-
-
+SEVERAL = [  # of which one is enough for every day
+    pytest.param(text, id=id, marks=[pytest.mark.long] * (id != "html"))
+    for id, text in HOSTILE.items()
+]
 ANSWERING = """
     const events = arguments[0].match(/[^]{1,997}/g).map((content) =>
-        `data: ${JSON.stringify({choices: [{delta: {content}}]})}\\n\\n`);
+        `data: ${JSON.stringify({choices: [{delta: {content, reasoning: content}}]})}\\n\\n`);
     const answer = new Response([...events, 'data: [DONE]\\n\\n'].join(''));
     const ask = window.fetch;
     window.fetch = async (url, ...more) =>
         url.endsWith('completions') ? answer : ask(url, ...more);"""
 
 
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("text", SEVERAL)
 def test_hostile_output_is_text_and_the_page_stays_usable(text, tab, newcomer):
     tab.sign_in(newcomer, "playground")
     start = time.monotonic()
@@ -11471,12 +11478,14 @@ def test_hostile_output_is_text_and_the_page_stays_usable(text, tab, newcomer):
     play_with(tab, "echo", "Hello")
     tab.until(".told .copy")
     shown = tab.js("return document.querySelector('.answer').textContent")
+    assert tab.text(".thoughts") == "Reasoning"  # and is folded
     tab.go("requests")
     assert time.monotonic() - start < 5
     assert tab.js("return window.ran") is None and tab.all(".answer img, .answer a") == []
     assert shown.strip().startswith(text[:40] if "```" not in text else "Copy")
 
 
+@pytest.mark.long
 def test_older_requests_come_page_by_page_and_are_filtered_and_saved(tab, newcomer):
     other = make(tab, newcomer, name="other")
     with ThreadPoolExecutor(8) as pool:
@@ -11512,6 +11521,7 @@ def test_older_requests_come_page_by_page_and_are_filtered_and_saved(tab, newcom
     tab.until("#requests-count", "4 shown")
 
 
+@pytest.mark.long
 def test_an_empty_dashboard_says_so_and_refuses_a_name_too_long(tab, newcomer):
     tab.sign_in(newcomer)
     assert "Nothing" in tab.text("#sums") and not tab.all("#chart")
@@ -11542,6 +11552,7 @@ def press(tab: Tab, css: str) -> None:
     raise AssertionError(f"{css} is not reached by the Tab key")
 
 
+@pytest.mark.long
 def test_every_section_is_used_by_keyboard_alone(tab, newcomer):
     tab.sign_in(newcomer)
     for section in ("requests", "playground", "overview", "keys"):
@@ -11569,6 +11580,7 @@ def show(tab: Tab, address: str, width: int = DESK, dark: bool = False) -> None:
         tab.open(address, width, dark)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_a_page_is_no_wider_than_its_screen(address, tab):
     for size in (PHONE, DESK):

@@ -8369,7 +8369,7 @@ async function signIn({ key }) {
   });
   sessionStorage.setItem(STORE, key);
   notice('');
-  await open();
+  await open().catch(() => { location.hash = ''; }); // an account that is gone
 }
 
 function signInCard() {

@@ -2122,11 +2122,11 @@ class Ledger:
                 return  # `check` tells
             if day >= start:
                 self._run(lambda db: db.execute(mark, (str(day + 1),)))
+            yield
             for (account,) in accounts:
                 old = (account, id_of_day(day + 1), day + 1)
                 while self._run(lambda db: db.execute(EXPIRED, old).rowcount):
                     yield
-                yield
 
     def expired(self, id: str) -> bool:
         """Whether a request with this id may have had a receipt that is deleted."""
@@ -3059,15 +3059,19 @@ def form_values(fields: dict[str, Any]) -> dict[str, Any]:
     return fields | numbers | truths
 
 
+def check_path(path: str) -> None:
+    """Raises NotFound for what is not relayed."""
+    first, *rest = path.split("/")
+    if not PATH.fullmatch(path) or first in UNMETERED or (rest and first in SOLE):
+        if path not in ENDPOINTS | FREE:
+            raise NotFound("There is no such path.")
+
+
 def parse_call(
     path: str, data: bytes, headers: dict[str, str] | None = None, form: str = ""
 ) -> Call:
     """A request's body, checked as far as money and routing depend on it; `form`: the
     content type of one that is a form."""
-    first, *rest = path.split("/")
-    if not PATH.fullmatch(path) or first in UNMETERED or (rest and first in SOLE):
-        if path not in ENDPOINTS | FREE:
-            raise NotFound("There is no such path.")
     body, files = parse_form(data, form) if form else (parse_json(data), None)
     body = form_values(body) if form else body
     # To some servers names in another case (Go's), or of a form with brackets (PHP's),
@@ -3407,11 +3411,11 @@ def larger(one: Usage, other: Usage) -> Usage:
     )  # fmt: skip
 
 
-def count_images(document: dict[str, Any]) -> int:
-    """Images that an /images/generations answer delivers."""
-    links = [each.get("url") or each.get("b64_json")
-             for each in objects(document.get("data"))]  # fmt: skip
-    return len([link for link in links if link and isinstance(link, str)])
+def images_of(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of an /images/generations answer that deliver an image."""
+    entries = objects(document.get("data"))
+    links = [each.get("url") or each.get("b64_json") for each in entries]
+    return [each for each, link in zip(entries, links) if link and type(link) is str]
 
 
 def written(document: dict[str, Any]) -> int:
@@ -3452,6 +3456,7 @@ STREAM_TIMEOUT = 1800.0  # seconds that a stream may live
 STALL_TIMEOUT = 120.0  # seconds of a stream without a byte: a comment is one, too
 UPSTREAM_IDLE = 4.0  # seconds; uvicorn closes idle connections after 5
 REPORT_PATIENCE = 2.0  # seconds for the report of an answer whose client has left
+FINISH_PATIENCE = 10.0  # seconds for what follows the finish of a stream
 REST = 5.0  # seconds in which an upstream that could not be reached is asked last
 LAST_READ = 0.02  # seconds for the end of a body whose last event was read
 WATCH_INTERVAL = 0.25  # seconds between two looks at the deadlines
@@ -3519,9 +3524,9 @@ class Watch:
         self.deadline = time.monotonic() + STREAM_TIMEOUT
         self.hears()
 
-    def hears(self) -> None:
-        """The upstream said something."""
-        self.due = time.monotonic() + self._stall
+    def hears(self, patience: float = math.inf) -> None:
+        """The upstream said something, and is waited for again."""
+        self.due = time.monotonic() + min(self._stall, patience)
 
     def answers(self) -> None:
         """The answer is whole: the client alone is waited for, to take it."""
@@ -4557,14 +4562,9 @@ NO_TOKENS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 Steps = Iterator[list[dict[str, Any]] | None]  # None while there is to wait
 
 
-def image_url(entry: Any) -> str | None:
+def image_url(entry: dict[str, Any]) -> str:
     """The URL of one image; `data:` for one that came as base64."""
-    entry = entry if isinstance(entry, dict) else {}
-    if isinstance(entry.get("url"), str):
-        return entry["url"]
-    if isinstance(entry.get("b64_json"), str):
-        return f"data:image/png;base64,{entry['b64_json']}"
-    return None
+    return entry.get("url") or f"data:image/png;base64,{entry['b64_json']}"
 
 
 PICTURE_URL = re.compile("https?://|data:image/[a-z0-9.+-]+;base64,", re.I)
@@ -4702,13 +4702,16 @@ class Images(ImageDialect):
             self._level(asked)
         exchange = self._api.start("images/generations", to_json(asked), watch)
         del call, body, asked  # they may hold a picture
+        late = time.monotonic() + (self.upstream.timeout or ANSWER_TIMEOUT)
         try:
             while not exchange.is_ready(COMMENT_INTERVAL):
+                if time.monotonic() > late:  # our own comments are no sign of its life
+                    raise UpstreamFailed("no image in time")
                 yield None
-            document = self._delivered(exchange)
+            images = self._delivered(exchange)
         finally:
             exchange.close()
-        yield [entry for entry in document["data"] if image_url(entry)]
+        yield images
 
     @staticmethod
     def _level(asked: dict[str, Any]) -> None:
@@ -4721,14 +4724,14 @@ class Images(ImageDialect):
         if size and late and int(size[1]) * int(size[2]) < 3_686_400:
             del asked["size"]
 
-    def _delivered(self, exchange: Exchange) -> dict[str, Any]:
-        """The answer, with at least one image in it."""
+    def _delivered(self, exchange: Exchange) -> list[dict[str, Any]]:
+        """The entries of the answer, at least one of an image."""
         try:
             document = json_object(read_all(self._api.finish(exchange), MAX_PICTURES))
         except Refused as refused:
             raise policy_refusal(refused.code) or refused from None
-        if count_images(document):
-            return document
+        if images := images_of(document):
+            return images
         raise image_failure(document)
 
     def probe(self) -> str:
@@ -5006,12 +5009,13 @@ def read_whole(
         raise UpstreamFailed("no JSON object")
     usage = read_usage(document, call.path not in NO_OUTPUT)
     if images is None and "data" in document:
-        images = count_images(document)
+        images = len(images_of(document))
     if images and usage is None and (price.image or not price.output):
         usage = Usage()
     return document, replace(usage, images=images) if images and usage else usage
 
 
+MAX_ASSEMBLED = 2 << 20  # bytes: each chunk copies what is joined, a second at 4 MB
 # Texts of a delta that come in parts; what else comes again is the same.
 DELTA_TEXTS = {"content", "text", "refusal", "arguments"}
 DELTA_TEXTS |= {"reasoning", "reasoning_content"}
@@ -5272,29 +5276,31 @@ class RequestLog:
     def note(self, event: str, **fields: Any) -> None:
         self._lines.append((time.time(), event, fields))
 
+    def broken(self, id: str | None, error: Exception) -> None:
+        """A fault of ours; its text may hold a prompt: the kind and the place are told."""
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__} at {place.name}:{place.lineno}"
+        self.note("exception", request=id, reason=reason)
+
     def request(self, lease: Lease, model: str, charge: Charge) -> None:
         """The one line of a request that was let in."""
         usage = charge.usage or Usage()
-        fields = {"request": lease.id, "account": lease.account, "key": lease.key}
-        fields |= {"model": model, "status": charge.status, "input": usage.input}
-        fields |= {"cached": usage.cached, "written": usage.written}
-        fields |= {"output": usage.output}
-        fields |= {"images": usage.images, "cost": f"{charge.cost / MICRO:.6f}"}
-        fields |= {"estimated": int(usage.estimated), "ttfb_ms": charge.ttfb}
-        fields |= {"duration_ms": charge.duration}
-        self._lines.append((time.time(), "request", fields))
+        self.note(
+            "request", request=lease.id, account=lease.account, key=lease.key,
+            model=model, status=charge.status, input=usage.input, cached=usage.cached,
+            written=usage.written, output=usage.output, images=usage.images,
+            cost=f"{charge.cost / MICRO:.6f}", estimated=int(usage.estimated),
+            ttfb_ms=charge.ttfb, duration_ms=charge.duration,
+        )  # fmt: skip
 
     def flush(self) -> None:
         """Writes what a reader takes: a stopped terminal stops nobody."""
         poll = select.poll()
         poll.register(2, select.POLLOUT)
-        while self._lines and poll.poll(0):
-            text = "".join([self._line(*line) for line in self._take(100)])
+        while self._lines and poll.poll(0):  # for a line, of many some may be cut
+            line = self._line(*self._lines.popleft())
             with contextlib.suppress(OSError):
-                os.write(2, text.encode("utf-8", "replace"))
-
-    def _take(self, most: int) -> list[tuple]:
-        return [self._lines.popleft() for _ in range(min(most, len(self._lines)))]
+                os.write(2, line.encode("utf-8", "replace"))
 
     @staticmethod
     def _line(now: float, event: str, fields: dict[str, Any]) -> str:
@@ -5332,8 +5338,12 @@ class Services:
         wrong = self.config_file.refresh()
         if self.config is not self.config_file.current:
             self.config = self.config_file.current
-            for dialect in list(self._dialects.values()):
+            routes = [model.routes for model in self.config.models.values()]
+            asked = {upstream for upstream, _ in itertools.chain(*routes)}
+            for upstream, dialect in list(self._dialects.items()):
                 dialect.refused.clear()  # the operator may have mended it
+                if upstream not in asked:  # its key may be an old one
+                    del self._dialects[upstream]
             wrong = "read again, and good"
         elif wrong:
             wrong += "; the last good one is kept"
@@ -5457,6 +5467,8 @@ class Relay:
                 raise UpstreamFailed(f"an answer over {MAX_ANSWER} bytes")
             pieces = itertools.chain([data], pieces)
             return self._pass_on(Passage(call, price, "application/json"), pieces, secrets)
+        if streams and len(data) > MAX_ASSEMBLED:
+            raise UpstreamFailed("a long stream that nobody asked for")
         if streams:
             data = assembled(data, call.path)
         document, usage = read_whole(data, call, price, answer.images)
@@ -5540,26 +5552,34 @@ class Relay:
             yield self._break(ended.ending, ended.failure())
         except ProxyError as error:
             yield self._break(Ending.CUT, error)
+        except Exception as error:
+            self._services.log.broken(self.lease.id, error)
+            yield self._break(Ending.CUT, ProxyError("Something went wrong here."))
 
     def _passed(
         self, pieces: Iterable[bytes], secrets: tuple[str, ...]
     ) -> Iterator[bytes]:
         """Events as they come, but for the last one; raises what cuts the stream."""
         meter = self._meter
-        for data in pieces:
-            self.watch.due = math.inf  # what takes long from here on is the client
-            out = meter.feed(data)
-            if meter.held or self._share.size:
-                self._hold(meter.held)
-            self.watch.finished = meter.report_due
-            if self._ttfb is None and meter.events and (meter.relayed or not meter.error):
-                self._hear()
-            if out:
-                yield out
-            if meter.ending:
-                break
-            self.watch.check()
-            self.watch.hears()
+        try:
+            for data in pieces:
+                self.watch.due = math.inf  # what takes long from here on is the client
+                out = meter.feed(data)
+                if meter.held or self._share.size:
+                    self._hold(meter.held)
+                self.watch.finished = meter.report_due
+                if self._ttfb is None and meter.events:
+                    if meter.relayed or not meter.error:
+                        self._hear()
+                if out:
+                    yield out
+                if meter.ending:
+                    break
+                self.watch.check()
+                self.watch.hears(FINISH_PATIENCE if meter.finished else math.inf)
+        except Ended as ended:  # some servers say no more, and keep the connection
+            if not (meter.finished and ended.ending is Ending.TIMED_OUT):
+                raise
         if meter.ending is None and (out := meter.end()):
             yield out
         if meter.ending is None:
@@ -5662,7 +5682,7 @@ class Relay:
         if self._answer is not None:
             self._answer.close()
         if self._charge is None:
-            self._settle_anyhow(self._charged(Ending.LEFT))
+            self._settle_anyhow(self._charged(self.watch.ending or Ending.LEFT))
         self._services.log.request(self.lease, self.call.model, self._charge)
 
     def _read_on(self) -> None:
@@ -5880,10 +5900,7 @@ def add_error_handlers(app: Flask, services: Services) -> None:
 
     @app.errorhandler(Exception)
     def broken(error: Exception) -> Response:
-        # Its text may hold a prompt: only the kind and the place are logged.
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__} at {place.name}:{place.lineno}"
-        services.log.note("exception", request=g.get("request_id"), reason=reason)
+        services.log.broken(g.get("request_id"), error)
         return tell(ProxyError("Something went wrong here."))
 
 
@@ -5987,6 +6004,7 @@ def admit(services: Services, path: str, watch: Watch, share: Share) -> Relay:
     if packed or not announced.isdigit() or int(announced) >= SMALL_BODY:
         count_request(services, hit)
     try:
+        check_path(path)
         with watch.receiving() as arrived:
             kinds = ("application/json", FORM) if path in FORMS else ("application/json",)
             limit = MAX_ECHO if here.account.demo else MAX_BODY  # whoever has that key
@@ -6380,10 +6398,11 @@ def usage_rows(
     order = groups.replace("day", "day DESC")
     sums = ", ".join([f"sum({column})" for column in SUMS.values()])
     which = "account = ?1" if account else "?1 IS NULL"  # an OR would use no index
-    rows = ledger.read(
-        f"SELECT {groups}, {sums} FROM usage WHERE {which} AND day > ?2"
-        f" GROUP BY {groups} ORDER BY {order}", account, int(time.time()) // DAY - days,
-    )  # fmt: skip
+    sql = f"SELECT {groups}, {sums} FROM usage WHERE {which} AND day > ?2"
+    first = int(time.time()) // DAY - days
+    with ledger.snapshot() as db:  # a year of all accounts takes a while
+        rows = db.execute(f"{sql} GROUP BY {groups} ORDER BY {order}", (account, first))
+        rows = rows.fetchall()
     names = [each for name in by for each in (name, "key_id")[: 1 + (name == "key")]]
     out = []
     for values in rows:

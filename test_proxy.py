@@ -3075,7 +3075,7 @@ def test_null_is_as_good_as_missing():
 )  # fmt: skip
 def test_a_strange_path_is_not_found(path):
     with pytest.raises(proxy.NotFound):
-        proxy.parse_call(path, json.dumps({"model": "chat"}).encode())
+        proxy.check_path(path)
 
 
 @pytest.mark.parametrize(
@@ -3087,7 +3087,7 @@ def test_a_strange_path_is_not_found(path):
 )  # fmt: skip
 def test_what_cannot_be_metered_is_not_relayed(path):
     with pytest.raises(proxy.NotFound):
-        proxy.parse_call(path, b'{"model": "chat"}')
+        proxy.check_path(path)
 
 
 @pytest.mark.parametrize("name", ["MAX_TOKENS", "Model", "N", "Service_Tier", "\u017ftream"])
@@ -3127,6 +3127,7 @@ def test_whether_usage_is_wanted_is_true_or_false(value):
 
 @pytest.mark.parametrize("path", ["rerank", "fim/completions", "v2/chat-1/a_b", "a/b/c/d"])
 def test_any_plain_path_is_relayed(path):
+    proxy.check_path(path)
     assert proxy.parse_call(path, b'{"model": "chat"}').path == path
 
 
@@ -3949,9 +3950,9 @@ def test_a_request_for_images_that_is_left_is_charged_them():
 
 
 def test_only_delivered_images_count():
-    data = [{"url": "https://i"}, {"b64_json": "aGk="}, {"error": {}}, {"url": None}, 5]
-    assert proxy.count_images({"data": data}) == 2
-    assert proxy.count_images({"data": "x"}) == 0
+    data = [{"url": "https://i"}, {"url": "", "b64_json": "aGk="}, {"error": {}}, 5]
+    assert proxy.images_of({"data": [*data, {"url": None}, {"url": 5}]}) == data[:2]
+    assert proxy.images_of({"data": "x"}) == []
 
 
 def delta(**parts: Any) -> dict:
@@ -5182,9 +5183,13 @@ def test_an_image_as_base64_keeps_openais_shape(stage):
 FOUR = {"created": 1, "data": [{"url": image_url(number)} for number in range(4)]}
 
 
-@pytest.mark.parametrize(
-    "answer, link", [(B64, "data:image/png;base64,eA=="), (FOUR, image_url(0))]
-)
+EMPTY_URL = {"data": [{"url": "", "b64_json": "eA=="}]}  # as Go's servers write it
+
+
+@pytest.mark.parametrize("answer, link", [
+    (B64, "data:image/png;base64,eA=="), (EMPTY_URL, "data:image/png;base64,eA=="),
+    (FOUR, image_url(0)),
+])  # fmt: skip
 def test_images_through_chat_are_one_url_and_charged_as_one(stage, answer, link):
     stage.ark.script = [json_answer(answer)]
     response = stage.chat("any-image")
@@ -5199,6 +5204,14 @@ def test_a_slow_image_streams_comments(stage, monkeypatch):
     data = stage.chat("any-image", stream=True).data
     assert data.startswith(b": ") and data.partition(b"data:")[0].count(b"\n") >= 2
     assert stream_text(data) == "data:image/png;base64,eA=="
+
+
+def test_an_image_that_never_comes_is_not_waited_for_for_ever(stage, gate, monkeypatch):
+    monkeypatch.setattr(proxy, "COMMENT_INTERVAL", 0.02)
+    monkeypatch.setattr(proxy, "ANSWER_TIMEOUT", 0.05)
+    stage.ark.script = [lambda it: it.wait(gate)]
+    response = stage.chat("any-image", stream=True)
+    assert (response.status_code, stage.row(response)["cost"]) == (503, 0)
 
 
 def test_a_stream_of_an_image_leaves_nothing_behind(stage):
@@ -6957,6 +6970,12 @@ def test_an_answer_has_the_form_that_was_asked_for_whatever_came(stage, name, st
     assert response.data.endswith(b"data: [DONE]\n\n")
 
 
+def test_a_long_stream_that_nobody_asked_for_is_no_answer(stage, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_ASSEMBLED", 100)
+    stage.main.script = [sse(chat_chunks("a b"))]
+    assert stage.chat().status_code == 503
+
+
 def test_a_response_that_came_as_a_stream_is_told_as_json(stage):
     stage.main.script = [sse(responses_events(), done=False)]
     response = stage.post("responses", {"model": "chat", "input": "x"})
@@ -7228,6 +7247,19 @@ def test_a_finished_stream_without_done_gets_one(stage, reason, chunked):
     response = stage.chat(stream=True)
     assert documents(response.data)[-1] == "DONE" and response.data.count(b"DONE") == 1
     assert stage.row(response)["status"] == 200
+
+
+def test_a_finished_stream_that_stays_open_is_ended_well(stage, gate, monkeypatch):
+    monkeypatch.setattr(proxy, "FINISH_PATIENCE", 0.05)
+
+    def stays_open(request: Request) -> None:
+        request.send(STREAM + sse_bytes(chat_chunks("a b"), done=False))
+        request.wait(gate)
+
+    stage.main.script = [stays_open]
+    response = stage.chat(stream=True)
+    assert documents(response.data)[-1] == "DONE"
+    assert (stage.row(response)["status"], stage.row(response)["estimated"]) == (200, 0)
 
 
 def ends_in_error(stage: Stage, response: Any) -> dict:
@@ -7528,6 +7560,25 @@ def chat_bytes(**body: Any) -> bytes:
     """Return a chat's request as it stands on the wire."""
     whole = {"model": "chat", "messages": SAY_HELLO, **body}
     return request_bytes("/v1/chat/completions", json.dumps(whole).encode())
+
+
+def test_a_stream_that_was_ended_while_nobody_read_is_not_told_to_be_left(stage):
+    stage.main.script = [sse(chat_chunks("a b c"))]
+    with asked(stage.app, stream=True) as response:
+        next(response.iter_encoded())
+        [watch] = stage.app.extensions["proxy"].watcher._watches
+        watch.end(proxy.Ending.DRAINED)
+    assert stage.row(response)["status"] == proxy.Ending.DRAINED.status
+
+
+def test_a_fault_of_ours_within_a_stream_ends_it_with_an_error_event(stage, monkeypatch):
+    written = MagicMock(side_effect=[1, 1, RuntimeError("hello")])
+    monkeypatch.setattr(proxy, "written", written)
+    stage.main.script = [sse(chat_chunks("a b c"), delay=0.01)]
+    response = stage.chat(stream=True)
+    assert ends_in_error(stage, response)["code"] == "internal_error"
+    assert b"hello" not in response.data
+    assert stage.row(response)["status"] == proxy.Ending.CUT.status
 
 
 def test_a_client_that_reads_slowly_is_no_stall_of_the_upstream(stage, monkeypatch):

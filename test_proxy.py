@@ -2521,6 +2521,16 @@ def test_a_log_that_was_long_is_not_checkpointed_for_ever(
     assert moved == ["PASSIVE"] * 3
 
 
+def test_an_account_is_closed_with_its_keys_or_not_at_all(ledger):
+    ledger.make_account("made")
+    ledger.make_key("made", "key")
+    fails = "BEFORE UPDATE OF revoked ON keys BEGIN SELECT RAISE(ABORT, 'no'); END"
+    ledger.write(lambda db: db.execute(f"CREATE TRIGGER fails {fails}"))
+    with pytest.raises(proxy.LedgerUnavailable):
+        ledger.close_account("made")
+    assert ledger.made("made")
+
+
 # Ledger: identity and schema
 
 

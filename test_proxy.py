@@ -12731,7 +12731,6 @@ def test_two_large_bodies_that_stall_leave_their_room_within_seconds(name, gatew
 
 
 @pytest.mark.long
-@pytest.mark.timeout(120)
 def test_64_of_the_largest_bodies_stay_below_900_mb_and_delay_no_small_one(gateway):
     close, datas = b"Host: x\r\nConnection: close", []
     for more in ("x" * (31 << 20), [{"a": 1}] * 660_000):  # bytes, or values
